@@ -1,5 +1,3 @@
-"""Cancellation, work in threads, background loops, the fair queue, the bounded dictionary."""
-
 from __future__ import annotations
 
 import asyncio

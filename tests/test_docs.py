@@ -1,5 +1,3 @@
-"""README.md and docs/ say what is there: generated pages are current, examples load, links and names resolve."""
-
 from __future__ import annotations
 
 import json
@@ -41,7 +39,7 @@ def prose(path: Path) -> str:
 
 
 def rows(path: Path, heading: str = "") -> list[str]:
-    """First cells of the tables of a page, or of what follows one of its headings."""
+    """Return the first cells of the tables of a page, or of what follows one of its headings."""
     return re.findall(r"^\| (`.*?) \|", text(path).partition(heading)[2] if heading else text(path), re.MULTILINE)
 
 
@@ -63,13 +61,13 @@ def test_every_setting_has_a_place_on_the_settings_page() -> None:
 
 
 def test_the_settings_page_shows_the_defaults_that_are_in_force() -> None:
-    shown = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", text(DOCS / "settings.md"), re.MULTILINE))
+    documented = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*) \|", text(DOCS / "settings.md"), re.MULTILINE))
     settings = load_settings(None, {})
-    assert float(shown["lambda"]) == settings.lambda_
-    assert int(shown["breaker.failures"]) == settings.breaker.failures
-    assert shown["route_names"] == f"`{settings.route_names[0]}`"
-    shown_input, shown_output = map(float, shown["reference_price"].split(", "))
-    assert settings.reference_price == Price(shown_input, shown_output)
+    assert float(documented["lambda"]) == settings.lambda_
+    assert int(documented["breaker.failures"]) == settings.breaker.failures
+    assert documented["route_names"] == f"`{settings.route_names[0]}`"
+    input_price, output_price = map(float, documented["reference_price"].split(", "))
+    assert settings.reference_price == Price(input_price, output_price)
 
 
 def test_the_readme_is_read_in_one_sitting() -> None:
@@ -108,23 +106,23 @@ def test_every_program_that_is_named_can_be_run(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shown", [yaml for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) for yaml in code(path, "yaml")]
+    "source", [yaml for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md"))) for yaml in code(path, "yaml")]
 )
-def test_a_configuration_that_is_shown_loads(shown: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(shown, "utf-8")
+def test_a_configuration_that_is_shown_loads(source: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(source, "utf-8")
     assert load_settings(tmp_path / "config.yaml", {}).model_list
 
 
 @each_page
 def test_every_json_that_is_shown_is_json(path: Path) -> None:
-    shown = code(path, "json")
-    assert [type(json.loads(each)) for each in shown] == [dict] * len(shown)
+    examples = code(path, "json")
+    assert [type(json.loads(each)) for each in examples] == [dict] * len(examples)
 
 
 def test_the_documented_price_hash_and_channel_are_the_ones_in_use() -> None:
-    shown = text(DOCS / "models.md")
-    assert f"HSET {price_key('small')} " in shown
-    assert f"PUBLISH {PRICING} small" in shown
+    page = text(DOCS / "models.md")
+    assert f"HSET {price_key('small')} " in page
+    assert f"PUBLISH {PRICING} small" in page
 
 
 @pytest.mark.parametrize("number", range(len(code(DOCS / "library.md", "python"))))

@@ -1,4 +1,4 @@
-"""The rules of the house that no linter holds: which folder imports which, what a file may be, how heavy a start is."""
+"""Rules of the house that no linter checks: imports between folders, the size of files, the weight of a start."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tree(path: Path) -> ast.Module:
 
 @cache
 def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:
-    """(module, names from it) of every import of a file, in functions and under TYPE_CHECKING too."""
+    """Return (module, names from it) of every import of a file, in functions and under TYPE_CHECKING too."""
     found: list[tuple[str, tuple[str, ...]]] = []
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
@@ -68,7 +68,7 @@ def imports(path: Path) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports."""
+    """Return the top-level names of everything that a file imports."""
     return {module.partition(".")[0] for module, _ in imports(path)}
 
 
@@ -77,13 +77,13 @@ def module_name(path: Path) -> str:
 
 
 def importable(package: str) -> list[str]:
-    """Modules of a package that can be imported without side effects: `__main__` only runs."""
+    """List the modules of a package that can be imported without side effects: `__main__` only runs."""
     return [module_name(path) for path in sources(package) if path.stem != "__main__"]
 
 
 @cache
 def module_graph() -> Graph:
-    """{module: those of our modules that it imports}."""
+    """Map each module to those of our modules that it imports."""
     paths = {module_name(path): path for path in sources(*PACKAGES)}
 
     def targets(path: Path) -> Iterator[str]:
@@ -97,7 +97,7 @@ def module_graph() -> Graph:
 
 
 def folder_of(module: str) -> str:
-    """The folder directly below a package, or the module that lies there: `proxy.server`, `proxy.app`."""
+    """Return the folder directly below a package, or the module that lies there: `proxy.server`, `proxy.app`."""
     return ".".join(module.split(".")[:2])
 
 
@@ -164,7 +164,7 @@ def test_routing_knows_no_web_framework(path: Path) -> None:
 
 
 def is_one_function_alone(path: Path) -> bool:
-    """Whether a short module, which is no program, defines one public function and nothing else."""
+    """Tell whether a short module, which is no program, defines one public function and nothing else."""
     if path.name in ("__main__.py", "__init__.py"):
         return False
     defined = [node for node in tree(path).body if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr)]
@@ -206,7 +206,7 @@ def test_the_numbers_read_no_environment_and_draw_nothing_without_a_seed() -> No
 
 @cache
 def loaded_after_importing() -> tuple[set[str], set[str]]:
-    """Modules in `sys.modules` after importing all of router_core, and after importing all of proxy too."""
+    """Return the modules in `sys.modules` after importing all of router_core, and after importing all of proxy too."""
     code = """
 import importlib, sys
 for modules in sys.argv[1:]:
@@ -232,9 +232,9 @@ def test_nothing_names_the_machine_it_was_written_on() -> None:
     """Home directories in general, and the folder that this copy lies in."""
     private = re.compile(rf"/(?:home|Users)/\w|/root/|{re.escape(str(ROOT))}/")
     folders = (*PACKAGES, "tests", "deploy", "docs", ".ci")
-    shown = [path for folder in folders for path in (ROOT / folder).rglob("*")]
-    shown += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
-    shown.append(ROOT / "Makefile")
-    written = [path for path in shown if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    paths += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
+    paths.append(ROOT / "Makefile")
+    written = [path for path in paths if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
     naming = [path for path in written if private.search(path.read_text("utf-8", "replace"))]
     assert [str(path.relative_to(ROOT)) for path in naming if path != Path(__file__)] == []

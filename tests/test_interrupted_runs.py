@@ -43,7 +43,7 @@ def test_without_end(tmp_path, valkey):
 
 @contextmanager
 def endless_run(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
-    """The process of a run, the one that runs its only test, and the mark of all that this has started."""
+    """Start a run; yield its process, the one that runs its only test, and the mark of all its processes."""
     (folder / "test_endless.py").write_text(ENDLESS)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "REPORT": str(folder / "report.json")}
     plugins = ("-p", "tests.conftest", "-p", "no:cacheprovider", *options)

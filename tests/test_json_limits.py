@@ -1,5 +1,3 @@
-"""Levels and values of a JSON text are counted before parsing, however it is split and whatever its strings hold."""
-
 from __future__ import annotations
 
 import json
@@ -20,7 +18,7 @@ DOCUMENTS = st.recursive(
 
 
 def count(value: Any) -> tuple[int, int]:
-    """Values, and of them lists and objects that are empty."""
+    """Count values, and of them the lists and objects that are empty."""
     if isinstance(value, dict):
         inner = [count(each) for pair in value.items() for each in pair]
     elif isinstance(value, list):

@@ -1,5 +1,3 @@
-"""What is shipped and what it needs: the pins, the declared dependencies, the wheel, the environment of make."""
-
 from __future__ import annotations
 
 import json
@@ -87,7 +85,7 @@ def declared(*extras: str) -> list[Requirement]:
 
 
 def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
-    """On any of the systems and Pythons that are supported."""
+    """Tell whether it is wanted on any of the supported systems and Pythons."""
     marker = requirement.marker
     environments = [{**default_environment(), **env, "extra": extra} for env in SUPPORTED for extra in extras or {""}]
     return marker is None or any(marker.evaluate({k: str(v) for k, v in env.items()}) for env in environments)
@@ -95,7 +93,7 @@ def wanted(requirement: Requirement, extras: frozenset[str]) -> bool:
 
 @cache
 def needs_of(name: str) -> list[Requirement]:
-    """Empty for a package of another system, whose pin is all that can be asked for here."""
+    """Return its needs; empty for a package of another system, of which only the pin is known here."""
     try:
         return [Requirement(text) for text in requires(name) or ()]
     except PackageNotFoundError:
@@ -136,7 +134,7 @@ def test_the_build_of_torch_is_chosen_by_the_installer_not_by_the_pin() -> None:
 
 @cache
 def locked(layer: str) -> dict[str, str]:
-    """{package: version} of one lock; every one has hashes."""
+    """Return {package: version} of one lock; every one has hashes."""
     blocks = re.split(r"^(?=[a-z])", (LOCKS / f"{layer}.txt").read_text("utf-8"), flags=re.MULTILINE)[1:]
     assert [block for block in blocks if not re.search(r"--hash=sha256:[0-9a-f]{64}", block)] == []
     found = [PIN.match(block) for block in blocks]
@@ -191,7 +189,7 @@ def test_the_list_of_what_is_installed_names_each_pinned_package() -> None:
 
 @cache
 def owners() -> dict[str, str]:
-    """{top-level module: its distribution}. `packages_distributions` makes an object of every installed file."""
+    """Map each top-level module to its distribution. `packages_distributions` makes an object per installed file."""
     found: dict[str, str] = {}
     for distribution in distributions():
         listed = distribution.read_text("RECORD") or ""
@@ -204,7 +202,7 @@ def owners() -> dict[str, str]:
 
 
 def third_party(*folders: str) -> dict[str, set[str]]:
-    """{distribution: files that import it}; a module that no installed package owns goes by its own name."""
+    """Map each distribution to the files that import it; a module without a package goes by its own name."""
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
         for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs"}:

@@ -1,5 +1,3 @@
-"""SECURITY.md names the tests of its promises, and they are there."""
-
 from __future__ import annotations
 
 import re

@@ -1,5 +1,3 @@
-"""Kinds of prompts, and scripted models that answer some kinds right."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -21,7 +19,7 @@ IGNORANCE = "I am not able to help with that."
 
 @dataclass(frozen=True)
 class Library:
-    """Every prompt of both seeds by its text, as an upstream sees it."""
+    """Hold every prompt of both seeds by its text, as an upstream sees it."""
 
     by_text: dict[str, ValidationPrompt]
     held_back: tuple[ValidationPrompt, ...]
@@ -34,12 +32,12 @@ class Library:
         return cls({prompt.text: prompt for prompt in (*measured, *held_back)}, held_back)
 
     def of_kind(self, kind: str, most: int = 30) -> list[ValidationPrompt]:
-        """Held-back prompts of one kind, spread over its families."""
+        """Return held-back prompts of one kind, spread over its families."""
         prompts = [prompt for prompt in self.held_back if prompt.family in KINDS[kind]]
         return prompts[:: max(1, len(prompts) // most)][:most]
 
     def skill(self, *kinds: str) -> Callable[[str], str]:
-        """An upstream's answers: right on prompts of these kinds (all where none is named), useless elsewhere."""
+        """Answer prompts of these kinds right (all if none is named), and give useless answers to others."""
         families = set().union(*(KINDS[kind] for kind in kinds))
 
         def answer(text: str) -> str:

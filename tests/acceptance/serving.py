@@ -1,5 +1,3 @@
-"""`uniroute serve` with two worker processes."""
-
 from __future__ import annotations
 
 import socket
@@ -19,8 +17,6 @@ READY_S = 180.0
 
 
 class ServedProxy(ProxyProcess):
-    """Two workers behind one port, as the command starts them."""
-
     workers = 2
 
     def start(self) -> Self:
@@ -33,7 +29,7 @@ class ServedProxy(ProxyProcess):
         return self
 
     def add(self, name: str, api_base: str, price: float, prompts: int) -> str:
-        """Hot-add and return the job's id."""
+        """Add a model and return its job's id."""
         body = {
             "model_name": name,
             "litellm_params": {"model": f"openai/{name}", "api_base": api_base, "api_key": "os.environ/MODEL_API_KEY"},
@@ -49,7 +45,6 @@ class ServedProxy(ProxyProcess):
         return document
 
     def wait_for(self, job_id: str) -> dict[str, Any]:
-        """Poll until the job has ended."""
         deadline = time.monotonic() + READY_S
         while (job := self.job(job_id))["state"] in ("queued", "running"):
             assert time.monotonic() < deadline, job
@@ -58,7 +53,7 @@ class ServedProxy(ProxyProcess):
 
 
 def ask(base_url: str, prompt: ValidationPrompt, **extra: Any) -> tuple[str, str]:
-    """One routed request over a connection of its own: (model, answer)."""
+    """Send one routed request over a connection of its own; return (model, answer)."""
     with openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         answer = client.chat.completions.create(model="auto", messages=[dict(m) for m in prompt.messages], **extra)  # type: ignore[misc]
     return answer.model, answer.choices[0].message.content or ""

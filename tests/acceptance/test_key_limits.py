@@ -70,17 +70,21 @@ def replicas(folder: Path, embedder_cache: Path, **settings: Any) -> Iterator[Re
 
 
 @pytest.fixture
-def patient(tmp_path: Path, embedder_cache: Path) -> Iterator[Replicas]:
-    """This machine may be too busy to answer within 50 ms."""
+def patient_replicas(tmp_path: Path, embedder_cache: Path) -> Iterator[Replicas]:
+    """Give the limiter more time: this machine may be too busy to answer within 50 ms."""
     with replicas(tmp_path, embedder_cache, limits_timeout_s=1.0) as opened:
         yield opened
 
 
-def test_two_hundred_requests_at_once_over_two_servers_never_spend_more_than_the_budget(patient: Replicas) -> None:
-    key = patient.key(usd_per_day=2.0)
-    patient.upstream.always = Step(usage=USAGE)
+def test_two_hundred_requests_at_once_over_two_servers_never_spend_more_than_the_budget(
+    patient_replicas: Replicas,
+) -> None:
+    key = patient_replicas.key(usd_per_day=2.0)
+    patient_replicas.upstream.always = Step(usage=USAGE)
     with ThreadPoolExecutor(40) as clients:
-        replies = list(clients.map(lambda n: ask((patient.first, patient.second)[n % 2], key), range(200)))
+        replies = list(
+            clients.map(lambda n: ask((patient_replicas.first, patient_replicas.second)[n % 2], key), range(200))
+        )
     answered = [reply for reply in replies if reply.status_code == 200]
     refused = [reply.json()["error"] for reply in replies if reply.status_code != 200]
 
@@ -89,22 +93,22 @@ def test_two_hundred_requests_at_once_over_two_servers_never_spend_more_than_the
     assert wait_until(lambda: key.open == 0)
     assert key.spent_usd == pytest.approx(len(answered) * COST)
     assert key.spent_usd <= 2.0
-    assert len(patient.upstream.history) == len(answered)
+    assert len(patient_replicas.upstream.history) == len(answered)
 
 
-def test_reservations_of_a_killed_server_expire(patient: Replicas) -> None:
-    key = patient.key(usd_per_day=0.05)
-    patient.upstream.then(Step(hang=True))
+def test_reservations_of_a_killed_server_expire(patient_replicas: Replicas) -> None:
+    key = patient_replicas.key(usd_per_day=0.05)
+    patient_replicas.upstream.then(Step(hang=True))
     with ThreadPoolExecutor(1) as client:
-        asking = client.submit(ask, patient.first, key)
-        assert wait_until(lambda: bool(patient.upstream.history))
-        patient.first.stop(signal.SIGKILL)
+        asking = client.submit(ask, patient_replicas.first, key)
+        assert wait_until(lambda: bool(patient_replicas.upstream.history))
+        patient_replicas.first.stop(signal.SIGKILL)
         assert isinstance(asking.exception(), httpx.HTTPError)
     assert key.reserved_usd == pytest.approx(SET_ASIDE)
-    assert ask(patient.second, key).json()["error"]["code"] == "insufficient_quota"
+    assert ask(patient_replicas.second, key).json()["error"]["code"] == "insufficient_quota"
     key.let_reservations_end()
 
-    assert ask(patient.second, key).status_code == 200
+    assert ask(patient_replicas.second, key).status_code == 200
 
 
 def test_a_frozen_redis_refuses_only_keys_with_budgets_until_it_answers_again(

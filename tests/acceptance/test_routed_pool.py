@@ -1,4 +1,4 @@
-"""Four profiled models: for maths, for code, for Chinese, and one that knows all at a hundred times the price."""
+"""Route four models: one for maths, one for code, one for Chinese, and one that knows all at 100 times the price."""
 
 from __future__ import annotations
 
@@ -23,22 +23,20 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Pool:
-    """The proxy and the models behind it."""
-
     def __init__(self, proxy: ServedProxy, library: Library, upstreams: dict[str, ScriptedUpstream]) -> None:
         self.proxy = proxy
         self.library = library
         self.upstreams = upstreams
 
     def answers(self, kind: str, **extra: Any) -> list[tuple[str, bool]]:
-        """(model, was it right) for the held-back prompts of one kind."""
-        asked = [(prompt, *ask(self.proxy.url, prompt, **extra)) for prompt in self.library.of_kind(kind)]
-        return [(model, self.library.is_right(prompt, answer)) for prompt, model, answer in asked]
+        """Return (model, was it right) for the held-back prompts of one kind."""
+        replies = [(prompt, *ask(self.proxy.url, prompt, **extra)) for prompt in self.library.of_kind(kind)]
+        return [(model, self.library.is_right(prompt, answer)) for prompt, model, answer in replies]
 
     def decision(
         self, prompt: ValidationPrompt, lambda_: float, connection: httpx.Client | None = None
     ) -> dict[str, Any]:
-        """A dry run; over one connection, all are made by one process."""
+        """Make a dry run. Over one connection, all are made by one process."""
         body = {"model": "auto", "messages": list(prompt.messages)}
         post = connection.post if connection else httpx.post
         reply = post(f"{self.proxy.url}/v1/route", json=body, headers={"lambda": str(lambda_)}, timeout=60)
@@ -46,23 +44,26 @@ class Pool:
         return document
 
     def routed(self, prompt: ValidationPrompt, lambda_: float, connection: httpx.Client) -> str:
-        """The model that answered."""
         body = {"model": "auto", "messages": list(prompt.messages)}
         url = f"{self.proxy.url}/v1/chat/completions"
         reply = connection.post(url, json=body, headers={"lambda": str(lambda_)}, timeout=60)
         return str(reply.raise_for_status().json()["model"])
 
     def chosen(self, prompt: ValidationPrompt, times: int) -> set[str]:
-        """The models that answer one prompt at λ = 0.4, over so many connections."""
+        """Return the models that answer one prompt at λ = 0.4, over so many connections."""
         return {ask(self.proxy.url, prompt, extra_headers={"lambda": "0.4"})[0] for _ in range(times)}
 
     def flips_hold(self, prompt: ValidationPrompt, lambda_: float, connection: httpx.Client) -> bool:
-        """Whether each candidate is the choice at the λ that the decision gives for it."""
+        """Tell whether each candidate is the choice at the λ that the decision gives for it."""
         decision = self.decision(prompt, lambda_, connection)
         flips = {row["model"]: row["flips_at_lambda"] for row in decision["candidates"]}
-        stated = {model: flip for model, flip in flips.items() if flip is not None}
-        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in stated.items()}
-        return flips[decision["model"]] == lambda_ and "dear" in stated and chosen == {model: model for model in stated}
+        thresholds = {model: flip for model, flip in flips.items() if flip is not None}
+        chosen = {model: self.decision(prompt, flip, connection)["model"] for model, flip in thresholds.items()}
+        return (
+            flips[decision["model"]] == lambda_
+            and "dear" in thresholds
+            and chosen == {model: model for model in thresholds}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_the_dry_run_predicts_what_then_happens(pool: Pool, lambda_: float) -> N
             (pool.decision(prompt, lambda_, connection)["model"], pool.routed(prompt, lambda_, connection))
             for prompt in prompts
         ]
-    assert [asked for _, asked in pairs] == [predicted for predicted, _ in pairs]
+    assert [served for _, served in pairs] == [predicted for predicted, _ in pairs]
 
 
 def test_a_decision_says_at_which_lambda_it_would_flip(pool: Pool) -> None:
@@ -160,7 +161,7 @@ def test_a_fifth_model_is_added_under_traffic_and_gets_its_kind_of_prompts_on_ev
 
 
 def _traffic(pool: Pool, stop: threading.Event, failures: list[str]) -> None:
-    """Twenty requests a second until the event is set, for a minute at most."""
+    """Send twenty requests a second until the event is set, for a minute at most."""
     prompts = [prompt for kind in SPECIALISTS for prompt in pool.library.of_kind(kind)]
     with httpx.Client(base_url=pool.proxy.url, timeout=60) as client:
         for turn in range(1200):

@@ -1,4 +1,4 @@
-"""Fifty concurrent requests at a limit, over two servers with one Redis, for each way to request a size.
+"""Send fifty concurrent requests at a limit, over two servers with one Redis, for each way to request a size.
 
 The model uses all that a request allows. `pytest -s` prints what was spent of each limit.
 """
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.timeout(300)
 
 @dataclass(frozen=True)
 class RequestedSize:
-    """A way to state a size, for which the model takes all of OUTPUT_TOKENS."""
+    """Request a size in one way, for which the model takes all of OUTPUT_TOKENS."""
 
     body: dict[str, Any]
     model: str = "arm"
@@ -104,17 +104,19 @@ class Servers:
     table: list[str]
 
     def key(self, **limits: Any) -> LimitedKey:
-        """Known to both servers, which ask for keys since they know of the first."""
+        """Make a key that both servers know; they ask for keys once they know of the first."""
         key = LimitedKey.put(self.store, **limits)
         for proxy in self.proxies:
-            asked = partial(self.client.get, f"{proxy.url}/v1/models")
+            list_models = partial(self.client.get, f"{proxy.url}/v1/models")
             headers = {"authorization": f"Bearer {key.secret}"}
-            assert wait_until(lambda asked=asked: asked().status_code == 401)
-            assert wait_until(lambda asked=asked, headers=headers: asked(headers=headers).status_code == 200)
+            assert wait_until(lambda list_models=list_models: list_models().status_code == 401)
+            assert wait_until(
+                lambda list_models=list_models, headers=headers: list_models(headers=headers).status_code == 200
+            )
         return key
 
     def race(self, size: RequestedSize, *, stream: bool, **limits: Any) -> Race:
-        """Race with a new key until Redis answered in time for each request, which on a busy machine it may not."""
+        """Repeat the race until Redis answered in time for each request, which may fail on a busy machine."""
         for _ in range(20):
             before = self.unchecked()
             key, started = self.key(**limits), time.monotonic()
@@ -125,13 +127,13 @@ class Servers:
         return race
 
     def unchecked(self) -> float:
-        """Requests that were judged without Redis."""
+        """Count requests that were judged without Redis."""
         text = "".join(proxy.admin("GET", "/metrics").text for proxy in self.proxies)
         lines = [line for line in text.splitlines() if line.startswith("uniroute_limits_unchecked_total{")]
         return sum(float(line.split()[-1]) for line in lines)
 
     def _race(self, key: LimitedKey, size: RequestedSize, *, stream: bool) -> list[tuple[int, str]]:
-        """Status and code of each reply, once all that they took is settled."""
+        """Return status and code of each reply, once all reservations are settled."""
         body = {"model": size.model, "messages": ASK, "stream": stream, **size.body}
         headers = {"authorization": f"Bearer {key.secret}"}
 

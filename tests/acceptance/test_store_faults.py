@@ -1,5 +1,3 @@
-"""Faults of the embedded store under a server with two workers."""
-
 from __future__ import annotations
 
 import os
@@ -66,8 +64,8 @@ def test_a_model_added_through_one_process_is_known_to_the_next_call_on_any(serv
         path = f"/admin/models/new-{number}"
         assert served.add(f"new-{number}") == 201
         assert served.proxy.admin("GET", path).json()["model_name"] == f"new-{number}"
-        for stated in ({"max_input_tokens": 5000}, {"max_output_tokens": 1000}):
-            assert served.proxy.admin("PATCH", path, {"model_info": stated}).status_code == 200
+        for info in ({"max_input_tokens": 5000}, {"max_output_tokens": 1000}):
+            assert served.proxy.admin("PATCH", path, {"model_info": info}).status_code == 200
         stored = served.proxy.admin("PATCH", path, {"model_info": {"supports_vision": True}}).json()["model_info"]
         assert {"max_input_tokens", "max_output_tokens", "supports_vision"} <= set(stored)
         assert served.proxy.admin("DELETE", path).status_code == 204
@@ -76,8 +74,8 @@ def test_a_model_added_through_one_process_is_known_to_the_next_call_on_any(serv
 def test_of_concurrent_changes_none_is_lost_and_of_concurrent_additions_one_wins(served: Served) -> None:
     with ThreadPoolExecutor(4) as clients:
         assert sorted(clients.map(served.add, ["twin"] * 4)) == [201, 409, 409, 409]
-        stated = [{"max_input_tokens": 5000}, {"max_output_tokens": 1000}, {"supports_vision": True}]
-        changes = [{"model_info": info} for info in stated]
+        infos = [{"max_input_tokens": 5000}, {"max_output_tokens": 1000}, {"supports_vision": True}]
+        changes = [{"model_info": info} for info in infos]
         replies = clients.map(lambda change: served.proxy.admin("PATCH", "/admin/models/twin", change), changes)
         assert [reply.status_code for reply in replies] == [200] * 3
 
@@ -112,9 +110,9 @@ def test_a_frozen_store_fails_no_request_and_refuses_changes(served: Served) -> 
     assert wait_until(lambda: served.put_price() == 200)
 
 
-@pytest.mark.parametrize("stated", [{"max_input_tokens": 10**400}, {"input_cost_per_token": 1e300}])
-def test_a_number_out_of_range_is_refused_before_it_is_stored(served: Served, stated: dict[str, Any]) -> None:
-    whole = {"output_cost_per_token": 1e-6, **stated} if "input_cost_per_token" in stated else stated
+@pytest.mark.parametrize("info", [{"max_input_tokens": 10**400}, {"input_cost_per_token": 1e300}])
+def test_a_number_out_of_range_is_refused_before_it_is_stored(served: Served, info: dict[str, Any]) -> None:
+    whole = {"output_cost_per_token": 1e-6, **info} if "input_cost_per_token" in info else info
 
     assert served.proxy.admin("PATCH", "/admin/models/kept", {"model_info": whole}).status_code == 400
     assert served.put_price() == 200

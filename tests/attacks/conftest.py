@@ -1,4 +1,4 @@
-"""One `uniroute serve` for the session, to be attacked: two models, an admin key, the limits of a small machine."""
+"""Start one `uniroute serve` per session to attack: two models, an admin key, the limits of a small machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 @dataclass(frozen=True)
 class Attacked:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Hold the proxy and its upstreams. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
 
     server: ServeCommand
     fair: ScriptedUpstream
@@ -42,8 +42,10 @@ BOTH_MODES = pytest.mark.parametrize("attacked", ["auto", "translate"], indirect
 
 
 @pytest.fixture(scope="session")
-def servings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Attacked]]:
-    """By the mode in which the models are called; each is started once, if a test wants it."""
+def attacked_by_mode(
+    tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path
+) -> Iterator[Callable[[str], Attacked]]:
+    """Start one server for each mode in which models are called, if a test wants it."""
     with ExitStack() as closing:
 
         @cache
@@ -77,8 +79,8 @@ def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Att
 
 
 @pytest.fixture
-def attacked(servings: Callable[[str], Attacked], request: pytest.FixtureRequest) -> Attacked:
-    opened = servings(getattr(request, "param", "auto"))
+def attacked(attacked_by_mode: Callable[[str], Attacked], request: pytest.FixtureRequest) -> Attacked:
+    opened = attacked_by_mode(getattr(request, "param", "auto"))
     for upstream in (opened.fair, opened.good):
         upstream.reset()
     return opened

@@ -1,4 +1,6 @@
-"""Run every parser of what callers, upstreams and administrators write over every shape, in a child process."""
+"""Run every parser of what callers, upstreams and administrators write over every shape.
+`test_linear_time` runs this in a child process.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from tests.support.linear_time import read_all
 
 
 class _Headers:
-    """Every header has this value."""
+    """Return the same value for every header."""
 
     def __init__(self, value: str) -> None:
         self._value = value
@@ -40,8 +42,8 @@ class _Headers:
         return [self._value]
 
 
-def _told(read: Callable[[str], object]) -> Callable[[str], object]:
-    """A refusal in our own words is an answer too."""
+def _allowing_refusals(read: Callable[[str], object]) -> Callable[[str], object]:
+    """Accept a rendered refusal as an answer too."""
 
     def reading(text: str) -> object:
         try:
@@ -68,7 +70,7 @@ def _upstream_error(text: str) -> object:
         render_error(error_from_response(400, each, {"retry-after": text[:9]}, "m"))
         for each in (body, text.encode("utf-8", "replace"))
     ]
-    return [encode_json(said) for _, said, _ in described]
+    return [encode_json(rendered) for _, rendered, _ in described]
 
 
 def readers() -> dict[str, Callable[[str], object]]:
@@ -95,7 +97,7 @@ def readers() -> dict[str, Callable[[str], object]]:
         "names of clusters": lambda text: cluster_names([text, "other words"], np.array([0, 1]), 2),
         "misspelt name": lambda text: nearest_hint(text, ["answer", "answers", "pattern"]),
     }  # fmt: skip
-    return {name: _told(read) for name, read in found.items()}
+    return {name: _allowing_refusals(read) for name, read in found.items()}
 
 
 if __name__ == "__main__":

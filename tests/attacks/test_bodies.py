@@ -13,7 +13,7 @@ import pytest
 from tests.attacks.conftest import ADMIN, ASK, MAX_BODY_BYTES, Attacked
 
 JSON = {"content-type": "application/json"}
-DOORS = ("/v1/chat/completions", "/v1/route", "/admin/models")
+PATHS = ("/v1/chat/completions", "/v1/route", "/admin/models")
 START = b'{"model": "fair", "messages": [{"role": "user", "content": "hi"}], '
 MIB = 2**20
 BOMB = gzip.compress(b" " * 50 * MIB, mtime=0)
@@ -23,7 +23,7 @@ def post(http: httpx.Client, path: str, content: bytes, headers: dict[str, str] 
     return http.post(path, content=content, headers={**ADMIN, **JSON, **(headers or {})})
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -69,7 +69,7 @@ def test_a_json_key_given_twice_reaches_no_model(http: httpx.Client, attacked: A
     assert attacked.fair.history == attacked.good.history == []
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "headers",
     [
@@ -85,19 +85,19 @@ def test_other_content_types_are_not_read(http: httpx.Client, path: str, headers
     assert post(http, path, BOMB, headers).status_code == 415
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", PATHS)
 def test_a_body_that_is_too_large_is_refused_by_its_content_length_only(http: httpx.Client, path: str) -> None:
     assert post(http, path, b" " * (MAX_BODY_BYTES + 1)).status_code == 413
 
 
 def memory(pid: int) -> int:
-    """The most that was ever resident, in bytes."""
+    """Return the peak resident memory in bytes."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 @pytest.mark.parametrize("framing", ["content-length: 209715200", "transfer-encoding: chunked"])
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", PATHS)
 def test_two_hundred_megabytes_are_not_buffered(attacked: Attacked, path: str, framing: str) -> None:
     before = memory(attacked.server.pid)
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: {ADMIN['authorization']}\r\n{framing}\r\n\r\n"

@@ -37,7 +37,7 @@ KNOWN = {
     "other": f"no: x-api-key {PROVIDER_KEY}",
     "literal": f"no: Bearer {LITERAL_KEY} with {HEADER}",
 }
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 pytestmark = pytest.mark.filterwarnings("ignore:Item .* on TypedDict:UserWarning")
 
 
@@ -55,7 +55,7 @@ def nothing_scripted(canaries: Canaries) -> None:
 
 
 def found(*texts: str, secrets: tuple[str, ...] = SECRETS) -> list[str]:
-    """Secrets, whole or all but whole, that are in any of the texts; with what stands around the first."""
+    """Return the secrets that are in any of the texts, whole or nearly so, with what stands around the first."""
     tails = [(secret, secret[-8:]) for secret in secrets]
     return [
         f"{secret} in {text[max(0, text.index(tail) - 200) : text.index(tail) + 60]!r}"
@@ -76,20 +76,24 @@ def test_secrets_are_only_where_they_belong(canaries: Canaries) -> None:
 @pytest.mark.parametrize("name", ["named", "translated", "literal", "other"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_upstream_that_repeats_the_keys_is_not_quoted(canaries: Canaries, name: str, stream: bool) -> None:
-    said = KNOWN[name]
-    echoing = {"x-echo": said, "retry-after": said, "www-authenticate": said, "set-cookie": said}
+    message = KNOWN[name]
+    echoing = {"x-echo": message, "retry-after": message, "www-authenticate": message, "set-cookie": message}
     steps = [
-        Step(status=401, headers=echoing, body={"error": {"message": said, "type": said, "code": said, "param": said}}),
-        Step(status=500, headers=echoing, body=said.encode()),
-        Step(status=429, headers=echoing, body={"detail": [{"loc": [said], "msg": said}]}),
-        Step(status=400, headers=echoing, body={"error": said, said: said}),
-        Step(status=200, headers=echoing, body={"error": {"message": said}}),
-        Step(status=200, headers=echoing, body=said.encode()),
-        Step(status=307, headers={"location": f"http://x/{said}"}, body=b""),
-        Step(status=200, headers=echoing, events=[{"error": {"message": said, "code": 401}}]),
-        Step(status=200, headers=echoing, events=[SAID, {"error": {"message": said, "code": said}}]),
-        Step(status=200, headers=echoing, events=[SAID, b"event: error\ndata: " + said.encode() + b"\n\n"]),
-        Step(status=200, headers=echoing, events=[SAID], cut_after=1),
+        Step(
+            status=401,
+            headers=echoing,
+            body={"error": {"message": message, "type": message, "code": message, "param": message}},
+        ),
+        Step(status=500, headers=echoing, body=message.encode()),
+        Step(status=429, headers=echoing, body={"detail": [{"loc": [message], "msg": message}]}),
+        Step(status=400, headers=echoing, body={"error": message, message: message}),
+        Step(status=200, headers=echoing, body={"error": {"message": message}}),
+        Step(status=200, headers=echoing, body=message.encode()),
+        Step(status=307, headers={"location": f"http://x/{message}"}, body=b""),
+        Step(status=200, headers=echoing, events=[{"error": {"message": message, "code": 401}}]),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK, {"error": {"message": message, "code": message}}]),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK, b"event: error\ndata: " + message.encode() + b"\n\n"]),
+        Step(status=200, headers=echoing, events=[CONTENT_CHUNK], cut_after=1),
     ]
     for step in steps:
         canaries.upstream.always = step
@@ -136,8 +140,8 @@ def test_error_responses_to_administrators_repeat_no_secret(canaries: Canaries) 
 
 
 def test_failed_jobs_contain_no_key(canaries: Canaries) -> None:
-    for name, said in KNOWN.items():
-        canaries.upstream.always = Step(status=401, body={"error": {"message": said}})
+    for name, message in KNOWN.items():
+        canaries.upstream.always = Step(status=401, body={"error": {"message": message}})
         job = canaries.admin("POST", f"/admin/models/{name}/profile", {"prompts": 20, "max_usd": 1}).json()["job"]
         assert wait_until(
             lambda job=job: canaries.admin("GET", f"/admin/jobs/{job}").json()["state"] in ("failed", "ready"), 60
@@ -150,7 +154,7 @@ def test_failed_jobs_contain_no_key(canaries: Canaries) -> None:
 
 
 async def stored(url: str) -> list[str]:
-    """Every key and value of the store."""
+    """Return every key and value of the store."""
     client = Redis.from_url(url, decode_responses=True, encoding_errors="replace")
     texts: list[str] = []
     async for key in client.scan_iter(count=1000):
@@ -231,7 +235,7 @@ async def test_no_repr_and_no_crash_shows_a_secret(
         state = services.snapshots.current
         things = [settings, services, services.store.client, state, *state.models.values(), *state.keys.values()]
         things += [part for part in vars(services).values() if part is not environ]
-        shown = [repr(thing) for thing in things] + [str(settings), repr(settings.model_list)]
+        texts = [repr(thing) for thing in things] + [str(settings), repr(settings.model_list)]
         app = create_app(services)
         object.__setattr__(services, "assigner", None)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -239,10 +243,10 @@ async def test_no_repr_and_no_crash_shows_a_secret(
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", headers=headers) as client:
             body = {"model": "auto", "messages": [{"role": "user", "content": PROMPT}]}
             reply = await client.post("/v1/chat/completions", json=body)
-        shown += [reply.text, str(reply.headers), caplog.text]
+        texts += [reply.text, str(reply.headers), caplog.text]
 
     assert (reply.status_code, "Traceback" in caplog.text) == (500, True)
-    assert found(*shown, secrets=(*SECRETS, PROMPT, canaries.client_key)) == []
+    assert found(*texts, secrets=(*SECRETS, PROMPT, canaries.client_key)) == []
 
 
 def test_metrics_name_no_key_and_no_prompt(canaries: Canaries) -> None:

@@ -1,4 +1,4 @@
-"""Every name that litellm acts on is a field of OpenAI's, or refused, or shown to change only the body."""
+"""Check that each name that litellm acts on is one of OpenAI's fields, or is refused, or changes only the body."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step, error_body
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -32,7 +33,7 @@ HARMLESS = (
     *("context_management", "id", "include_server_side_tool_invocations", "itpm", "order", "otpm", "rpm", "tags"),
     *("tpm", "ttl", "verbose", "weight"),
 )
-ARMS = ("openai/x", "mistral/x", "deepseek/x", "groq/x", "anthropic/claude-x", "cohere_chat/x")
+MODELS = ("openai/x", "mistral/x", "deepseek/x", "groq/x", "anthropic/claude-x", "cohere_chat/x")
 pytestmark = pytest.mark.filterwarnings("ignore")
 EVIL: Any = {
     "api_base": "http://127.0.0.1:9/evil", "base_url": "http://127.0.0.1:9/evil", "api_key": "evil", "timeout": 0.001,
@@ -102,43 +103,41 @@ def upstream() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path), {"MODEL_API_KEY": KEY})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"MODEL_API_KEY": KEY}, settings=Settings(data_dir=tmp_path)) as opened:
+        yield opened
 
 
-async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, arm: str, **body: Any) -> list[tuple[Any, ...]]:
-    """Path, key, header names and body of everything that reaches the upstream."""
+async def seen(client: LiteLLMClient, upstream: ScriptedUpstream, model: str, **body: Any) -> list[tuple[Any, ...]]:
+    """Return path, key, header names and body of everything that reaches the upstream."""
     upstream.history.clear()
-    params = {"model": arm, "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY"}
+    params = {"model": model, "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY"}
     record = ModelRecord("m", params, ModelInfo(), "config", 0.0)
     with contextlib.suppress(UpstreamError):  # it refuses all, for its answers are in OpenAI's format alone
         await client.complete(record, {"model": "m", "messages": ASK, **body})
     return [(r.path, {n: v for n, v in r.headers.items() if n != "content-length"}, r.body) for r in upstream.history]
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("model", MODELS)
 async def test_harmless_fields_change_only_the_body(
-    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, model: str
 ) -> None:
-    ((path, headers, body),) = await seen(client, upstream, arm)
+    ((path, headers, body),) = await seen(client, upstream, model)
     for name in HARMLESS:
         for value in (7, EVIL):
-            ((changed_path, changed_headers, changed),) = await seen(client, upstream, arm, **{name: value})
+            ((changed_path, changed_headers, changed),) = await seen(client, upstream, model, **{name: value})
             assert (changed_path, changed_headers) == (path, headers)
-            assert {field: said for field, said in changed.items() if field not in (name, "extra_body")} == body
+            assert {field: sent for field, sent in changed.items() if field not in (name, "extra_body")} == body
             assert changed.get(name, value) == value
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("model", MODELS)
 async def test_what_is_nested_in_a_field_of_openai_steers_nothing(
-    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, model: str
 ) -> None:
-    ((path, headers, body),) = await seen(client, upstream, arm)
+    ((path, headers, body),) = await seen(client, upstream, model)
     for name in sorted(CHAT_FIELDS | {"metadata", "prompt_cache_retention"}):
         for value in (EVIL, [EVIL]):
-            for changed_path, changed_headers, changed in await seen(client, upstream, arm, **{name: value}):
+            for changed_path, changed_headers, changed in await seen(client, upstream, model, **{name: value}):
                 assert changed_path == path, name
                 assert {n: changed_headers.get(n) for n in headers} == headers, name
                 assert "x-evil" not in changed_headers, name
@@ -146,11 +145,11 @@ async def test_what_is_nested_in_a_field_of_openai_steers_nothing(
 
 
 @pytest.mark.parametrize(
-    "arm", ["anthropic/claude-3-5-sonnet-20241022", "gemini/gemini-1.5-pro", "ollama/llava", "mistral/x", "openai/x",
+    "model", ["anthropic/claude-3-5-sonnet-20241022", "gemini/gemini-1.5-pro", "ollama/llava", "mistral/x", "openai/x",
             "bedrock/anthropic.claude-3-sonnet-20240229-v1:0"],
 )  # fmt: skip
 async def test_media_by_address_is_not_fetched_from_inside(
-    client: LiteLLMClient, upstream: ScriptedUpstream, arm: str
+    client: LiteLLMClient, upstream: ScriptedUpstream, model: str
 ) -> None:
     """Some formats carry media within, and litellm fetches them: the caller must not reach our network by it."""
     with ScriptedUpstream() as inside:
@@ -166,7 +165,7 @@ async def test_media_by_address_is_not_fetched_from_inside(
                 {"type": "input_audio", "input_audio": {"data": address, "format": "wav"}},
             ):
                 content = [{"type": "text", "text": "hi"}, part]
-                await seen(client, upstream, arm, messages=[{"role": "user", "content": content}])
+                await seen(client, upstream, model, messages=[{"role": "user", "content": content}])
         assert inside.history == []
 
 

@@ -63,10 +63,10 @@ def test_messages_of_any_shape_are_routed_and_reach_the_model_as_they_are(
 ) -> None:
     messages = SHAPES[shape]
     reply = http.post("/v1/chat/completions", json={"model": "auto", "messages": messages})
-    asked = attacked.fair.history + attacked.good.history
+    requests = attacked.fair.history + attacked.good.history
 
     assert reply.status_code == 200, reply.text
-    assert [received.body["messages"] for received in asked] == [messages]
+    assert [received.body["messages"] for received in requests] == [messages]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: every route is in it, and requests made from it are answered as it says."""
+"""Check the OpenAPI document: it has every route, and requests made from it get the responses that it names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def described(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ServeCommand]:
-    """A server for which a client key was made, so that every endpoint needs one."""
+    """Start a server with a client key, so that every endpoint needs one."""
     folder = tmp_path_factory.mktemp("described")
     environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY, MODEL_API_KEY="sk-x")
     with ScriptedUpstream() as upstream:

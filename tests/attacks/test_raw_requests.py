@@ -1,5 +1,3 @@
-"""Requests that no client library sends, byte by byte."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,4 +1,4 @@
-"""A redirect would send the prompt, and in some formats the key, to wherever an upstream points."""
+"""A followed redirect would send the prompt, and in some formats the key, to wherever an upstream points."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -57,10 +58,10 @@ def pointing(elsewhere: ScriptedUpstream) -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(data_dir=tmp_path, request_timeout_s=3), {"MODEL_API_KEY": "sk-of-the-provider"})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client(
+        {"MODEL_API_KEY": "sk-of-the-provider"}, settings=Settings(data_dir=tmp_path, request_timeout_s=3)
+    ) as opened:
+        yield opened
 
 
 async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
@@ -91,12 +92,12 @@ async def test_no_provider_that_litellm_knows_follows_a_redirect(
     client: LiteLLMClient, pointing: ScriptedUpstream, elsewhere: ScriptedUpstream
 ) -> None:
     pointing.history.clear()
-    asked = []
+    reached = []
     for provider in sorted({kind.value for kind in import_litellm().LlmProviders}):
         with contextlib.suppress(TimeoutError):
             await ask(client, provider, pointing.url)
-        asked += [provider] if pointing.history else []
+        reached += [provider] if pointing.history else []
         pointing.history.clear()
         assert elsewhere.history == [], provider
 
-    assert len(asked) > 60
+    assert len(reached) > 60

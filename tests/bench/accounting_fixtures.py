@@ -1,5 +1,3 @@
-"""What a process keeps its books with, for benches: the real parts, opened and closed. Measures nothing."""
-
 from __future__ import annotations
 
 import asyncio
@@ -42,8 +40,8 @@ LIMITS = ConcurrencyLimits(64, 64)
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a process keeps its books with."""
+class AccountingParts:
+    """Hold the parts of a process that record requests."""
 
     store: Store
     app: AppState
@@ -57,7 +55,7 @@ class Room:
         return RequestRecord(self.context(), self.selection, NO_AFFINITY)
 
     async def attempt(self) -> Attempt:
-        """Begin one as AttemptRunner does."""
+        """Begin an attempt as `AttemptRunner` does."""
         model, slots = self.selection.model, self.app.concurrency_limiter
         self.app.health.cooling_down()
         acquired_at = await slots.acquire(model, LIMITS, 5.0)
@@ -67,7 +65,7 @@ class Room:
         return attempt
 
     async def valkey_s(self) -> float:
-        """CPU seconds that the store has taken."""
+        """Return the CPU seconds that the store has taken."""
         taken: Any = await self.store.client.info("cpu")
         return float(taken["used_cpu_user"]) + float(taken["used_cpu_sys"])
 
@@ -80,7 +78,7 @@ def started(record: RequestRecord) -> RequestRecord:
 
 
 def emptied_pipe() -> Any:
-    """Where log lines go: a pipe, as a container's runtime reads it."""
+    """Open a pipe for log lines, as a container's runtime reads it."""
     reader = subprocess.Popen(
         [sys.executable, "-c", "import os\nwhile os.read(0, 1 << 16): pass"], stdin=subprocess.PIPE
     )
@@ -89,7 +87,7 @@ def emptied_pipe() -> Any:
 
 
 @asynccontextmanager
-async def open_room(folder: Path) -> AsyncIterator[Room]:
+async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
     server = EmbeddedValkey(folder)
     await asyncio.to_thread(server.ensure)
     store = Store(f"unix://{server.socket_path}")
@@ -117,7 +115,7 @@ async def open_room(folder: Path) -> AsyncIterator[Room]:
                 resolver=absent,
                 environ={},
             )
-            yield Room(store, app, routing, await chosen(state=routing))
+            yield AccountingParts(store, app, routing, await chosen(state=routing))
             await limiter.close()
             await usage.stop()
     finally:

@@ -1,8 +1,8 @@
-"""CPU time of everything that is written down about a request, by stage: `python -m tests.bench.accounting_stages`.
+"""Measure the CPU time of everything that is recorded of a request: `python -m tests.bench.accounting_stages`.
 
 The real parts: a journal on disk, an embedded Valkey, the metrics of a process, and log lines to a pipe that another
 process empties. Microseconds of CPU of this process, user and system, for one request and for one streamed chunk; each
-the least of several rounds. What a request waits for is not counted.
+is the least of several rounds. The time that a request waits is not counted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from proxy.server.reservations import UsageEstimate, limit_to_reserved, reservat
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import content_bytes, has_content
-from tests.bench.accounting_fixtures import REQUEST, SHORT, USAGE, Room, emptied_pipe, open_room, started
+from tests.bench.accounting_fixtures import REQUEST, SHORT, USAGE, AccountingParts, emptied_pipe, open_parts, started
 from tests.support.limited_keys import a_key
 
 LIMITS: dict[str, Any] = {"requests_per_minute": 10**9, "tokens_per_minute": 10**12, "usd_per_day": 10**6}
@@ -56,67 +56,67 @@ def uvloop_or_not() -> Any:
 async def _measure(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, emptied_pipe() as pipe:
         dictConfig({**LOGGING, "handlers": {"stderr": {**LOGGING["handlers"]["stderr"], "fd": pipe.fileno()}}})
-        async with open_room(Path(name)) as room:
+        async with open_parts(Path(name)) as parts:
             if arguments.profile:
-                await _profile(room, arguments.times)
+                await _profile(parts, arguments.times)
                 return
-            rows = [(what, *await _least_us(room, arguments, work)) for what, work in _stages(room)]
+            rows = [(title, *await _least_us(parts, arguments, work)) for title, work in _stages(parts)]
             console.table(("stage", "CPU us", "Valkey's"), rows, title="the least of the rounds")
 
 
 Work = Callable[[int], Awaitable[None]]
 
 
-def _stages(room: Room) -> list[tuple[str, Work]]:
+def _stages(parts: AccountingParts) -> list[tuple[str, Work]]:
     plain, limited = a_key(), a_key(**LIMITS)
     chunk = _chunk({"content": " word"})
     call = _chunk({"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]})
     return [
-        ("affinity of one turn", _affinities(room, SHORT)),
-        ("affinity of 60 turns", _affinities(room, LONG)),
-        ("record", _new_records(room)),
-        ("attempt: health, slot, breaker", _attempts(room)),
-        ("headers", _headers(room)),
-        ("finish", _finishes(room)),
-        ("of it: the record and its journal", _records(room)),
-        ("afterwards: a record from the journal to Redis", _flushes(room)),
-        ("one plain chunk", _chunks(room, chunk)),
+        ("affinity of one turn", _affinities(parts, SHORT)),
+        ("affinity of 60 turns", _affinities(parts, LONG)),
+        ("record", _new_records(parts)),
+        ("attempt: health, slot, breaker", _attempts(parts)),
+        ("headers", _headers(parts)),
+        ("finish", _finishes(parts)),
+        ("of it: the record and its journal", _records(parts)),
+        ("afterwards: a record from the journal to Redis", _flushes(parts)),
+        ("one plain chunk", _chunks(parts, chunk)),
         (
             "one chunk with a call",
-            _chunks(room, call),
+            _chunks(parts, call),
         ),
-        ("reserve, alone", _reserves(room, limited, at_once=1)),
-        ("reserve, 16 at once", _reserves(room, limited, at_once=16)),
-        ("request without a key, all but chunks", _requests(room, None)),
-        ("request with a key", _requests(room, plain)),
-        ("request with a limited key, 16 at once", _requests(room, limited, at_once=16)),
+        ("reserve, alone", _reserves(parts, limited, at_once=1)),
+        ("reserve, 16 at once", _reserves(parts, limited, at_once=16)),
+        ("request without a key, all but chunks", _requests(parts, None)),
+        ("request with a key", _requests(parts, plain)),
+        ("request with a limited key, 16 at once", _requests(parts, limited, at_once=16)),
     ]
 
 
-def _affinities(room: Room, messages: list[Any]) -> Work:
+def _affinities(parts: AccountingParts, messages: list[Any]) -> Work:
     request = ChatRequest({"messages": messages}, "auto", False, False, RoutingOptions())
 
     async def work(times: int) -> None:
         for _ in range(times):
-            await load_affinity(room.app.sessions, request, None, room.app.settings)
+            await load_affinity(parts.app.sessions, request, None, parts.app.settings)
 
     return work
 
 
-def _new_records(room: Room) -> Work:
-    ctx = room.context()
+def _new_records(parts: AccountingParts) -> Work:
+    ctx = parts.context()
 
     async def work(times: int) -> None:
         for _ in range(times):
-            RequestRecord(ctx, room.selection, NO_AFFINITY)
+            RequestRecord(ctx, parts.selection, NO_AFFINITY)
 
     return work
 
 
-def _attempts(room: Room) -> Work:
+def _attempts(parts: AccountingParts) -> Work:
     async def work(times: int) -> None:
         for _ in range(times):
-            attempt = await room.attempt()
+            attempt = await parts.attempt()
             attempt.first_content()
             attempt.succeeded()
             attempt.abandoned()
@@ -124,8 +124,8 @@ def _attempts(room: Room) -> Work:
     return work
 
 
-def _headers(room: Room) -> Work:
-    record = room.record()
+def _headers(parts: AccountingParts) -> Work:
+    record = parts.record()
     record.start_attempt(record.selection.model)
 
     async def work(times: int) -> None:
@@ -135,9 +135,9 @@ def _headers(room: Room) -> Work:
     return work
 
 
-def _finishes(room: Room) -> Work:
+def _finishes(parts: AccountingParts) -> Work:
     async def work(times: int) -> None:
-        records = [started(room.record()) for _ in range(times)]
+        records = [started(parts.record()) for _ in range(times)]
         before = time.process_time()
         for record in records:
             record.finish("complete")
@@ -146,8 +146,8 @@ def _finishes(room: Room) -> Work:
     return work
 
 
-def _records(room: Room) -> Work:
-    usage, entry = room.app.usage, started(room.record())._write_usage("complete")
+def _records(parts: AccountingParts) -> Work:
+    usage, entry = parts.app.usage, started(parts.record())._write_usage("complete")
 
     async def work(times: int) -> None:
         for _ in range(times):
@@ -156,8 +156,8 @@ def _records(room: Room) -> Work:
     return work
 
 
-def _flushes(room: Room) -> Work:
-    usage, record = room.app.usage, _records(room)
+def _flushes(parts: AccountingParts) -> Work:
+    usage, record = parts.app.usage, _records(parts)
 
     async def work(times: int) -> None:
         await record(times)
@@ -173,11 +173,11 @@ def _chunk(delta: dict[str, Any]) -> dict[str, Any]:
     return {**about, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
 
 
-def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
-    """What streaming asks of the books, chunk by chunk."""
+def _chunks(parts: AccountingParts, chunk: dict[str, Any]) -> Work:
+    """Record a stream chunk by chunk."""
 
     async def work(times: int) -> None:
-        record = room.record()
+        record = parts.record()
         for _ in range(times):
             has_content(chunk)
             record.affinity.observe(chunk, record.model)
@@ -188,24 +188,24 @@ def _chunks(room: Room, chunk: dict[str, Any]) -> Work:
     return work
 
 
-def _reserves(room: Room, key: ClientKey, *, at_once: int) -> Work:
+def _reserves(parts: AccountingParts, key: ClientKey, *, at_once: int) -> Work:
     async def one() -> None:
-        selection = limit_to_reserved(replace(room.selection, id=uuid.uuid4().hex), key.limits)
-        estimate = UsageEstimate(selection, REQUEST.body, room.routing, room.app.settings)
-        await room.app.rate_limiter.reserve(key, replace(reservation_request(estimate, key.limits), ttl_s=0.001))
+        selection = limit_to_reserved(replace(parts.selection, id=uuid.uuid4().hex), key.limits)
+        estimate = UsageEstimate(selection, REQUEST.body, parts.routing, parts.app.settings)
+        await parts.app.rate_limiter.reserve(key, replace(reservation_request(estimate, key.limits), ttl_s=0.001))
 
     return _together(one, at_once)
 
 
-def _requests(room: Room, key: ClientKey | None, *, at_once: int = 1) -> Work:
-    """As completions, attempts and streaming go about it."""
+def _requests(parts: AccountingParts, key: ClientKey | None, *, at_once: int = 1) -> Work:
+    """Record whole requests as completions, attempts and streaming do."""
 
     async def one() -> None:
-        ctx = room.context(key)
+        ctx = parts.context(key)
         affinity = await load_affinity(ctx.app.sessions, ctx.request, key, ctx.app.settings)
-        selection, reservation = await reserve(ctx, replace(room.selection, id=uuid.uuid4().hex))
+        selection, reservation = await reserve(ctx, replace(parts.selection, id=uuid.uuid4().hex))
         record = RequestRecord(ctx, selection, affinity, reservation)
-        attempt = await room.attempt()
+        attempt = await parts.attempt()
         record.start_attempt(selection.model)
         record.first_content()
         attempt.first_content()
@@ -229,28 +229,28 @@ def _together(one: Callable[[], Awaitable[None]], at_once: int) -> Work:
     return work
 
 
-async def _least_us(room: Room, arguments: argparse.Namespace, work: Work) -> tuple[str, str]:
-    """Of this process, and of the store."""
+async def _least_us(parts: AccountingParts, arguments: argparse.Namespace, work: Work) -> tuple[str, str]:
+    """Return the least microseconds of CPU of this process, and of the store."""
     taken: list[float] = []
     store_taken: list[float] = []
     await work(16)
     for _ in range(arguments.rounds):
         gc.collect()
-        store_before, before = await room.valkey_s(), time.process_time()
+        store_before, before = await parts.valkey_s(), time.process_time()
         await work(arguments.times)
         spent = time.process_time() - before
         taken.append(getattr(work, "own", spent))
-        store_taken.append(await room.valkey_s() - store_before)
-        await room.app.usage.flush()
+        store_taken.append(await parts.valkey_s() - store_before)
+        await parts.app.usage.flush()
         await asyncio.sleep(0.05)  # so that the connections to the store are read, and none is taken for silent
     return f"{min(taken) / arguments.times * 1e6:.2f}", f"{min(store_taken) / arguments.times * 1e6:.0f}"
 
 
-async def _profile(room: Room, times: int) -> None:
+async def _profile(parts: AccountingParts, times: int) -> None:
     import cProfile
     import pstats
 
-    work = _requests(room, None)
+    work = _requests(parts, None)
     await work(100)
     profile = cProfile.Profile()
     profile.enable()

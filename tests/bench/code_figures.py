@@ -1,7 +1,6 @@
-"""Figures of the code and of the way of a request through it: `python -m tests.bench.code_figures`.
+"""Count files, lines, imports and names of the code: `python -m tests.bench.code_figures`.
 
-Counts of files, lines, imports and names are read from the sources. The files that a request enters are counted while
-one is served: see request_walk.
+The figures come from the sources. The files that a request enters are counted while one is served: see request_walk.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ def comparative_constants(tree: ast.Module) -> list[str]:
 
 
 def is_participle(stem: str) -> bool:
-    """Whether the last word of a module's name is one."""
+    """Tell whether the last word of a module's name is a participle."""
     word = stem.removeprefix("test_").rpartition("_")[2]
     return word.endswith(("ing", "ed")) and word not in FIELD_GERUNDS | NOUNS
 
@@ -111,8 +110,8 @@ def summary(walk: Walk) -> dict[str, Any]:
 def text_of(figures: Mapping[str, Any], *, files: bool) -> str:
     lines = []
     for package in (*PACKAGES, "tests"):
-        shown = {name: len(value) if isinstance(value, list) else value for name, value in figures[package].items()}
-        lines.append(f"{package}: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+        sums = {name: len(value) if isinstance(value, list) else value for name, value in figures[package].items()}
+        lines.append(f"{package}: " + ", ".join(f"{name} {value}" for name, value in sums.items()))
         lines += [
             f"  {name}: {', '.join(value)}"
             for name, value in figures[package].items()

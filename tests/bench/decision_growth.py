@@ -1,7 +1,7 @@
-"""Time of one decision against the number of models and of clusters: `python -m tests.bench.decision_growth`.
+"""Measure one decision against the number of models and of clusters: `python -m tests.bench.decision_growth`.
 
-A decision is what a request pays for: assigning its vector to clusters, ruling models out, scoring the others. The last
-column embeds the text as well, with the static embedder. Medians over prompts, one after the other, in one process.
+A decision assigns a vector to clusters, rules models out and scores the others. The last column embeds the text too,
+with the static embedder. Medians over prompts, one after the other, in one process.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def decide(pool: Pool, cluster_map: ClusterMap, vector: Floats) -> str:
 
 
 def measure(texts: Sequence[str], embedder: StaticEmbedder, over: tuple[Pool, ClusterMap]) -> tuple[float, float]:
-    """Median milliseconds without and with embedding."""
+    """Return median milliseconds without and with embedding."""
     vectors = [embedder.embed([text]) for text in texts]
     decision = partial(decide, *over)
     return _median_ms(decision, vectors), _median_ms(lambda text: decision(embedder.embed([text])), texts)

@@ -1,6 +1,7 @@
-"""What it costs that the embedded store acknowledges nothing that is not on disk: `python -m tests.bench.durability`.
+"""Measure what it costs to acknowledge only what is on disk: `python -m tests.bench.durability`.
 
-Writes one after the other, as an admin's are, and batches of usage, with `appendfsync always` (ours) and `everysec`.
+Single writes one after the other, as an admin's are, and batches of usage, with `appendfsync always` (ours) and
+`everysec`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of `uniroute fit` against the number of prompts: `python -m tests.bench.fit_growth`.
+"""Measure time and peak memory of `uniroute fit` against the number of prompts: `python -m tests.bench.fit_growth`.
 
 Each size is fitted by the command in a process of its own, so that each peak is its own. Prompts are generated.
 """

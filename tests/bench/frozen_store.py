@@ -1,4 +1,4 @@
-"""What a frozen store costs: requests before and meanwhile, and every admin call. Prints a table; asserts nothing.
+"""Measure what a frozen store costs: requests before and meanwhile, and every admin call. Prints a table.
 
 python -m tests.bench.frozen_store [--requests 200] [--external]
 """
@@ -60,7 +60,7 @@ def measure(gateway: Gateway, pid: int, requests: int) -> None:
 
 
 def latencies(gateway: Gateway, requests: int) -> list[float]:
-    """Seconds of each, one after the other on one connection, routed."""
+    """Return the seconds of each routed request, one after the other on one connection."""
     taken = []
     body = {"model": "auto", "messages": QUESTION}
     with httpx.Client(base_url=gateway.url, timeout=20) as client:
@@ -81,11 +81,11 @@ def print_row(name: str, taken: list[float]) -> None:
 
 
 def admin_calls(gateway: Gateway) -> dict[str, Callable[[], httpx.Response]]:
-    asked = {**model_entry("late", gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
-    handed = {**model_entry("later", gateway.upstream.url), "profile": uniform_profile(0.1)}
+    to_measure = {**model_entry("late", gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
+    with_profile = {**model_entry("later", gateway.upstream.url), "profile": uniform_profile(0.1)}
     calls = [
-        ("POST", "/models", asked),
-        ("POST", "/models", handed),
+        ("POST", "/models", to_measure),
+        ("POST", "/models", with_profile),
         ("POST", "/models/kept/profile", {"prompts": 20}),
         ("POST", f"/models/{CONFIGURED}/profile", uniform_profile(0.1)),
         ("PUT", "/models/kept/pricing", PRICE),
@@ -98,7 +98,9 @@ def admin_calls(gateway: Gateway) -> dict[str, Callable[[], httpx.Response]]:
         ("DELETE", "/jobs/none", None),
     ]
     return {
-        f"{method} {path}{' (asking)' if body is asked else ''}": lambda call=(method, path, body): gateway.admin(*call)  # type: ignore[misc]
+        f"{method} {path}{' (asking)' if body is to_measure else ''}": lambda call=(method, path, body): gateway.admin(
+            *call
+        )  # type: ignore[misc]
         for method, path, body in calls
     }
 

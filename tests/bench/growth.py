@@ -1,7 +1,7 @@
-"""How cost grows with models, clusters, bodies, open streams, and without Redis: `python -m tests.bench.growth`.
+"""Measure how cost grows with models, clusters, bodies and streams, and without Redis: `python -m tests.bench.growth`.
 
-Each row has its ratio to the one before in brackets, and says where a figure grew faster than what it grew with. The
-server has one core, load and upstream another; seconds are short, so read trends. Linux, two cores, ten minutes.
+Each row has its ratio to the one before in brackets. A figure that grew faster than its cause is named. The server has
+one core, load and upstream another. Seconds are short, so read trends. Linux, two cores, ten minutes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Point:
-    """A row. `cause`: what is grown, as a number; the same in two rows where nothing should change."""
+    """Hold one row. `cause` is the number that grows; it is the same in two rows where nothing should change."""
 
     name: str
     cause: float
@@ -75,8 +75,6 @@ OF_REQUESTS = (
 
 @dataclass
 class Growing:
-    """What all parts need."""
-
     bench: Bench
     table: Path
     scale: float
@@ -91,7 +89,7 @@ class Growing:
             yield rows_of(server, started)[0]
 
     def point(self, name: str, cause: float, row: Row, kind: str = "mixed") -> Point:
-        """Medians of a few short rounds."""
+        """Return medians of a few short rounds."""
         found: dict[str, list[float]] = {figure.title: [] for figure in OF_REQUESTS}
         for number in range(ROUNDS + 1):
             alone = self.bench.measure(Case("alone", kind, connections=1), row)
@@ -133,7 +131,7 @@ def over_bodies(growing: Growing) -> Iterator[Point]:
 
 
 def without_redis(growing: Growing) -> Iterator[Point]:
-    """The embedded store, stopped as a process that hangs is: the worst way not to be there."""
+    """Stop the embedded store as a process that hangs is stopped: the worst way to be away."""
     with growing.served("store") as row:
         yield growing.point("the store answers", 1, row)
         with frozen(_store_pid(growing.bench.folder / "store" / "data")):
@@ -151,7 +149,7 @@ def over_streams(growing: Growing) -> Iterator[Point]:
 
 
 def scaled(values: Sequence[int], scale: float) -> list[int]:
-    """Those up to a share of the largest."""
+    """Keep the numbers up to a share of the largest."""
     return [value for value in values if value <= scale * max(values)] or [min(values)]
 
 
@@ -173,7 +171,7 @@ WORK: Mapping[str, Part] = {
 
 
 def growth(before: Point, after: Point, figure: Figure) -> float:
-    """How many times the cost: of a rate, how many times less."""
+    """Return the factor by which a cost rose; for a rate, by which it fell."""
     then, now = before.values[figure.title], after.values[figure.title]
     if math.isnan(then) or math.isnan(now) or min(then, now) <= 0:
         return math.nan
@@ -181,13 +179,13 @@ def growth(before: Point, after: Point, figure: Figure) -> float:
 
 
 def too_fast(before: Point, after: Point, figures: Sequence[Figure]) -> list[str]:
-    """Titles of what grew faster than its cause."""
+    """Return the titles of figures that grew faster than their cause."""
     allowed = NOISE * after.cause / before.cause
     return [figure.title for figure in figures if growth(before, after, figure) > allowed]
 
 
 def print_part(name: str, points: Sequence[Point], figures: Sequence[Figure]) -> list[str]:
-    """What grew too fast, row by row."""
+    """Print a part, and return what grew too fast, row by row."""
     rows, found = [], []
     for before, point in pairwise([None, *points]):
         assert point

@@ -1,7 +1,7 @@
-"""What a flood of invalid keys costs a client with a valid one: `python -m tests.bench.key_flood`.
+"""Measure what a flood of invalid keys costs a client with a valid one: `python -m tests.bench.key_flood`.
 
-One server process; the valid client asks one thing after another, first alone, then while others send a bounded number
-of requests with keys that are none. Prints medians; every request of the flood must be refused with 401.
+One server process. The valid client sends one request after another, first alone, then while others send a bounded
+number of requests with invalid keys. Prints medians. Every request of the flood must be refused with 401.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ async def compare(url: str, key: str, count: int) -> None:
         )
         assert flooding.stdout
         assert await flooding.stdout.readline() == b"begins\n"
-        told = asyncio.create_task(flooding.stdout.read())
+        output = asyncio.create_task(flooding.stdout.read())
         during: list[float] = []
-        while not told.done():
+        while not output.done():
             during += await timed(client, key, 1)
         await flooding.wait()
         after = await timed(client, key, ALONE)
@@ -78,11 +78,10 @@ async def compare(url: str, key: str, count: int) -> None:
     ]
     console.table(("a valid client", "requests", "median ms", "longest ms"), rows)
     ratio = statistics.median(during) / statistics.median(alone)
-    console.echo(f"{told.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
+    console.echo(f"{output.result().decode().strip()}; the valid client's median: x{ratio:.2f}")
 
 
 async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
-    """Seconds of each request."""
     times = []
     for _ in range(count):
         started = time.perf_counter()
@@ -93,7 +92,7 @@ async def timed(client: httpx.AsyncClient, key: str, count: int) -> list[float]:
 
 
 async def flood(url: str, count: int) -> None:
-    """Kept-alive connections that send one request after another, as fast as they are answered."""
+    """Send one request after another over kept-alive connections, as fast as they are answered."""
     parts = urlsplit(url)
     content = json.dumps(BODY).encode()
     statuses: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""HTTP/1.1 over one kept connection, for load: it costs little beside what it measures. No TLS, no redirects."""
+"""Send HTTP/1.1 over one kept connection, for load: it costs little beside what it measures. No TLS, no redirects."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 
 class LeanClient:
-    """One request at a time. A connection that was closed is opened again by the next."""
+    """Send one request at a time. A connection that was closed is opened again by the next."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def post(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> tuple[int, bytes]:
-        """Status and body, the framing of a chunked one included. Raises OSError, IncompleteReadError."""
+        """Return status and body, the framing of a chunked one included. Raises OSError, IncompleteReadError."""
         reader = await self._sent(path, body, headers)
         head = await reader.readuntil(b"\r\n\r\n")
         whole = await _body(reader, head.lower())
         return int(head[9:12]), whole
 
     async def leave(self, path: str, body: Mapping[str, Any], headers: Mapping[str, str], *, bytes_read: int) -> None:
-        """Ask, read so much and go away."""
+        """Send a request, read so much and disconnect."""
         reader = await self._sent(path, body, headers)
         if bytes_read:
             await reader.read(bytes_read)
@@ -41,8 +41,13 @@ class LeanClient:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
         reader, writer = self._streams
         raw = json.dumps(body).encode()
-        stated = {"host": "127.0.0.1", "content-type": "application/json", "content-length": str(len(raw)), **headers}
-        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in stated.items())]
+        all_headers = {
+            "host": "127.0.0.1",
+            "content-type": "application/json",
+            "content-length": str(len(raw)),
+            **headers,
+        }
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in all_headers.items())]
         writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + raw)
         await writer.drain()
         return reader

@@ -1,5 +1,3 @@
-"""What streams cost that are merely open: memory of each, and a plain request beside them. Starts no server."""
-
 from __future__ import annotations
 
 import math
@@ -29,10 +27,10 @@ class Seen:
 
 
 def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> Seen:
-    """`alone_mib`: the server's size before any stream."""
-    held = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
+    """Measure with open streams. `alone_mib`: the server's size before any stream."""
+    case = Case("held open", "short", stream=True, connections=count, pace_ms=PACE_MS)
     idle = _open(row, bench)
-    with begun(bench.job(held, row, seconds=600, most=count), bench.cores.load):
+    with begun(bench.job(case, row, seconds=600, most=count), bench.cores.load):
         _until(lambda: _open(row, bench) >= count)
         time.sleep(SETTLED_S)
         size, spent, began = memory(row.pid).pss, cpu_s(row.pid), time.monotonic()
@@ -47,12 +45,12 @@ def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> S
 
 
 def _open(row: Row, bench: Bench) -> int:
-    """Connections to the upstream; up to sixteen may be idle."""
+    """Count connections to the upstream; up to sixteen may be idle."""
     return sum(remote == bench.upstream.port for _, remote in tcp_connections(row.pid))
 
 
 def _until(reached: Callable[[], bool]) -> None:
-    """Or no longer than `OPEN_S`."""
+    """Wait for at most `OPEN_S`."""
     deadline = time.monotonic() + OPEN_S
     while not reached() and time.monotonic() < deadline:
         time.sleep(POLL_S)

@@ -1,5 +1,3 @@
-"""What Linux says of a process: memory, descriptors, sockets; and what the server says of its tasks."""
-
 from __future__ import annotations
 
 import re
@@ -27,7 +25,7 @@ class Facts:
 
 
 def facts_of(pid: int, url: str, key: str, requests: int) -> Facts:
-    """`url` and `key`: where the server tells its metrics."""
+    """Read the facts of a process. `url` and `key`: where the server exposes its metrics."""
     memory = _rollup(pid)
     targets = _descriptors(pid)
     return Facts(

@@ -1,5 +1,3 @@
-"""Any number of prompts, generated: words of one family of our own validation set, drawn by a seed."""
-
 from __future__ import annotations
 
 import json
@@ -14,7 +12,7 @@ SHORTEST, LONGEST = 8, 60
 
 
 def generated_prompts(count: int, seed: int = 0) -> Iterator[str]:
-    """Nearly all distinct: each ends with a number below `count`."""
+    """Generate nearly distinct prompts: each ends with a number below `count`."""
     rng = Random(seed)
     families: dict[str, list[str]] = {}
     for prompt in builtin_validation_set():

@@ -1,5 +1,3 @@
-"""What request_stages measures with: a state of many models, services without a store, a connection to nowhere."""
-
 from __future__ import annotations
 
 import asyncio
@@ -57,25 +55,25 @@ Prepare = Callable[[ChatRequest], Any]
 
 
 @dataclass(frozen=True)
-class Still:
-    """A state that stays."""
+class FixedSnapshot:
+    """Return the same snapshot for ever."""
 
     current: RoutingSnapshot
 
 
-class Noting:
-    """An upstream that answers at once, and says when it was asked."""
+class RecordingUpstream:
+    """Answer at once, and note when a request came."""
 
-    asked_ns = 0
+    received_ns = 0
     not_ready: frozenset[str] = frozenset()
 
     async def complete(self, *_: object, **__: object) -> JSONPayload:
-        self.asked_ns = time.process_time_ns()
+        self.received_ns = time.process_time_ns()
         return JSONPayload(dict(ANSWER), ANSWER_BYTES)
 
 
 def a_routing_state(models: int) -> RoutingSnapshot:
-    """Measured models at random prices."""
+    """Build a snapshot of measured models at random prices."""
     from router_core.profiles import Profile
 
     rng = np.random.default_rng(models)
@@ -94,21 +92,21 @@ def a_routing_state(models: int) -> RoutingSnapshot:
 
 
 def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, closing: AsyncExitStack) -> AppState:
-    """Services whose store nobody runs: a request without a session or a limit asks none."""
+    """Open the app's parts over a store that does not run: a request without a session or a limit needs none."""
     settings = Settings.model_validate({"data_dir": folder})
     store, metrics, assigner = Store(f"unix://{folder}/none"), Metrics(), ClusterAssigner(embedder, 5.0)
     closing.callback(assigner.close)
     closing.push_async_callback(store.close)
-    nobody: Any = None
-    still, noting = Still(state), Noting()
+    absent: Any = None
+    still, noting = FixedSnapshot(state), RecordingUpstream()
     usage = UsageWriter(store, JournalDirectory(folder, 10**9))
     return AppState(
         settings=settings,
         store=store,
         snapshots=still,  # type: ignore[arg-type]
-        registry=nobody,
-        jobs=nobody,
-        resolver=nobody,
+        registry=absent,
+        jobs=absent,
+        resolver=absent,
         assigner=assigner,
         upstream=noting,  # type: ignore[arg-type]
         usage=usage,
@@ -123,7 +121,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
 
 
 class Transport:
-    """Takes everything and keeps nothing; says when an answer is whole."""
+    """Take everything and keep nothing; signal when an answer is whole."""
 
     def __init__(self) -> None:
         self.answered = asyncio.Event()
@@ -149,7 +147,7 @@ class Transport:
 
 
 class Wire:
-    """One kept-alive connection, and what its requests cost."""
+    """Drive one kept-alive connection, and measure its requests."""
 
     def __init__(self, services: AppState) -> None:
         self._services = services
@@ -166,12 +164,12 @@ class Wire:
         return {"socket to upstream": self._to_upstream, "socket to answer": self._to_answer}
 
     async def _to_upstream(self, raw: bytes) -> int:
-        return (await self._asked(raw))[0]
+        return (await self._exchange(raw))[0]
 
     async def _to_answer(self, raw: bytes) -> int:
-        return (await self._asked(raw))[1]
+        return (await self._exchange(raw))[1]
 
-    async def _asked(self, raw: bytes) -> tuple[int, int]:
+    async def _exchange(self, raw: bytes) -> tuple[int, int]:
         upstream: Any = self._services.upstream
         sent = _request(raw)
         self._transport.answered.clear()
@@ -181,23 +179,23 @@ class Wire:
         await self._transport.answered.wait()
         ended = time.process_time_ns()
         await asyncio.sleep(0)
-        return upstream.asked_ns - started, ended - started
+        return upstream.received_ns - started, ended - started
 
     async def profiled(self, bodies: Sequence[bytes], path: str) -> None:
-        """Of what runs on the event loop."""
+        """Profile what runs on the event loop."""
         for raw in bodies:
-            await self._asked(raw)
+            await self._exchange(raw)
         profile = cProfile.Profile()
         profile.enable()
         for _ in range(20):
             for raw in bodies:
-                await self._asked(raw)
+                await self._exchange(raw)
         profile.disable()
         profile.dump_stats(path)
 
 
 def forget(services: AppState) -> None:
-    """Every prompt is a new one, as most are: rounds over the same bodies would flatter."""
+    """Clear the cache: most prompts are new, and rounds over the same bodies would flatter."""
     for digest in list(services.assigner._known):
         del services.assigner._known[digest]
 
@@ -208,7 +206,7 @@ def _request(raw: bytes) -> bytes:
 
 
 def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[Any], object]]]:
-    """Stage → what it is given of a request, and what it does. Their sum is less than the whole: glue is not in it."""
+    """Map each stage to what it gets of a request, and what it does. Their sum leaves out the glue between them."""
     state, settings = services.snapshots.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
 

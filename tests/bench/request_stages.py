@@ -1,8 +1,8 @@
-"""µs of CPU of each stage from the socket to the chosen model: `python -m tests.bench.request_stages`.
+"""Measure µs of CPU of each stage from the socket to the chosen model: `python -m tests.bench.request_stages`.
 
-Drives the real ASGI app in process, in a connection of ours whose transport writes to nowhere; the upstream answers at
-once and notes when it was asked. The first rows of a table are that path, whole; the others its stages by themselves.
-Each figure is the median over bodies, all of them different, of the fastest of a few rounds. No Redis is asked.
+Drives the real ASGI app in process, over a connection whose transport drops everything. The upstream answers at once
+and notes when it was asked. The first rows of a table are that whole path; the others its stages by themselves. Each
+figure is the median over bodies, all of them different, of the fastest of a few rounds. No Redis is asked.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ async def one_column(services: AppState, bodies: Sequence[bytes], arguments: arg
 
 
 async def cost(stage: Stage, bodies: Sequence[bytes], rounds: int) -> float:
-    """Median over bodies of the least µs. A stage may return its own nanoseconds, or be timed from outside."""
+    """Return the median over bodies of the least µs. A stage may return its own nanoseconds, or be timed outside."""
     best = [float("inf")] * len(bodies)
     for _ in range(rounds):
         for place, raw in enumerate(bodies):

@@ -1,4 +1,4 @@
-"""Which functions of `proxy` and `router_core` one chat request enters.
+"""Record which functions of `proxy` and `router_core` one chat request enters.
 
 The app is served in this process, on uvicorn with its own protocol, in front of a scripted model on loopback and a real
 Valkey. `sys.setprofile` notes each function that is entered between the first byte of the request and the last of the
@@ -45,7 +45,7 @@ class Function:
 
 
 class Walk:
-    """What is entered while it is noted, in order and with returns; used by one thread."""
+    """Record the functions that one thread enters, in order and with returns."""
 
     def __init__(self) -> None:
         self.entered: list[Function] = []
@@ -89,7 +89,6 @@ class Served:
     port: int
 
     async def call(self, method: str, path: str, body: Mapping[str, Any], key: str | None) -> tuple[int, bytes]:
-        """Status and body, as they came."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         raw = json.dumps(body).encode()
         lines = [f"{method} {path} HTTP/1.1", f"host: 127.0.0.1:{self.port}", "content-type: application/json"]
@@ -99,21 +98,21 @@ class Served:
             *([f"authorization: Bearer {key}"] if key else []),
         ]
         writer.write("\r\n".join((*lines, "", "")).encode() + raw)
-        head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+        head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         await writer.wait_closed()
-        return int(head.split(b" ", 2)[1]), said
+        return int(head.split(b" ", 2)[1]), content
 
     async def admin(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
-        status, said = await self.call(method, path, body, ADMIN_KEY)
+        status, answer = await self.call(method, path, body, ADMIN_KEY)
         if status >= 300:
-            raise RuntimeError(f"{method} {path} answered {status}: {said[:500]!r}")
-        return json.loads(said)
+            raise RuntimeError(f"{method} {path} answered {status}: {answer[:500]!r}")
+        return json.loads(answer)
 
 
 @asynccontextmanager
 async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
-    """An app with two measured models, of which "auto" chooses "fair"."""
+    """Serve an app with two measured models, of which "auto" chooses "fair"."""
     config = {
         "model_list": [model_entry("fair", upstream_url, price=1e-7), model_entry("good", upstream_url, price=1e-5)],
         "uniroute": {"profile": {"on_start": False}},
@@ -141,7 +140,7 @@ async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
 
 
 async def walks(folder: Path) -> dict[str, Walk]:
-    """One of each kind of request."""
+    """Record one request of each kind."""
     found: dict[str, Walk] = {}
     with ScriptedUpstream() as upstream:
         async with served(folder, upstream.url) as proxy:
@@ -160,17 +159,17 @@ async def _walk(proxy: Served, model: str, *, stream: bool, key: str | None) -> 
         messages = [{"role": "user", "content": f"What is {number} + {time.monotonic_ns()}? Answer in one word."}]
         body = {"model": model, "messages": messages, "stream": stream}
         if number < WARM_UP:
-            status, said = await proxy.call("POST", "/v1/chat/completions", body, key)
+            status, answer = await proxy.call("POST", "/v1/chat/completions", body, key)
         else:
             with walk.noted():
-                status, said = await proxy.call("POST", "/v1/chat/completions", body, key)
+                status, answer = await proxy.call("POST", "/v1/chat/completions", body, key)
         if status != 200:
-            raise RuntimeError(f"the request for {model} was answered {status}: {said[:500]!r}")
+            raise RuntimeError(f"the request for {model} was answered {status}: {answer[:500]!r}")
     return walk
 
 
 def weightless(functions: list[Function]) -> list[Function]:
-    """Those that only call one other function with what they were given, or only return an attribute."""
+    """Return the functions that only call one other function with their own arguments, or only return an attribute."""
     return [function for function in functions if _is_weightless(function)]
 
 
@@ -187,7 +186,7 @@ def _definitions(file: str) -> dict[int, ast.FunctionDef | ast.AsyncFunctionDef]
 
 
 def only_passes_on(defined: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether the body is one call of a named function, with names and constants as arguments, or one attribute."""
+    """Tell whether the body is one call of a named function on names and constants, or one attribute."""
     body = [each for each in defined.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
     if defined.name.startswith("__") or len(body) != 1:
         return False

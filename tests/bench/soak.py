@@ -1,8 +1,8 @@
-"""Does a server grow with the requests that it has served? `python -m tests.bench.soak --requests 100000`.
+"""Check that a server does not grow with the requests it has served: `python -m tests.bench.soak --requests 100000`.
 
 One `uniroute serve` over a real Valkey, two upstream processes on loopback, and clients of every kind: answered whole,
 streamed and not; gone before the first byte and midway; with sessions and tool calls; failing because of an upstream or
-of themselves. Every 5,000 requests a row; at the end how memory grew over the last half, as a share of what is
+of themselves. A row every 5,000 requests. At the end, how memory grew over the last half, as a share of what is
 resident, and whether descriptors, sockets and tasks are back where they were before. Exits 1 where they are not, or
 where memory grew by more than 1 % per 100,000 requests.
 """
@@ -54,42 +54,42 @@ _TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"typ
 
 @dataclass
 class Load:
-    """Requests over kept connections until so many were asked."""
+    """Send requests over kept connections up to a number."""
 
     port: int
     keys: Sequence[str]
     rng: Random
     connections: int
-    asked: int = 0
+    sent: int = 0
     goal: int = 0
     seen: Counter[str] = field(default_factory=Counter)
     """By kind and status."""
 
     async def run(self, requests: int) -> None:
-        self.goal = self.asked + requests
+        self.goal = self.sent + requests
         await asyncio.gather(*(self._connection(Random(self.rng.random())) for _ in range(self.connections)))
 
     async def _connection(self, rng: Random) -> None:
         client = LeanClient(self.port)
-        while self.asked < self.goal:
+        while self.sent < self.goal:
             await self._counted(client, rng.choices(list(KINDS), list(KINDS.values()))[0], rng)
         client.close()
 
     async def one(self, kind: str) -> None:
-        """By itself."""
+        """Send one request by itself."""
         client = LeanClient(self.port)
         await self._counted(client, kind, self.rng)
         client.close()
 
     async def _counted(self, client: LeanClient, kind: str, rng: Random) -> None:
-        self.asked += 1
+        self.sent += 1
         try:
-            self.seen[f"{kind} {await self._asked(client, kind, rng)}"] += 1
+            self.seen[f"{kind} {await self._send(client, kind, rng)}"] += 1
         except (OSError, asyncio.IncompleteReadError) as error:
             self.seen[f"{kind} {type(error).__name__}"] += 1
             client.close()
 
-    async def _asked(self, client: LeanClient, kind: str, rng: Random) -> str:
+    async def _send(self, client: LeanClient, kind: str, rng: Random) -> str:
         body, headers = self._request(kind, rng)
         if kind.startswith("leaves"):
             await client.leave(PATH, body, headers, bytes_read=0 if kind == "leaves early" else 600)
@@ -99,7 +99,7 @@ class Load:
         return f"{status} broken off" if broken else str(status)
 
     def _request(self, kind: str, rng: Random) -> tuple[Json, Mapping[str, str]]:
-        question = a_question(self.asked, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
+        question = a_question(self.sent, rng, words=400 if kind == "leaves midway" else rng.choice((8, 30)))
         messages: list[Json] = [{"role": "user", "content": question.prompt}]
         body: Json = {"model": rng.choice(("auto", "auto", "auto", *MODELS)), "messages": messages}
         headers = {"authorization": f"Bearer {'sk-wrong' if kind == 'bad key' else rng.choice(self.keys)}"}
@@ -117,7 +117,7 @@ class Load:
 
 
 async def soak(world: World, requests: int, connections: int, every: int) -> tuple[list[Facts], Counter[str]]:
-    """Facts at rest before, every so many requests, and at rest afterwards."""
+    """Return the facts at rest before, every so many requests, and at rest afterwards."""
     load = Load(serving_port(world), world.keys, Random(7), connections)
     await touch_table(world)
     await fill_pool(world)
@@ -125,9 +125,9 @@ async def soak(world: World, requests: int, connections: int, every: int) -> tup
     facts = [await _at_rest(world, load)]
     _row(facts[0], 0.0)
     _connections(world)
-    while load.asked < WARM_UP + requests:
+    while load.sent < WARM_UP + requests:
         started = time.monotonic()
-        await load.run(min(every, WARM_UP + requests - load.asked))
+        await load.run(min(every, WARM_UP + requests - load.sent))
         facts.append(await _facts(world, load))
         _row(facts[-1], (facts[-1].requests - facts[-2].requests) / (time.monotonic() - started))
     facts.append(await _at_rest(world, load))
@@ -137,7 +137,7 @@ async def soak(world: World, requests: int, connections: int, every: int) -> tup
 
 
 async def touch_table(world: World) -> None:
-    """Dry runs over all the vocabulary: the embedding table is mapped, and would become resident bit by bit."""
+    """Make dry runs over all the vocabulary: the embedding table is mapped, and would become resident bit by bit."""
     tokenizer = json.loads(next((world.folder / "data").glob("static-*/tokenizer.json")).read_text())
     words = [word for word in tokenizer["model"]["vocab"] if word.isalpha()][::SOME]
     client = LeanClient(serving_port(world))
@@ -150,7 +150,7 @@ async def touch_table(world: World) -> None:
 
 
 async def fill_pool(world: World) -> None:
-    """Sessions all at once: the connections to the store become as many as were ever needed together."""
+    """Send sessions all at once: the pool then has as many connections to the store as it will ever need."""
 
     async def one(number: int) -> None:
         client = LeanClient(serving_port(world))
@@ -162,18 +162,18 @@ async def fill_pool(world: World) -> None:
 
 
 async def _at_rest(world: World, load: Load) -> Facts:
-    """After idle connections to upstreams have expired."""
+    """Wait until idle connections to upstreams have expired, then read the facts."""
     await asyncio.sleep(IDLE_S)
     await load.one("plain")
     return await _facts(world, load)
 
 
 async def _facts(world: World, load: Load) -> Facts:
-    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, ADMIN_KEY, load.asked)
+    return await asyncio.to_thread(facts_of, world.server.pid, world.server.url, ADMIN_KEY, load.sent)
 
 
 def growth(facts: Sequence[Facts]) -> float:
-    """Of the resident memory over the last half of the rows under load: percent of itself per 100,000 requests."""
+    """Return the growth of resident memory over the last half of the rows under load: percent per 100,000 requests."""
     under_load = facts[1:-1]
     last = under_load[len(under_load) // 2 :]
     if len(last) < 2:
@@ -183,7 +183,7 @@ def growth(facts: Sequence[Facts]) -> float:
 
 
 def verdicts(facts: Sequence[Facts]) -> list[str]:
-    """What has not come back, or has grown."""
+    """Return what has not come back, or has grown."""
     before, after = facts[0], facts[-1]
     found = [
         f"{name}: {getattr(before, name)} before and {getattr(after, name)} after"
@@ -196,7 +196,7 @@ def verdicts(facts: Sequence[Facts]) -> list[str]:
 
 
 def _connections(world: World) -> None:
-    """Whose the sockets are, beside those that listen or are no TCP."""
+    """Print whose the sockets are, except those that listen or are no TCP."""
     ours, names = serving_port(world), {world.store.port: "store"}
     names |= {upstream.port: "upstreams" for upstream in world.upstreams}
     found = Counter(
@@ -220,8 +220,8 @@ def main() -> None:
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
             console.echo(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
             facts, seen = asyncio.run(soak(world, arguments.requests, arguments.connections, arguments.every))
-    for what, count in sorted(seen.items()):
-        console.echo(f"  {what}: {count:,}")
+    for kind_and_status, count in sorted(seen.items()):
+        console.echo(f"  {kind_and_status}: {count:,}")
     console.echo(f"growth of resident memory over the last half: {growth(facts):+.2f} % per 100,000 requests")
     wrong = verdicts(facts)
     for problem in wrong:

@@ -1,5 +1,3 @@
-"""What the figures of the code count."""
-
 from __future__ import annotations
 
 import ast

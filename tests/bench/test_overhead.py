@@ -1,5 +1,3 @@
-"""The bench of overhead, seconds long: its programs agree, its table has its rows, a failure is told. No times."""
-
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.growth import OF_REQUESTS, Point, too_fast
-from tests.bench.overhead.bodies import MARK, kind_of, short, write_requests
+from tests.bench.overhead.bodies import PLACEHOLDER, kind_of, short, write_requests
 from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program, run
 from tests.bench.overhead.contenders import PINNED, ROUTED
 from tests.bench.overhead.load import Job
@@ -71,16 +69,16 @@ def test_a_paced_stream_takes_its_time(load: tuple[str, ...], upstream: Upstream
 
 @contextlib.contextmanager
 def answering(answer: bytes, received: list[bytes] | None = None) -> Iterator[int]:
-    """A server that answers whatever comes with the same bytes, in two pieces, and closes."""
+    """Answer whatever comes with the same bytes, in two pieces, and close."""
 
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listening.accept()
                 with connection:
-                    asked = connection.recv(65536)
-                    if received is not None and asked:
-                        received.append(asked)
+                    request = connection.recv(65536)
+                    if received is not None and request:
+                        received.append(request)
                     connection.sendall(answer[:-7])
                     connection.sendall(answer[-7:])
 
@@ -132,7 +130,7 @@ def test_no_two_requests_are_alike_though_one_is_sent_again_and_again(load: tupl
         run(Job(port, str(path), 1, 30.0, warm_s=0.0, most=20, fewest_events=50), CORE, load)
 
     assert len({*received}) == len(received) == 20
-    assert MARK.encode() not in b"".join(received)
+    assert PLACEHOLDER.encode() not in b"".join(received)
 
 
 @pytest.mark.slow
@@ -150,8 +148,8 @@ def test_the_command_prints_a_row_for_each_contender_and_nothing_fails(embedder_
     document = json.loads(done.stdout)
     assert document["failures"] == []
     assert document["rows"][:3] == ["direct", ROUTED, PINNED]
-    shown = table.read_text().splitlines()
-    assert [line.split("|")[1].strip() for line in shown[2:]] == document["rows"]
+    lines = table.read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == document["rows"]
     assert all(document["starts"][ROUTED][0]["idle"][size] > 0 for size in ("rss", "pss"))
 
 

@@ -1,4 +1,4 @@
-"""How many files one chat request enters: whoever follows it should not have to open more."""
+"""Limit the files that one chat request enters: a reader should not have to open more."""
 
 from __future__ import annotations
 

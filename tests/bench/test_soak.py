@@ -1,4 +1,4 @@
-"""What a soak concludes from its rows. The soak itself is run by hand."""
+"""Check what a soak concludes from its rows. The soak itself is run by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AT_REST = Facts(2_000, 300 * MIB, 280 * MIB, 250 * MIB, descriptors=24, sockets=
 
 
 def rows(mib_per_row: float, count: int = 20) -> list[Facts]:
-    """Rows of 5,000 requests, whose first half grows by a lot and whose last half by so much each."""
+    """Build rows of 5,000 requests, whose first half grows by a lot and whose last half by so much each."""
     half = count // 2
     grown = [10 * MIB * min(row, half) + mib_per_row * MIB * max(0, row - half) for row in range(count)]
     under_load = [

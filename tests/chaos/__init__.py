@@ -1,1 +1,1 @@
-"""Two workers under load while faults are injected everywhere, and an account of every request afterwards."""
+"""Run two workers under load while faults are injected everywhere, then account for every request."""

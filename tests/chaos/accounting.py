@@ -1,9 +1,9 @@
 """Account for a run: what clients saw, what upstreams gave, what is on record. Every discrepancy is a sentence.
 
 A record that says `complete` costs exactly what the upstream's ledger says of that answer, in picodollars.
-Where the upstream reported nothing, and of an attempt that was broken off, the cost is an estimate and marked so:
-between nothing and the whole prompt and answer of that attempt, four bytes to a token. Of a request that a client left
-before it reached its upstream it is the prompt at most: it may have arrived.
+Where the upstream reported nothing, and for an attempt that was broken off, the cost is an estimate and says so:
+between nothing and the whole prompt and answer of that attempt, four bytes to a token. If the client left before the
+request reached its upstream, the cost is the prompt at most: it may have arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from proxy.routing.requirements import estimate_tokens
 from router_core.pricing import picousd
 from router_core.text import BYTES_PER_TOKEN
-from tests.chaos.behaviours import SILENT
+from tests.chaos.behaviours import EMPTY_ANSWER
 from tests.chaos.ledger import Attempt
 from tests.chaos.outcomes import ACCOUNTED, COMPLETE, DROPPED, EMPTY, Outcome, Span
 from tests.chaos.questions import MODELS, ChaosModel, Question
@@ -66,15 +66,13 @@ def account(evidence: Evidence) -> Account:
         _repeated(evidence),
         _unlogged(evidence, index),
         _wrong_totals(evidence),
-        _silent_answers(evidence),
+        _empty_answers(evidence),
     ):
         found.problems += problems
     return found
 
 
 class _Index:
-    """The evidence by its keys."""
-
     def __init__(self, evidence: Evidence) -> None:
         seen = {outcome.decision: outcome.question.id for outcome in evidence.outcomes if outcome.decision}
         self.question = {**seen, **{line.decision: line.question for line in evidence.logged}}
@@ -90,14 +88,14 @@ class _Index:
         return self.attempts[self.question.get(record["decision"], ""), record["model"]]
 
     def bound(self, record: Record, attempts: Sequence[Attempt]) -> int:
-        """The most that a record of one of these attempts may cost."""
+        """Return the most that a record of one of these attempts may cost."""
         question = self._questions.get(self.question.get(record["decision"], ""))
         prompt = _prompt_cost(MODELS[record["model"]], question) if question else 0
         return max((_cost(attempt, question) for attempt in attempts), default=prompt)
 
 
 def spent_pico(record: Record) -> int | None:
-    """None: unknown."""
+    """Return the cost, None if unknown."""
     exact = record.get("cost_picousd")
     if exact is not None:
         return int(exact)
@@ -105,15 +103,15 @@ def spent_pico(record: Record) -> int | None:
 
 
 def _unaccounted(evidence: Evidence) -> Iterator[str]:
-    """Every request has one clear end; a connection may drop only where a worker was just killed."""
-    asked = Counter(outcome.question.id for outcome in evidence.outcomes)
-    yield from (f"{question} was asked {count} times" for question, count in asked.items() if count > 1)
+    """Check that every request has one clear end; a connection may drop only where a worker was just killed."""
+    requests = Counter(outcome.question.id for outcome in evidence.outcomes)
+    yield from (f"{question} was asked {count} times" for question, count in requests.items() if count > 1)
     for outcome in evidence.outcomes:
-        said = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
+        description = f"{outcome.question.id} ({outcome.client}): {outcome.ending}, {outcome.verdict.detail}"
         if outcome.ending not in ACCOUNTED:
-            yield said
+            yield description
         if outcome.ending == DROPPED and not near_a_kill(outcome.span, evidence.kills):
-            yield f"{said}, though no worker was killed"
+            yield f"{description}, though no worker was killed"
 
 
 def near_a_kill(span: Span, kills: Iterable[float]) -> bool:
@@ -122,7 +120,7 @@ def near_a_kill(span: Span, kills: Iterable[float]) -> bool:
 
 
 def _unrecorded(evidence: Evidence, index: _Index) -> Iterator[str]:
-    """What a client saw complete is on record as that, once, under the model that it saw."""
+    """Check that what a client saw complete is recorded as complete, once, under the model that it saw."""
     for outcome in evidence.outcomes:
         if outcome.ending not in (COMPLETE, EMPTY):
             continue
@@ -136,7 +134,7 @@ def _unrecorded(evidence: Evidence, index: _Index) -> Iterator[str]:
 
 
 def _miscounted(evidence: Evidence, index: _Index, found: Account) -> Iterator[str]:
-    """What is on record as complete was given whole, and costs what the upstream says; the rest is within its bound."""
+    """Check that complete records were given whole and cost what the upstream says, and others are within bounds."""
     for record in evidence.records:
         if record["decision"] not in index.question:
             continue  # told of by _unlogged
@@ -177,7 +175,7 @@ def _complete_problem(
 
 
 def _cost(attempt: Attempt, question: Question | None) -> int:
-    """What was reported, or what it may be estimated at, whichever is more."""
+    """Return the reported cost or the highest estimate, whichever is more."""
     model = MODELS[attempt.model]
     reported = model.spend_pico(attempt.usage) or 0
     if question is None:
@@ -191,7 +189,7 @@ def _prompt_cost(model: ChaosModel, question: Question) -> int:
 
 
 def _undone(evidence: Evidence, index: _Index) -> Iterator[str]:
-    """Whatever an upstream gave whole is on record in some way, unless its worker was killed."""
+    """Check that whatever an upstream gave whole is recorded in some way, unless its worker was killed."""
     by_question = {outcome.question.id: outcome for outcome in evidence.outcomes}
     decisions: dict[str, set[str]] = defaultdict(set)
     for decision, question in index.question.items():
@@ -206,14 +204,16 @@ def _undone(evidence: Evidence, index: _Index) -> Iterator[str]:
 
 
 def _repeated(evidence: Evidence) -> Iterator[str]:
-    """No record is there twice. Two of one decision and model differ in their time."""
+    """Check that no record is there twice. Two of one decision and model differ in their time."""
     seen = Counter((record["decision"], record["model"], record["at"]) for record in evidence.records)
     yield from (f"{decision} ({model}) is on record {n} times" for (decision, model, _), n in seen.items() if n > 1)
 
 
 def _unlogged(evidence: Evidence, index: _Index) -> Iterator[str]:
-    """The log and the records tell the same: each line has its record, each record its line. A worker that is killed
-    may be so between the two, for one request at a time: the record is written first."""
+    """Check that each log line has its record and each record its line.
+
+    A worker may be killed between the two, for one request at a time: the record is written first.
+    """
     lines = Counter((line.decision, line.model, line.ending) for line in evidence.logged if line.ending)
     final = Counter((record["decision"], record["model"], record["ending"]) for record in evidence.records)
     yield from (f"{_named(index, *line)} is logged and not on record" for line in lines if line not in final)
@@ -227,7 +227,7 @@ def _named(index: _Index, decision: str, model: str, ending: str | None) -> str:
 
 
 def _wrong_totals(evidence: Evidence) -> Iterator[str]:
-    """The sums per model are those of the records, to the picodollar."""
+    """Check that the sums per model are those of the records, to the picodollar."""
     for model in MODELS:
         records = [record for record in evidence.records if record["model"] == model]
         stored = evidence.totals.get(model, {})
@@ -243,9 +243,9 @@ def _total_pico(stored: Mapping[str, str]) -> int:
     return int(exact) if exact is not None else picousd(float(stored.get("cost_usd", 0)))
 
 
-def _silent_answers(evidence: Evidence) -> Iterator[str]:
-    """A client that got no word, where no upstream had answered with none."""
-    silent = {attempt.question for attempt in evidence.attempts if attempt.behaviour == SILENT}
+def _empty_answers(evidence: Evidence) -> Iterator[str]:
+    """Find clients that got no content, where no upstream had answered with none."""
+    empty = {attempt.question for attempt in evidence.attempts if attempt.behaviour == EMPTY_ANSWER}
     for outcome in evidence.outcomes:
-        if outcome.ending == EMPTY and outcome.question.id not in silent:
+        if outcome.ending == EMPTY and outcome.question.id not in empty:
             yield f"{outcome.question.id} ({outcome.client}) got no word, and no upstream had said none"

@@ -1,5 +1,3 @@
-"""An administrator who changes a model without traffic: what is acknowledged must be there at the end."""
-
 from __future__ import annotations
 
 import asyncio
@@ -24,7 +22,7 @@ _DROPPED = "dropped"
 
 @dataclass
 class Administrator:
-    """Changes the price of one model that has room for no prompt, so that no request is ever routed to it."""
+    """Change the price of one model that has room for no prompt, so that no request is ever routed to it."""
 
     world: World
     rng: Random
@@ -44,7 +42,7 @@ class Administrator:
             await (self.rng.choice(changes) if self.possible else self._add)()
 
     async def check(self) -> None:
-        """Once all is calm again: every worker knows of every change within seconds."""
+        """Check after the run that every worker knows of every change within seconds."""
         deadline = time.monotonic() + SETTLED_S
         found = await self._price()
         while found not in self.possible and time.monotonic() < deadline:

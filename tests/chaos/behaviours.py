@@ -1,5 +1,3 @@
-"""How an upstream of the chaos run responds: correctly, or with one of the usual faults."""
-
 from __future__ import annotations
 
 import asyncio
@@ -23,13 +21,13 @@ from tests.chaos.openai_format import (
     frame,
 )
 
-SILENT = "no word"
+EMPTY_ANSWER = "no word"
 FLOOD_BYTES = 256 * 2**20
 _PAGE = b"<html><head><title>Bad gateway</title></head><body><h1>Something went wrong</h1></body></html>"
 
 
 class Gone(Exception):
-    """The answer was broken off on purpose."""
+    """Break off an answer on purpose."""
 
 
 Behave = Callable[[Exchange], Awaitable[None]]
@@ -53,7 +51,7 @@ async def _drips(exchange: Exchange) -> None:
 
 
 async def _thinks(exchange: Exchange) -> None:
-    """Headers at once, the first content after the proxy has begun to send comments."""
+    """Send headers at once, and the first content after the proxy has begun to send comments."""
     if exchange.stream:
         await exchange.reply.head(EVENT_STREAM)
         await exchange.reply.send(event(chunk(exchange, {"role": "assistant", "content": ""})))
@@ -85,7 +83,7 @@ async def _dies_midway(exchange: Exchange) -> None:
 
 
 async def _ends_midway(exchange: Exchange) -> None:
-    """As if that were all: a cut text with a clean end."""
+    """End a cut text with a clean end."""
     await _part(exchange)
     await exchange.reply.end()
 
@@ -112,7 +110,7 @@ async def _says_nothing(exchange: Exchange) -> None:
 
 
 async def _floods(exchange: Exchange) -> None:
-    """A body without sense and nearly without end."""
+    """Send a nearly endless body without meaning."""
     await exchange.reply.head(JSON)
     for _ in range(FLOOD_BYTES // 2**18):
         await exchange.reply.send(b" " * 2**18)
@@ -120,7 +118,7 @@ async def _floods(exchange: Exchange) -> None:
 
 
 async def _floods_with_chunks(exchange: Exchange) -> None:
-    """Chunk after chunk, none with content."""
+    """Send chunk after chunk, none with content."""
     await exchange.reply.head(EVENT_STREAM)
     for _ in range(20_000):
         await exchange.reply.send(event(chunk(exchange, {})))
@@ -152,7 +150,7 @@ async def _sends_no_body(exchange: Exchange) -> None:
 
 
 async def _answers_nothing(exchange: Exchange) -> None:
-    """A proper answer without a word in it, and without usage."""
+    """Send a proper answer without a word in it, and without usage."""
     if not exchange.stream:
         body = {**completion(exchange), "choices": [choice("message", {"role": "assistant", "content": ""}, "stop")]}
         del body["usage"]
@@ -187,7 +185,7 @@ BEHAVIOURS = (
     Behaviour("200 in HTML", 1, _succeeds_in_html),
     Behaviour("error in a 200", 2, _errs_in_a_200),
     Behaviour("no body", 1, _sends_no_body),
-    Behaviour(SILENT, 1, _answers_nothing, reports=False),
+    Behaviour(EMPTY_ANSWER, 1, _answers_nothing, reports=False),
 )
 
 
@@ -234,7 +232,7 @@ async def _answer(
 
 
 async def _part(exchange: Exchange) -> None:
-    """Some of the answer. Of a body that is no stream, too little to be JSON."""
+    """Return some of the answer. Of a body that is no stream, too little to be JSON."""
     if not exchange.stream:
         raw = json.dumps(completion(exchange)).encode()
         await exchange.reply.head(JSON)

@@ -1,5 +1,3 @@
-"""Clients of the run: the official one and plain HTTP, some of which disconnect early or stop reading."""
-
 from __future__ import annotations
 
 import asyncio
@@ -36,7 +34,7 @@ LONG_WORDS = 60_000
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, ready to be sent."""
+    """Hold one request, ready to be sent."""
 
     question: Question
     model: str
@@ -45,8 +43,8 @@ class Ask:
     extra: Json
     rng: Random
 
-    def sdk(self, doors: Doors) -> Any:
-        return doors.sdk.with_options(api_key=self.key).chat.completions.with_raw_response
+    def sdk(self, pool: ClientPool) -> Any:
+        return pool.sdk.with_options(api_key=self.key).chat.completions.with_raw_response
 
     @property
     def all_headers(self) -> Mapping[str, str]:
@@ -59,15 +57,15 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Got:
+class ClientResponse:
     verdict: Verdict
     status: int | None = None
     decision: str | None = None
 
 
 @dataclass(frozen=True)
-class Doors:
-    """The ways into one server."""
+class ClientPool:
+    """Hold the HTTP clients of one server."""
 
     http: httpx.AsyncClient
     narrow: httpx.AsyncClient
@@ -76,7 +74,7 @@ class Doors:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, url: str) -> AsyncIterator[Doors]:
+    async def open(cls, url: str) -> AsyncIterator[ClientPool]:
         little = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)]
         async with AsyncExitStack() as closing:
             yield cls(
@@ -94,32 +92,32 @@ def _client(url: str, **more: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, trust_env=False, **more)
 
 
-Client = Callable[[Doors, Ask], Awaitable[Got]]
+Client = Callable[[ClientPool, Ask], Awaitable[ClientResponse]]
 
 
-async def plain(doors: Doors, ask: Ask) -> Got:
-    reply = await doors.http.post("/v1/chat/completions", json=ask.body(stream=False), headers=ask.all_headers)
+async def plain(pool: ClientPool, ask: Ask) -> ClientResponse:
+    reply = await pool.http.post("/v1/chat/completions", json=ask.body(stream=False), headers=ask.all_headers)
     if reply.is_error:
         return _refused(reply)
-    return _got(reply, judge_body(ask.question, _json(reply.content)))
+    return _response(reply, judge_body(ask.question, _json(reply.content)))
 
 
-async def streamed(doors: Doors, ask: Ask) -> Got:
-    async with _stream(doors.http, ask) as reply:
+async def streamed(pool: ClientPool, ask: Ask) -> ClientResponse:
+    async with _stream(pool.http, ask) as reply:
         if reply.is_error:
             await reply.aread()
             return _refused(reply)
-        return _got(reply, judge_events(ask.question, [event async for event in _events(reply)]))
+        return _response(reply, judge_events(ask.question, [event async for event in _events(reply)]))
 
 
-async def sdk_plain(doors: Doors, ask: Ask) -> Got:
-    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=False))
-    return _got(raw.http_response, judge_body(ask.question, raw.parse().model_dump()))
+async def sdk_plain(pool: ClientPool, ask: Ask) -> ClientResponse:
+    raw = await ask.sdk(pool).create(**_for_sdk(ask, stream=False))
+    return _response(raw.http_response, judge_body(ask.question, raw.parse().model_dump()))
 
 
-async def sdk_streamed(doors: Doors, ask: Ask) -> Got:
-    """It does not show [DONE]: a stream that ends without an error is, to its user, complete."""
-    raw = await ask.sdk(doors).create(**_for_sdk(ask, stream=True))
+async def sdk_streamed(pool: ClientPool, ask: Ask) -> ClientResponse:
+    """Stream with the SDK. It hides [DONE]: a stream that ends without an error is, to its user, complete."""
+    raw = await ask.sdk(pool).create(**_for_sdk(ask, stream=True))
     text, model = "", None
     try:
         async for chunk in raw.parse():
@@ -130,39 +128,39 @@ async def sdk_streamed(doors: Doors, ask: Ask) -> Got:
             raise
         event = b"data: " + json.dumps({"error": error.body}).encode()
         verdict = judge_part(ask.question, text)
-        return _got(raw.http_response, judge_events(ask.question, [event]) if verdict.ending == LEFT else verdict)
-    return _got(raw.http_response, judge_text(ask.question, text, model, ended=True))
+        return _response(raw.http_response, judge_events(ask.question, [event]) if verdict.ending == LEFT else verdict)
+    return _response(raw.http_response, judge_text(ask.question, text, model, ended=True))
 
 
-async def leaving_early(doors: Doors, ask: Ask) -> Got:
-    """Before the first byte, as a rule."""
-    work = asyncio.create_task(ask.rng.choice((plain, streamed))(doors, ask))
+async def leaving_early(pool: ClientPool, ask: Ask) -> ClientResponse:
+    """Disconnect, usually before the first byte."""
+    work = asyncio.create_task(ask.rng.choice((plain, streamed))(pool, ask))
     done, _ = await asyncio.wait({work}, timeout=ask.rng.uniform(0.0, 0.05))
     if done:
         return work.result()
     work.cancel()
     await asyncio.wait({work})
-    return Got(Verdict(LEFT)) if work.cancelled() else work.result()
+    return ClientResponse(Verdict(LEFT)) if work.cancelled() else work.result()
 
 
-async def leaving_midway(doors: Doors, ask: Ask) -> Got:
+async def leaving_midway(pool: ClientPool, ask: Ask) -> ClientResponse:
     stays = ask.rng.randint(1, 4)
     events = []
-    async with _stream(doors.http, ask) as reply:
+    async with _stream(pool.http, ask) as reply:
         if reply.is_error:
             await reply.aread()
             return _refused(reply)
         async for event in _events(reply):
             events.append(event)
             if len(events) == stays:
-                return _got(reply, judge_part(ask.question, text_of(events)))
-        return _got(reply, judge_events(ask.question, events))
+                return _response(reply, judge_part(ask.question, text_of(events)))
+        return _response(reply, judge_events(ask.question, events))
 
 
-async def stalling(doors: Doors, ask: Ask) -> Got:
-    """Reads a little of a long answer, then nothing for a while, then all of it."""
+async def stalling(pool: ClientPool, ask: Ask) -> ClientResponse:
+    """Read a little of a long answer, pause for a while, then read all of it."""
     events = []
-    async with _stream(doors.narrow, ask) as reply:
+    async with _stream(pool.narrow, ask) as reply:
         if reply.is_error:
             await reply.aread()
             return _refused(reply)
@@ -170,7 +168,7 @@ async def stalling(doors: Doors, ask: Ask) -> Got:
             events.append(event)
             if len(events) == 2:
                 await asyncio.sleep(ask.rng.uniform(*STALL_S))
-        return _got(reply, judge_events(ask.question, events))
+        return _response(reply, judge_events(ask.question, events))
 
 
 # With their weights.
@@ -185,27 +183,27 @@ CLIENTS: Mapping[str, tuple[float, Client]] = {
 }
 
 
-async def asked(client: Client, doors: Doors, ask: Ask) -> Got:
-    """Whatever comes of it, also where the connection does not hold."""
+async def send_request(client: Client, pool: ClientPool, ask: Ask) -> ClientResponse:
+    """Send a request and return its outcome, also where the connection is lost."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await client(doors, ask)
+            return await client(pool, ask)
     except openai.APIStatusError as error:
         return _refused(error.response)
     except (TimeoutError, httpx.TimeoutException, openai.APITimeoutError) as error:
-        return Got(Verdict(HUNG, f"nothing more within {TIMEOUT_S:g} s ({type(error).__name__})"))
+        return ClientResponse(Verdict(HUNG, f"nothing more within {TIMEOUT_S:g} s ({type(error).__name__})"))
     except (httpx.TransportError, openai.APIConnectionError) as error:
-        return Got(Verdict(DROPPED, f"{type(error).__name__}: {error}"))
+        return ClientResponse(Verdict(DROPPED, f"{type(error).__name__}: {error}"))
 
 
 def text_of(events: list[bytes]) -> str:
-    """Of the chunks among them."""
-    said = ""
+    """Join the content of the chunks among the events."""
+    text = ""
     for event in events:
         payload = _json(event.removeprefix(b"data: "))
         for choice in payload.get("choices") or () if isinstance(payload, dict) else ():
-            said += choice["delta"].get("content") or ""
-    return said
+            text += choice["delta"].get("content") or ""
+    return text
 
 
 def _for_sdk(ask: Ask, *, stream: bool) -> Json:
@@ -219,7 +217,7 @@ def _stream(client: httpx.AsyncClient, ask: Ask) -> Any:
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
-    """Each without its blank line; what follows the last blank line too, if there is any."""
+    """Yield each event without its blank line, and what follows the last blank line."""
     rest = b""
     async for piece in reply.aiter_bytes():
         *whole, rest = (rest + piece).split(b"\n\n")
@@ -229,12 +227,12 @@ async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
         yield rest
 
 
-def _refused(reply: httpx.Response) -> Got:
-    return _got(reply, judge_refusal(reply.status_code, reply.headers, _json(reply.content)))
+def _refused(reply: httpx.Response) -> ClientResponse:
+    return _response(reply, judge_refusal(reply.status_code, reply.headers, _json(reply.content)))
 
 
-def _got(reply: httpx.Response, verdict: Verdict) -> Got:
-    return Got(verdict, reply.status_code, reply.headers.get("x-uniroute-decision"))
+def _response(reply: httpx.Response, verdict: Verdict) -> ClientResponse:
+    return ClientResponse(verdict, reply.status_code, reply.headers.get("x-uniroute-decision"))
 
 
 def _json(raw: bytes) -> Any:

@@ -1,5 +1,3 @@
-"""Faults of processes during a run: a deck that the seed shuffles, one fault at a time."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,7 +35,7 @@ class Faults:
 
     @property
     def kills(self) -> list[float]:
-        """When workers were killed, in monotonic seconds."""
+        """Return when workers were killed, in monotonic seconds."""
         return [fault.began for fault in self.happened if fault.kind == "worker killed"]
 
     async def run(self, until: float) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of an upstream: a file that gets a line before a response begins and one before its last bytes."""
+"""Write the ledger of an upstream: one line before a response begins, and one before its last bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request that an upstream received."""
+    """Hold one request that an upstream received."""
 
     id: str
     question: str
@@ -25,7 +25,7 @@ class Attempt:
 
 
 class Ledger:
-    """Written to by one process at a time. A line is one write, so that no kill cuts it."""
+    """Write a ledger from one process at a time. A line is one write, so that no kill cuts it."""
 
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -40,7 +40,7 @@ class Ledger:
         return attempt
 
     def whole(self, attempt: str) -> None:
-        """The last bytes follow."""
+        """Write that the last bytes follow."""
         self._write({"whole": attempt})
 
     def _write(self, line: Mapping[str, Any]) -> None:

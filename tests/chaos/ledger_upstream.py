@@ -1,4 +1,4 @@
-"""A model server that keeps a ledger: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
+"""Serve a model that keeps a ledger: `python -m tests.chaos.ledger_upstream --port 9001 --ledger FILE --seed 7`.
 
 OpenAI's chat completions over HTTP/1.1 with kept connections. How each request is answered is drawn from the seed, the
 question, the model and how often this process was asked the same; `--mix` names the table that it is drawn from.
@@ -27,7 +27,7 @@ MAX_HEAD = 2**16
 
 
 class HttpReply:
-    """Over one connection; chunked where no length is given."""
+    """Write over one connection, chunked if no length is given."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -74,7 +74,7 @@ class LedgerUpstream:
         self._ledger = ledger
         self._seed = seed
         self._mix = MIXES[mix]
-        self._asked: Counter[tuple[str, str]] = Counter()
+        self._requests: Counter[tuple[str, str]] = Counter()
 
     async def serve(self, port: int) -> None:
         server = await asyncio.start_server(self._connection, "127.0.0.1", port, limit=MAX_HEAD, backlog=512)
@@ -108,13 +108,13 @@ class LedgerUpstream:
         await behaviour.behave(exchange)
 
     def _behaviour(self, question: Question, model: str) -> tuple[Behaviour, Random]:
-        self._asked[question.id, model] += 1
-        rng = Random(f"{self._seed}/{question.id}/{model}/{self._asked[question.id, model]}")
+        self._requests[question.id, model] += 1
+        rng = Random(f"{self._seed}/{question.id}/{model}/{self._requests[question.id, model]}")
         return drawn(rng, self._mix), rng
 
 
 async def _read(reader: asyncio.StreamReader) -> Json | None:
-    """The body of the next request; None where no other comes."""
+    """Return the body of the next request; None if no other comes."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     except asyncio.IncompleteReadError:

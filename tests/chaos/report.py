@@ -1,5 +1,3 @@
-"""The tables of a finished run, and all that was wrong in it."""
-
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -16,13 +14,11 @@ from tests.chaos.outcomes import ACCOUNTED
 from tests.chaos.watch import Watch
 
 Row = tuple[str, ...]
-MAX_SHOWN = 40
+MAX_PRINTED = 40
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run has left."""
-
     seed: int
     seconds: float
     evidence: Evidence
@@ -35,17 +31,17 @@ class Run:
 
 
 def print_report(run: Run) -> None:
-    asked = len(run.evidence.outcomes)
-    console.table(*_of_clients(run), title=f"seed {run.seed}: {asked:,} requests in {run.seconds:.0f} s")
+    requests = len(run.evidence.outcomes)
+    console.table(*_of_clients(run), title=f"seed {run.seed}: {requests:,} requests in {run.seconds:.0f} s")
     console.table(*_of_upstreams(run), title="what upstreams did, and what the clients of those requests saw")
     console.table(*_of_faults(run), title="what was done to processes")
     console.table(("", "picodollars"), list(_spend(run)), title="spend")
     for name, fact in _facts(run):
         console.echo(f"{name}: {fact}")
-    for problem in run.problems[:MAX_SHOWN]:
+    for problem in run.problems[:MAX_PRINTED]:
         console.echo(f"WRONG: {problem}")
-    if len(run.problems) > MAX_SHOWN:
-        console.echo(f"… and {len(run.problems) - MAX_SHOWN} more")
+    if len(run.problems) > MAX_PRINTED:
+        console.echo(f"… and {len(run.problems) - MAX_PRINTED} more")
     console.echo(f"{len(run.problems)} discrepancies")
 
 
@@ -59,13 +55,13 @@ def _of_clients(run: Run) -> tuple[Row, list[Row]]:
 
 def _of_upstreams(run: Run) -> tuple[Row, list[Row]]:
     endings = {outcome.question.id: outcome.ending for outcome in run.evidence.outcomes}
-    asked: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
     seen: dict[str, Counter[str]] = defaultdict(Counter)
     for attempt in run.evidence.attempts:
-        asked[attempt.behaviour] += 1
+        requests[attempt.behaviour] += 1
         seen[attempt.behaviour][endings.get(attempt.question, "?")] += 1
     rows = [
-        (behaviour.name, _count(asked[behaviour.name]), *(_count(seen[behaviour.name][e]) for e in ACCOUNTED))
+        (behaviour.name, _count(requests[behaviour.name]), *(_count(seen[behaviour.name][e]) for e in ACCOUNTED))
         for behaviour in BEHAVIOURS
     ]
     return ("upstream", "times", *ACCOUNTED), rows
@@ -100,9 +96,9 @@ def _facts(run: Run) -> Iterator[Row]:
     watch, administrator = run.watch, run.administrator
     yield "records", ", ".join(f"{ending} {count:,}" for ending, count in sorted(run.account.endings.items()))
     yield "complete records of answers without usage", _count(run.account.estimated)
-    yield "/healthz", f"{watch.asked:,} asked, {len(watch.failed)} failed, longest wait {watch.longest_s:.2f} s"
-    for asked, lasted in watch.slow:
-        meanwhile = {fault.kind for fault in run.faults if fault.began < asked + lasted and asked < fault.ended + 1}
+    yield "/healthz", f"{watch.probes:,} asked, {len(watch.failed)} failed, longest wait {watch.longest_s:.2f} s"
+    for sent_at, lasted in watch.slow:
+        meanwhile = {fault.kind for fault in run.faults if fault.began < sent_at + lasted and sent_at < fault.ended + 1}
         yield "  a slow one", f"{lasted:.2f} s, meanwhile {', '.join(sorted(meanwhile)) or 'nothing'}"
     yield "longest that the run itself was held up", f"{watch.longest_own_s:.2f} s"
     yield "worker processes seen", str(len(watch.seen))

@@ -1,4 +1,4 @@
-"""One chaos run: `python -m tests.chaos.run --seed 7 --seconds 300`. Exits 1 where anything is not accounted for.
+"""Do one chaos run: `python -m tests.chaos.run --seed 7 --seconds 300`. Exits 1 where anything is not accounted for.
 
 Two workers of `uniroute serve` over a real Valkey and two upstreams that keep their own ledgers; clients of all kinds;
 and faults, drawn from the seed, in upstreams, processes and the store. Afterwards all are compared. The timing of
@@ -21,7 +21,7 @@ from proxy.cli import console
 from router_core.embedding import static_embedder
 from tests.chaos.accounting import Evidence, account, near_a_kill
 from tests.chaos.administrator import Administrator
-from tests.chaos.clients import Doors
+from tests.chaos.clients import ClientPool
 from tests.chaos.faults import Faults
 from tests.chaos.outcomes import COMPLETE, EMPTY
 from tests.chaos.report import Run, print_report
@@ -42,8 +42,8 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
         watching = asyncio.gather(watch.run(), watch.watch_ourselves())
         faults, administrator = Faults(world, Random(f"{seed}/faults")), Administrator(world, Random(f"{seed}/admin"))
         started = time.monotonic()
-        async with Doors.open(world.server.url) as doors:
-            traffic = Traffic(doors, world.keys, Random(f"{seed}/traffic"), per_second)
+        async with ClientPool.open(world.server.url) as pool:
+            traffic = Traffic(pool, world.keys, Random(f"{seed}/traffic"), per_second)
             until = started + seconds
             await asyncio.gather(traffic.run(until), faults.run(until), administrator.run(until))
         lasted = time.monotonic() - started
@@ -64,7 +64,7 @@ async def chaos(folder: Path, embedder_cache: Path, seed: int, seconds: float, p
 
 
 async def _recorded(world: World, traffic: Traffic) -> None:
-    """Until what clients saw complete has reached the store, or the time is up: accounting says what is missing."""
+    """Wait until what clients saw complete is stored, or the time is up: accounting says what is missing."""
     seen = {outcome.decision for outcome in traffic.outcomes if outcome.ending in (COMPLETE, EMPTY)}
     deadline = time.monotonic() + RECORDED_S
     while time.monotonic() < deadline:
@@ -99,11 +99,11 @@ def _of_processes(world: World, watch: Watch, faults: Faults, serving: int) -> I
 
 
 def _of_health(watch: Watch, administrator: Administrator, faults: Faults) -> Iterator[str]:
-    """A call may get no answer only where a worker was just killed."""
-    for what, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
+    """Check that a call got no answer only where a worker was just killed."""
+    for call, spans in (("/healthz", watch.failed), ("an admin call", administrator.dropped)):
         for span in spans:
             if not near_a_kill(span, faults.kills):
-                yield f"{what} got no answer for {span[1] - span[0]:.1f} s, though no worker was killed"
+                yield f"{call} got no answer for {span[1] - span[0]:.1f} s, though no worker was killed"
 
 
 def _of_the_log(world: World) -> Iterator[str]:

@@ -30,10 +30,10 @@ from tests.chaos.outcomes import (
 from tests.chaos.questions import MODELS, Question, question_in
 from tests.chaos.world import Logged
 
-ASKED = Question("q1-0000abcd", 8)
+QUESTION = Question("q1-0000abcd", 8)
 OTHER = Question("q2-0000abcd", 8)
-TEXT = ASKED.answer("alder")
-SPEND = MODELS["alder"].spend_pico(ASKED.usage("alder"))
+TEXT = QUESTION.answer("alder")
+SPEND = MODELS["alder"].spend_pico(QUESTION.usage("alder"))
 ERROR = {"message": "it broke", "type": "upstream_error", "param": None, "code": "upstream_failed"}
 KILL = 500.0
 
@@ -44,19 +44,19 @@ def a_record(decision: str, model: str = "alder", ending: str = "complete", cost
 
 
 def consistent_evidence() -> Evidence:
-    """One answered question; one refused, whose model had died midway."""
+    """Build evidence of one answered question, and of one refused, whose model had died midway."""
     return Evidence(
         outcomes=[
-            Outcome(ASKED, "plain", Verdict(COMPLETE, model="alder"), 100.0, 101.0, 200, "dec-1"),
+            Outcome(QUESTION, "plain", Verdict(COMPLETE, model="alder"), 100.0, 101.0, 200, "dec-1"),
             Outcome(OTHER, "plain", Verdict(REFUSED), 100.0, 101.0, 502, "dec-2"),
         ],
         attempts=[
-            Attempt("a", ASKED.id, "alder", "answers", ASKED.usage("alder"), whole=True),
+            Attempt("a", QUESTION.id, "alder", "answers", QUESTION.usage("alder"), whole=True),
             Attempt("b", OTHER.id, "birch", "dies midway", OTHER.usage("birch")),
         ],
         records=[a_record("dec-1"), a_record("dec-2", "birch", "failed", None)],
         logged=[
-            Logged(ASKED.id, "dec-1", "alder", "complete"),
+            Logged(QUESTION.id, "dec-1", "alder", "complete"),
             Logged(OTHER.id, "dec-2", "birch", "failed"),
         ],
         totals={
@@ -108,7 +108,7 @@ def with_a_record_that_is_not_logged(evidence: Evidence) -> Evidence:
     return replace(evidence, logged=evidence.logged[:1])
 
 
-def asked_twice(evidence: Evidence) -> Evidence:
+def sent_twice(evidence: Evidence) -> Evidence:
     return replace(evidence, outcomes=[*evidence.outcomes, evidence.outcomes[1]])
 
 
@@ -120,7 +120,7 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (without_the_first_record, "on record as complete: nothing"),
         (with_the_first_record_twice, "on record as complete: ['alder', 'alder']"),
@@ -136,11 +136,11 @@ def test_consistent_ledgers_have_no_discrepancy() -> None:
         (with_other_totals, "picodollars in the totals"),
         (with_a_record_that_is_not_logged, "is on record and not in the log"),
         (without_the_first_record, "is logged and not on record"),
-        (asked_twice, "was asked 2 times"),
+        (sent_twice, "was asked 2 times"),
     ],
 )
-def test_each_discrepancy_is_found(spoil: Callable[[Evidence], Evidence], said: str) -> None:
-    assert [problem for problem in account(spoil(consistent_evidence())).problems if said in problem]
+def test_each_discrepancy_is_found(spoil: Callable[[Evidence], Evidence], message: str) -> None:
+    assert [problem for problem in account(spoil(consistent_evidence())).problems if message in problem]
 
 
 def test_a_connection_may_drop_where_a_worker_was_killed_and_nowhere_else() -> None:
@@ -177,7 +177,7 @@ ERROR_LINE = b"data: " + json.dumps({"error": ERROR}).encode()
     ],
 )
 def test_a_stream_is_complete_only_where_it_is_whole_and_says_so(events: list[bytes], ending: str) -> None:
-    assert judge_events(ASKED, events).ending == ending
+    assert judge_events(QUESTION, events).ending == ending
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_stream_is_complete_only_where_it_is_whole_and_says_so(events: list[by
 def test_a_body_is_complete_only_where_it_is_whole(text: str, finish_reason: str, ending: str) -> None:
     body = {"model": "alder", "choices": [{"message": {"content": text}, "finish_reason": finish_reason}]}
 
-    assert judge_body(ASKED, body).ending == ending
+    assert judge_body(QUESTION, body).ending == ending
 
 
 @pytest.mark.parametrize(
@@ -215,10 +215,10 @@ def test_a_failure_is_clear_only_in_the_form_that_clients_know(
 
 @pytest.mark.parametrize("length", range(0, len(TEXT), 3))
 def test_a_client_that_disconnected_had_read_a_part_of_the_answer(length: int) -> None:
-    assert judge_part(ASKED, TEXT[:length]).ending == LEFT
+    assert judge_part(QUESTION, TEXT[:length]).ending == LEFT
     assert length < 4 or judge_part(OTHER, TEXT[:length]).ending == FOREIGN
 
 
 def test_a_prompt_says_which_question_it_is() -> None:
-    assert question_in(ASKED.prompt) == ASKED
+    assert question_in(QUESTION.prompt) == QUESTION
     assert question_in("Hello") is None

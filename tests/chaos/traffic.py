@@ -1,5 +1,3 @@
-"""Mixed requests of many clients, drawn from a seed, at a bounded rate."""
-
 from __future__ import annotations
 
 import asyncio
@@ -8,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from tests.chaos.clients import CLIENTS, LONG_WORDS, Ask, Doors, asked
+from tests.chaos.clients import CLIENTS, LONG_WORDS, Ask, ClientPool, send_request
 from tests.chaos.outcomes import Outcome
 from tests.chaos.questions import MODELS, Json, Question, a_question
 
@@ -18,16 +16,16 @@ PINNED_SHARE = 0.3
 
 @dataclass
 class Traffic:
-    doors: Doors
+    pool: ClientPool
     keys: Sequence[str]
     rng: Random
     per_second: float
     clients: int = 12
     outcomes: list[Outcome] = field(default_factory=list)
-    asked: int = 0
+    requests: int = 0
 
     async def run(self, until: float) -> None:
-        """`until`: monotonic seconds after which nothing more is asked; returns once all is answered."""
+        """Send until `until` (monotonic seconds), and return once all is answered."""
         await asyncio.gather(*(self._client(Random(self.rng.random()), until) for _ in range(self.clients)))
 
     async def _client(self, rng: Random, until: float) -> None:
@@ -41,11 +39,11 @@ class Traffic:
             self.outcomes.append(await self._one(rng))
 
     async def _one(self, rng: Random) -> Outcome:
-        self.asked += 1
+        self.requests += 1
         name = rng.choices(list(CLIENTS), [weight for weight, _ in CLIENTS.values()])[0]
-        question = a_question(self.asked, rng, words=LONG_WORDS if name == "stalls" else None)
+        question = a_question(self.requests, rng, words=LONG_WORDS if name == "stalls" else None)
         started = time.monotonic()
-        got = await asked(CLIENTS[name][1], self.doors, self._ask(question, rng))
+        got = await send_request(CLIENTS[name][1], self.pool, self._ask(question, rng))
         return Outcome(question, name, got.verdict, started, time.monotonic(), got.status, got.decision)
 
     def _ask(self, question: Question, rng: Random) -> Ask:

@@ -1,5 +1,3 @@
-"""Watch during a run whether the server responds and its processes live."""
-
 from __future__ import annotations
 
 import asyncio
@@ -21,10 +19,10 @@ MANY = 64
 
 @dataclass
 class Watch:
-    """`/healthz` over a connection of its own each time, and the process ids of the workers."""
+    """Poll `/healthz` over a connection of its own each time, and the process ids of the workers."""
 
     world: World
-    asked: int = 0
+    probes: int = 0
     failed: list[Span] = field(default_factory=list)
     """When it was asked and did not answer 200."""
     slow: list[tuple[float, float]] = field(default_factory=list)
@@ -37,7 +35,6 @@ class Watch:
     """Process ids of workers."""
 
     async def run(self) -> None:
-        """Until it is cancelled."""
         anew = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=anew) as client:
             while True:
@@ -46,22 +43,21 @@ class Watch:
                 await asyncio.sleep(EVERY_S)
 
     async def watch_ourselves(self) -> None:
-        """Until it is cancelled."""
         while True:
             started = time.monotonic()
             await asyncio.sleep(EVERY_S)
             self.longest_own_s = max(self.longest_own_s, time.monotonic() - started - EVERY_S)
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
-        self.asked += 1
-        asked = time.monotonic()
+        self.probes += 1
+        sent_at = time.monotonic()
         healthy = await self._healthy(client)
-        lasted = time.monotonic() - asked
+        lasted = time.monotonic() - sent_at
         self.longest_s = max(self.longest_s, lasted)
         if not healthy:
-            self.failed.append((asked, asked + lasted))
+            self.failed.append((sent_at, sent_at + lasted))
         elif lasted >= SLOW_S:
-            self.slow.append((asked, lasted))
+            self.slow.append((sent_at, lasted))
 
     async def _healthy(self, client: httpx.AsyncClient) -> bool:
         try:
@@ -71,7 +67,7 @@ class Watch:
 
 
 async def serving_workers(world: World, within_s: float = 60.0) -> int:
-    """How many workers answer: each holds some of many connections that got an answer."""
+    """Count the workers that answer: each serves some of many connections."""
     deadline = time.monotonic() + within_s
     serving = 0
     while serving < WORKERS and time.monotonic() < deadline:
@@ -83,8 +79,8 @@ async def serving_workers(world: World, within_s: float = 60.0) -> int:
 async def _serving(world: World) -> int:
     limits = httpx.Limits(max_connections=MANY, max_keepalive_connections=MANY)
     async with httpx.AsyncClient(trust_env=False, timeout=ANSWER_S, limits=limits) as client:
-        asked = (client.get(f"{world.server.url}/healthz") for _ in range(MANY))
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        responses = (client.get(f"{world.server.url}/healthz") for _ in range(MANY))
+        answers = await asyncio.gather(*responses, return_exceptions=True)
         if not all(isinstance(answer, httpx.Response) and answer.is_success for answer in answers):
             return 0
         workers = workers_of(world.server.pid)

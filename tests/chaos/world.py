@@ -1,5 +1,3 @@
-"""The processes of one run: a store, two upstreams, and `uniroute serve` with two workers."""
-
 from __future__ import annotations
 
 import json
@@ -42,7 +40,7 @@ _ENDING = re.compile(r" ending=(\S+)")
 
 @dataclass(frozen=True)
 class Logged:
-    """One line of the request log. `ending` is None where the model was passed over for another."""
+    """Hold one line of the request log. `ending` is None where the next model was tried."""
 
     question: str
     decision: str
@@ -67,13 +65,13 @@ class World:
         return read_ledger(*self.ledgers)
 
     def records(self) -> list[dict[str, Any]]:
-        """What is on record of usage, as it is stored."""
+        """Return the usage records, as they are stored."""
         with self._redis() as client:
             entries: Any = client.xrange(USAGE_STREAM)
         return [json.loads(fields["record"]) for _, fields in entries]
 
     def totals(self) -> dict[str, dict[str, str]]:
-        """The sums per model, as they are stored."""
+        """Return the sums per model, as they are stored."""
         with self._redis() as client:
             found: Any = {model: client.hgetall(f"{USAGE_TOTALS}:{model}") for model in MODELS}
         return dict(found)
@@ -95,7 +93,7 @@ class World:
 def a_world(
     folder: Path, embedder_cache: Path, seed: int, *, mix: str = "chaos", workers: int = WORKERS
 ) -> Iterator[World]:
-    """Started, the models profiled, three keys made."""
+    """Start the processes, profile the models and make three keys."""
     with ExitStack() as closing:
         store = a_store(folder / "store")
         ledgers = tuple(folder / f"ledger-{number}.jsonl" for number in range(2))
@@ -145,7 +143,7 @@ def _key(config: Path, environ: Mapping[str, str], name: str) -> str:
 
 
 def _measured(world: World, model: str, error: float) -> None:
-    """A ready profile."""
+    """Wait for a ready profile."""
     cluster_map = builtin_map()
     place = list(MODELS).index(model)
     rates = [error + (0.1 if (cluster + place) % 3 else -0.15) for cluster in range(cluster_map.size)]

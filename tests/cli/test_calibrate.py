@@ -1,4 +1,4 @@
-"""`uniroute calibrate` against a running server: a cheap model that knows half of the clusters, and a dear one."""
+"""Run `uniroute calibrate` on a server with a cheap model that knows half of the clusters, and an expensive one."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_person_is_told_what_to_set_and_that_it_is_only_expected(served: tuple
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         ((), 2, "give --quality or --budget-usd-per-1k"),
         (("--quality", "0.9", "--budget-usd-per-1k", "1"), 2, "and not both"),
@@ -122,10 +122,10 @@ def test_a_person_is_told_what_to_set_and_that_it_is_only_expected(served: tuple
     ],
 )
 def test_what_cannot_be_answered_is_one_line(
-    served: tuple[ServeCommand, Environ], arguments: tuple[str, ...], status: int, said: str
+    served: tuple[ServeCommand, Environ], arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     ended = run_command("calibrate", *arguments, environ=served[1])
-    assert (ended.returncode, said in ended.stderr, ended.stdout) == (status, True, ""), ended.stderr
+    assert (ended.returncode, message in ended.stderr, ended.stdout) == (status, True, ""), ended.stderr
 
 
 def test_another_map_than_the_servers_is_refused(

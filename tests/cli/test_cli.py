@@ -1,5 +1,3 @@
-"""Commands that need no running server."""
-
 from __future__ import annotations
 
 import gzip
@@ -19,7 +17,7 @@ HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "
 
 
 def one_line(completed: subprocess.CompletedProcess[str]) -> str:
-    """The only line on stderr; a traceback would be many."""
+    """Return the only line on stderr; a traceback would be many."""
     (line,) = completed.stderr.strip().splitlines()
     return line
 

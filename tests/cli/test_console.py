@@ -1,5 +1,3 @@
-"""What is printed of names, reasons and errors that others wrote: a terminal finds nothing in it to obey."""
-
 from __future__ import annotations
 
 import json
@@ -22,7 +20,7 @@ HOSTILE = "\x1b]0;owned\x07re\x1b[31md\x1b[2J\x9b5mb\u202elue\u2066\x7f\x00\r\x0
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "printed"),
     [
         ("größe ✓ 模型", "größe ✓ 模型"),
         ("two\nlines\tand a tab", "two\nlines\tand a tab"),
@@ -37,8 +35,8 @@ HOSTILE = "\x1b]0;owned\x07re\x1b[31md\x1b[2J\x9b5mb\u202elue\u2066\x7f\x00\r\x0
         (HOSTILE, "redblue link"),
     ],
 )
-def test_text_keeps_what_is_read_and_loses_what_a_terminal_obeys(text: str, shown: str) -> None:
-    assert plain(text) == shown
+def test_text_keeps_what_is_read_and_loses_what_a_terminal_obeys(text: str, printed: str) -> None:
+    assert plain(text) == printed
 
 
 def test_where_one_line_is_meant_none_is_added() -> None:
@@ -47,11 +45,11 @@ def test_where_one_line_is_meant_none_is_added() -> None:
 
 @given(st.text(alphabet=st.characters(), max_size=60))
 def test_no_text_whatever_leaves_a_control_character(text: str) -> None:
-    shown = plain(text)
-    unseen = {letter for letter in shown if category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+    printed = plain(text)
+    unseen = {letter for letter in printed if category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
     assert unseen <= {*"\n\t\u200c\u200d"}
-    assert plain(shown) == shown
-    shown.encode()
+    assert plain(printed) == printed
+    printed.encode()
 
 
 def test_all_ways_to_print_go_through_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +72,7 @@ def test_in_json_everything_is_kept_and_escaped(capsys: pytest.CaptureFixture[st
 
 
 class Hostile(BaseHTTPRequestHandler):
-    """A server whose every word is for the terminal of who asks."""
+    """Answer with control characters in every text."""
 
     def do_GET(self) -> None:
         card = {"model_name": HOSTILE, "state": HOSTILE, "price": {"source": HOSTILE}, "profile": None}

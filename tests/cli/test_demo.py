@@ -1,4 +1,4 @@
-"""SmolLM2 under llama.cpp, measured and routed. Needs the packages of the extra `demo`."""
+"""Measure and route SmolLM2 under llama.cpp. Needs the packages of the extra `demo`."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ server.stop()
         assert process.stdout is not None
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=30)
-    assert (process.returncode, told) == (0, "stopping\n")
+        output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, "stopping\n")
     assert not store_answers(tmp_path / "data")
 
 

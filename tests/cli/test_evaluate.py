@@ -1,5 +1,3 @@
-"""`uniroute evaluate` as users run it, on outcomes files plain and odd: figures, page and picture."""
-
 from __future__ import annotations
 
 import gzip
@@ -15,7 +13,7 @@ import pytest
 
 from router_core.evaluation.study import METHODS
 from router_core.evaluation.trials import DEFAULT_TRIALS
-from tests.support.outcome_files import PRICES, SMALL, found, refusal, rows, run, write_files
+from tests.support.outcome_files import PRICES, SMALL, error_line, json_of, rows, run, write_files
 from tests.support.processes import ProcessGroup, process_group
 from tests.support.waiting import wait_until
 
@@ -23,7 +21,7 @@ Environ = dict[str, str]
 
 
 def test_json_has_each_methods_figures_by_labels(environ: Environ, files: tuple[str, ...]) -> None:
-    document = found(environ, *files, *SMALL)
+    document = json_of(environ, *files, *SMALL)
     assert tuple(document["methods"]) == METHODS
     fields = {f"{name}{end}" for name in ("area", "qnc", "peak") for end in ("", "_low", "_high")}
     for by_labels in document["methods"].values():
@@ -35,7 +33,7 @@ def test_json_has_each_methods_figures_by_labels(environ: Environ, files: tuple[
 def test_ours_is_better_than_the_cheapest_model_and_no_better_than_the_oracle(
     environ: Environ, files: tuple[str, ...]
 ) -> None:
-    methods = found(environ, *files, *SMALL)["methods"]
+    methods = json_of(environ, *files, *SMALL)["methods"]
     cheapest, ours, oracle = (methods[name]["20"]["area"] for name in ("cheapest", "ours", "oracle"))
     assert cheapest < ours < oracle
 
@@ -44,10 +42,10 @@ def test_the_same_command_gives_the_same_figures_with_any_number_of_workers(
     environ: Environ, files: tuple[str, ...]
 ) -> None:
     options = (*files, "--labels", "10", "--trials", "3", "--unseen", "0.5")
-    one = found(environ, *options, "--workers", "1")
-    assert found(environ, *options, "--workers", "1") == one
-    assert found(environ, *options, "--workers", "2") == one
-    assert found(environ, *options, "--workers", "1", "--seed", "1")["methods"] != one["methods"]
+    one = json_of(environ, *options, "--workers", "1")
+    assert json_of(environ, *options, "--workers", "1") == one
+    assert json_of(environ, *options, "--workers", "2") == one
+    assert json_of(environ, *options, "--workers", "1", "--seed", "1")["methods"] != one["methods"]
 
 
 def test_a_table_is_told_and_a_page_and_a_picture_are_written(
@@ -62,9 +60,9 @@ def test_a_table_is_told_and_a_page_and_a_picture_are_written(
 
 def test_what_is_not_said_is_as_usual_for_the_file(environ: Environ, tmp_path: Path) -> None:
     two = ("tiny", "large")
-    protocol = found(environ, *write_files(tmp_path, rows(80, *two), *two), "--trials", "1")["protocol"]
+    protocol = json_of(environ, *write_files(tmp_path, rows(80, *two), *two), "--trials", "1")["protocol"]
     assert (protocol["unseen"], protocol["new_models"], protocol["labels"]) == (0.0, 2, [25, 50])
-    six = found(environ, *write_files(tmp_path, rows()), "--trials", "1", "--unseen", "0.5")["protocol"]
+    six = json_of(environ, *write_files(tmp_path, rows()), "--trials", "1", "--unseen", "0.5")["protocol"]
     assert (six["known_models"], six["new_models"], six["labels"]) == (2, 2, [25, 50])
     assert f"by default {DEFAULT_TRIALS}." in run(environ, "--help").stdout
 
@@ -73,22 +71,24 @@ def test_the_configured_embedder_is_taken_unless_another_is_named(
     environ: Environ, files: tuple[str, ...], tmp_path: Path
 ) -> None:
     elsewhere = {**environ, "UNIROUTE_EMBEDDER": str(tmp_path)}
-    assert f"the folder {tmp_path} holds no sentence-transformers model" in refusal(run(elsewhere, *files, *SMALL), 2)
-    assert found(elsewhere, *files, *SMALL, "--embedder", "static")["methods"]
+    assert f"the folder {tmp_path} holds no sentence-transformers model" in error_line(
+        run(elsewhere, *files, *SMALL), 2
+    )
+    assert json_of(elsewhere, *files, *SMALL, "--embedder", "static")["methods"]
 
 
 def test_zipped_lines_of_windows_are_the_same_lines(environ: Environ, files: tuple[str, ...]) -> None:
-    plain = found(environ, *files, *SMALL)
+    plain = json_of(environ, *files, *SMALL)
     outcomes = Path(files[1])
     outcomes.write_bytes(gzip.compress(b"\xef\xbb\xbf" + outcomes.read_bytes().replace(b"\n", b"\r\n")))
-    assert found(environ, *files, *SMALL) == plain
+    assert json_of(environ, *files, *SMALL) == plain
 
 
 def test_odd_prompts_are_studied_as_any(environ: Environ, tmp_path: Path) -> None:
     """Without a token, of a megabyte, with half a character."""
     odd = ["\u200b", "\u200b\u200b", "word " * 200_000, "a lone \ud800 half", "<b>&amp;</b>"]
     lines = [{**line, "prompt": prompt} for line, prompt in zip(rows(len(odd)), odd, strict=True)] + rows()
-    assert found(environ, *write_files(tmp_path, lines), *SMALL)["protocol"]["prompts"] == 120 + len(odd)
+    assert json_of(environ, *write_files(tmp_path, lines), *SMALL)["protocol"]["prompts"] == 120 + len(odd)
 
 
 def test_names_of_models_are_told_as_they_are_and_escaped_where_they_must_be(environ: Environ, tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_names_of_models_are_told_as_they_are_and_escaped_where_they_must_be(env
     prices = json.loads(Path(files[3]).read_text())
     Path(files[3]).write_text(json.dumps({renamed[name]: price for name, price in prices.items()}))
     page = tmp_path / "page.html"
-    assert found(environ, *files, *SMALL, "--html", page)["protocol"]["models"] == sorted(names)
+    assert json_of(environ, *files, *SMALL, "--html", page)["protocol"]["models"] == sorted(names)
     assert "<script>alert" not in page.read_text()
 
 
@@ -111,21 +111,21 @@ def test_where_no_model_is_better_there_is_no_area_and_that_is_said(
     page = tmp_path / "page.html"
     ended = run(environ, *write_files(tmp_path, lines), *SMALL, "--html", page)
     assert ended.returncode == 0, ended.stderr
-    for told in (ended.stdout, page.read_text()):
-        assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in told
+    for output in (ended.stdout, page.read_text()):
+        assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in output
 
 
 def test_models_that_are_all_free_reach_the_best_ones_quality(environ: Environ, tmp_path: Path) -> None:
     files = write_files(tmp_path, rows())
     free = {"input_cost_per_token": 0, "output_cost_per_token": 0}
     Path(files[3]).write_text(json.dumps(dict.fromkeys(PRICES, free)))
-    best = found(environ, *files, *SMALL)["methods"]["best_single"]["20"]
+    best = json_of(environ, *files, *SMALL)["methods"]["best_single"]["20"]
     assert (best["area"], best["qnc"], best["reached"]) == (None, None, 1.0)
 
 
 @contextmanager
 def begun(environ: Environ, *arguments: str) -> Iterator[ProcessGroup]:
-    """Of many trials, with two workers that are about to start."""
+    """Start an evaluation of many trials, with two workers."""
     options = ("--labels", "10", "--trials", "400", "--workers", "2")
     with process_group([sys.executable, "-m", "proxy.cli", "evaluate", *arguments, *options], environ) as group:
         while "trials: 0/400" not in (line := group.stderr.readline()):

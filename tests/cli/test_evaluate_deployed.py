@@ -1,5 +1,3 @@
-"""`uniroute evaluate --deployed` against a running server, whose profiles were handed to it."""
-
 from __future__ import annotations
 
 import json
@@ -10,7 +8,7 @@ import httpx
 import pytest
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
-from tests.support.outcome_files import PRICES, refusal, rows, run, write_files
+from tests.support.outcome_files import PRICES, error_line, rows, run, write_files
 from tests.support.proxy_process import uniform_profile
 
 Environ = dict[str, str]
@@ -18,7 +16,7 @@ Environ = dict[str, str]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Environ]:
-    """A cheap model that is said to be bad, a dear one that is said to be good, and one that no file scores."""
+    """Serve a cheap model with a bad profile, an expensive one with a good profile, and one that no file scores."""
     folder = tmp_path_factory.mktemp("served")
     environ = environment(folder / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     with ServeCommand(environ=environ, log=folder / "log.txt") as server:
@@ -62,5 +60,5 @@ def test_deployed_profiles_have_a_page_and_a_picture_too(served: Environ, tmp_pa
 
 def test_two_models_must_be_both_scored_and_deployed(served: Environ, tmp_path: Path) -> None:
     files = write_files(tmp_path, rows(40, "middle", "large"))
-    said = refusal(run(served, *files[:2], "--deployed"), 1)
-    assert said.endswith("Both: large. Only scored: middle. Only deployed: tiny, unheard")
+    message = error_line(run(served, *files[:2], "--deployed"), 1)
+    assert message.endswith("Both: large. Only scored: middle. Only deployed: tiny, unheard")

@@ -1,5 +1,3 @@
-"""`uniroute evaluate` on files and options that it cannot use: one line that says which, and what would help."""
-
 from __future__ import annotations
 
 import gzip
@@ -12,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from router_core.evaluation.study import METHODS
-from tests.support.outcome_files import SMALL, refusal, rows, run, write_files
+from tests.support.outcome_files import SMALL, error_line, rows, run, write_files
 
 Environ = dict[str, str]
 Spoil = Callable[[Path], object]
 
 
 def spoilt(field: str, value: object) -> Spoil:
-    """A change of the fourth line."""
+    """Change the fourth line."""
 
     def spoil(outcomes: Path) -> None:
         lines = outcomes.read_text().splitlines()
@@ -38,7 +36,7 @@ def text(content: str) -> Spoil:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "message"),
     [
         (scored("large", 1.5), r"outcomes\.jsonl, line 4: scores\['large'\] must be a number from 0 to 1; got 1\.5"),
         (scored("large", 1e308), r"line 4: scores\['large'\].* got 1e\+308; scale it"),
@@ -53,14 +51,14 @@ def text(content: str) -> Spoil:
     ],
 )
 def test_outcomes_that_cannot_be_used_are_told_by_line(
-    environ: Environ, files: tuple[str, ...], spoil: Spoil, said: str
+    environ: Environ, files: tuple[str, ...], spoil: Spoil, message: str
 ) -> None:
     spoil(Path(files[1]))
-    assert re.search(said, refusal(run(environ, *files, *SMALL), 1))
+    assert re.search(message, error_line(run(environ, *files, *SMALL), 1))
 
 
 @pytest.mark.parametrize(
-    ("prices", "said"),
+    ("prices", "message"),
     [
         ({"tiny": {"input_cost_per_token": 1e-6, "output_cost_per_token": 0}}, r"line 1: 'small' is scored but has no"),
         ({"tiny": {"input_cost_per_token": 1e-6}}, r"price of 'tiny' lacks output_cost_per_token: add it"),
@@ -68,16 +66,16 @@ def test_outcomes_that_cannot_be_used_are_told_by_line(
     ],
 )
 def test_prices_that_cannot_be_used_are_told_by_model(
-    environ: Environ, files: tuple[str, ...], prices: object, said: str
+    environ: Environ, files: tuple[str, ...], prices: object, message: str
 ) -> None:
     Path(files[3]).write_text(json.dumps(prices))
-    assert re.search(said, refusal(run(environ, *files, *SMALL), 1))
+    assert re.search(message, error_line(run(environ, *files, *SMALL), 1))
 
 
 def test_a_model_that_is_priced_and_never_scored_is_named(environ: Environ, tmp_path: Path) -> None:
     two = ("tiny", "large")
     files = write_files(tmp_path, rows(80, *two), *two, "middle")
-    assert "'middle' is priced but no line of" in refusal(run(environ, *files), 1)
+    assert "'middle' is priced but no line of" in error_line(run(environ, *files), 1)
 
 
 def test_models_that_share_no_prompt_are_told_before_any_trial(environ: Environ, tmp_path: Path) -> None:
@@ -85,12 +83,12 @@ def test_models_that_share_no_prompt_are_told_before_any_trial(environ: Environ,
     for line in lines[1:]:
         del line["scores"]["tiny"]
     ended = run(environ, *write_files(tmp_path, lines), *SMALL)
-    assert "leave out 'tiny', which is scored on 1 of 120 prompts only" in refusal(ended, 1)
+    assert "leave out 'tiny', which is scored on 1 of 120 prompts only" in error_line(ended, 1)
     assert "trials:" not in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (("--labels", "a"), 2, r"--labels: 'a' is not whole numbers from 1 with commas, as 25,50,100"),
         (("--labels", "0"), 2, r"--labels: '0' is not whole numbers from 1"),
@@ -107,31 +105,31 @@ def test_models_that_share_no_prompt_are_told_before_any_trial(environ: Environ,
     ],
 )
 def test_an_option_that_cannot_be_followed_is_told_before_the_work(
-    environ: Environ, files: tuple[str, ...], arguments: tuple[str, ...], status: int, said: str
+    environ: Environ, files: tuple[str, ...], arguments: tuple[str, ...], status: int, message: str
 ) -> None:
     ended = run(environ, *files, *arguments)
-    assert re.search(said, refusal(ended, status))
+    assert re.search(message, error_line(ended, status))
     assert "embedding:" not in ended.stderr
 
 
 def test_trials_need_prices(environ: Environ, files: tuple[str, ...]) -> None:
-    assert "--prices: give the prices of the models" in refusal(run(environ, *files[:2]), 2)
+    assert "--prices: give the prices of the models" in error_line(run(environ, *files[:2]), 2)
 
 
 @pytest.mark.parametrize("option", ["--labels", "--trials", "--seed", "--unseen", "--embedder", "--workers"])
 def test_what_is_for_trials_is_refused_with_deployed(environ: Environ, files: tuple[str, ...], option: str) -> None:
-    assert f"{option} is for trials" in refusal(run(environ, *files[:2], "--deployed", option, "1"), 2)
+    assert f"{option} is for trials" in error_line(run(environ, *files[:2], "--deployed", option, "1"), 2)
 
 
 def test_no_file_that_is_read_is_written_over(environ: Environ, files: tuple[str, ...]) -> None:
     ended = run(environ, *files, *SMALL, "--html", files[1])
-    assert "is the file of --outcomes too; give another" in refusal(ended, 2)
+    assert "is the file of --outcomes too; give another" in error_line(ended, 2)
     assert Path(files[1]).read_text().startswith('{"prompt"')
 
 
 def test_a_name_that_cannot_be_told_is_refused(environ: Environ, files: tuple[str, ...]) -> None:
     odd = Path(files[1]).rename(os.fsdecode(os.fsencode(files[1]) + b"\xff"))
-    assert "is not UTF-8 text; rename the file" in refusal(run(environ, "--outcomes", odd, *files[2:]), 2)
+    assert "is not UTF-8 text; rename the file" in error_line(run(environ, "--outcomes", odd, *files[2:]), 2)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")

@@ -1,5 +1,3 @@
-"""`uniroute fit` on files of many prompts: what is read, how it is told, and the same map from several workers."""
-
 from __future__ import annotations
 
 import gzip
@@ -42,7 +40,7 @@ def fitted(*arguments: str | Path, environ: dict[str, str]) -> dict[str, Any]:
 
 
 def write_outcomes(path: Path, prompts: Iterable[str]) -> Path:
-    """Of three models, each right where the prompt has its letter."""
+    """Write outcomes of three models, each right where the prompt has its letter."""
     rows = [{"prompt": prompt, "scores": {m: float(m in prompt) for m in "aeo"}} for prompt in prompts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,5 +1,3 @@
-"""Files that are opened before the work, so that a wrong path is told before it and not after."""
-
 from __future__ import annotations
 
 import os

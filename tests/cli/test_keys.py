@@ -1,5 +1,3 @@
-"""`uniroute keys` as users run it: what it shows, what it refuses, and the audit line that it leaves."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What models answered when they were measured, over HTTP and as the files that `uniroute evaluate` reads."""
-
 from __future__ import annotations
 
 import json
@@ -26,7 +24,7 @@ ADMIN = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ServeCommand, Environ]]:
-    """Two measured models, the one in half of the families right, and one with a profile that was handed over."""
+    """Serve two measured models, one of them right in half of the families, and one with an uploaded profile."""
     folder = tmp_path_factory.mktemp("served")
     prompts = write_validation_set(folder / "prompts.jsonl")
     more = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "UNIROUTE_VALIDATION_SET": str(prompts)}
@@ -100,9 +98,9 @@ def test_one_model_alone_can_be_named(served: tuple[ServeCommand, Environ], tmp_
 
 
 def test_a_named_model_that_was_never_asked_is_refused(served: tuple[ServeCommand, Environ], tmp_path: Path) -> None:
-    for name, said in (("handed", "handed has no graded answers: not asked here"), ("nobody", "no model named")):
+    for name, message in (("handed", "handed has no graded answers: not asked here"), ("nobody", "no model named")):
         ended = run_command("models", "outcomes", "all", name, "--out", tmp_path / "file", environ=served[1])
-        assert (ended.returncode, said in ended.stderr) == (1, True), ended.stderr
+        assert (ended.returncode, message in ended.stderr) == (1, True), ended.stderr
     assert not (tmp_path / "file").exists()
 
 

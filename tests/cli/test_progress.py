@@ -1,5 +1,3 @@
-"""The words of a 503 while nothing is measured: progress, when to come back, and what would answer meanwhile."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -21,12 +19,12 @@ def a_job(model: str, state: str, **more: Any) -> Job:
     return Job(id="j", model=model, state=state, **{**fields, "error": None, **more})
 
 
-def told(*jobs: Job, **settings: Any) -> NotProfiled:
+def progress_error(*jobs: Job, **settings: Any) -> NotProfiled:
     return with_progress(EARLY, {job.model: job for job in jobs}, Settings.model_validate(settings))
 
 
 def test_progress_is_told_of_each_model_and_of_all() -> None:
-    refusal = told(a_job("a", "running", done=12, eta_s=40.2), a_job("b", "queued"))
+    refusal = progress_error(a_job("a", "running", done=12, eta_s=40.2), a_job("b", "queued"))
 
     assert refusal.message == (
         "no model can be chosen yet: models are being measured, 12 of 120 prompts are done (a: 12 of 60 prompts are"
@@ -38,11 +36,11 @@ def test_progress_is_told_of_each_model_and_of_all() -> None:
 
 @pytest.mark.parametrize(("eta_s", "wait"), [(None, "5"), (0.0, "1"), (9_000.0, "60")])
 def test_the_wait_is_never_nothing_and_never_long(eta_s: float | None, wait: str) -> None:
-    assert told(a_job("a", "running", eta_s=eta_s)).headers == {"retry-after": wait}
+    assert progress_error(a_job("a", "running", eta_s=eta_s)).headers == {"retry-after": wait}
 
 
 def test_where_nothing_is_under_way_waiting_is_not_advised() -> None:
-    refusal = told(a_job("a", "failed", error="no price"), a_job("b", "ready"), default_model="d")
+    refusal = progress_error(a_job("a", "failed", error="no price"), a_job("b", "ready"), default_model="d")
 
     assert refusal.headers == {}
     assert "(a: measuring it failed: no price; b: not profiled; c: costs nothing known)" in refusal.message

@@ -1,5 +1,3 @@
-"""Commands against a running `uniroute serve`, whose models are scripted servers."""
-
 from __future__ import annotations
 
 import json
@@ -45,7 +43,7 @@ def config_file(folder: Path, upstream: ScriptedUpstream, **section: Any) -> Pat
 
 
 def add(name: str, upstream: ScriptedUpstream, environ: Mapping[str, str], *more: str | Path) -> Any:
-    """The parsed stdout of `models add --json`."""
+    """Return the parsed stdout of `models add --json`."""
     arguments = ("models", "add", name, "--model", f"openai/{name}", "--api-base", upstream.url, "--json", *more)
     ended = run_command(*arguments, environ=environ)
     assert ended.returncode == 0, ended.stderr
@@ -140,9 +138,9 @@ def test_the_key_of_a_model_is_shown_nowhere(
     server, environ = served
     add("keyed", upstream, environ, "--free", "--api-key-env", "TINY_API_KEY", "--prompts", "20")
     assert upstream.last.headers["authorization"] == "Bearer canary"
-    shown = run_command("models", "show", "keyed", environ=environ).stdout
-    assert "os.environ/TINY_API_KEY" in shown
-    assert "canary" not in shown + server.log
+    output = run_command("models", "show", "keyed", environ=environ).stdout
+    assert "os.environ/TINY_API_KEY" in output
+    assert "canary" not in output + server.log
 
 
 def test_a_configured_model_is_measured_on_the_first_start_and_not_again(
@@ -155,12 +153,12 @@ def test_a_configured_model_is_measured_on_the_first_start_and_not_again(
         ready = wait_until(lambda: "ready" in run_command("models", "list", environ=listing).stdout, 30)
         assert ready, server.log
         assert server.stop() == 0
-    asked = len(upstream.history)
+    requests = len(upstream.history)
     with ServeCommand("--config", config, environ=environ, log=tmp_path / "two.txt") as server:
         question = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
         answer = httpx.post(f"{server.url}/v1/chat/completions", json=question, timeout=20)
     assert answer.json()["model"] == "small"
-    assert len(upstream.history) == asked + 1
+    assert len(upstream.history) == requests + 1
 
 
 def test_workers_share_the_port_and_end_with_a_killed_parent(

@@ -1,5 +1,3 @@
-"""What ends a server, and that nothing of it is left: signals, a closed terminal, a killed process."""
-
 from __future__ import annotations
 
 import os
@@ -27,7 +25,7 @@ os.execv(sys.executable, sys.argv[1:])
 
 @pytest.fixture(autouse=True)
 def sighup_is_not_ignored() -> Iterator[None]:
-    """A run under nohup ignores SIGHUP, and so would all that it starts."""
+    """Restore SIGHUP: a run under nohup ignores it, and so would all its processes."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -52,7 +50,7 @@ def test_a_killed_server_leaves_no_process_behind(tmp_path: Path, embedder_cache
 
 @contextmanager
 def workers_on_a_terminal(data_dir: Path, embedder_cache: Path) -> Iterator[tuple[subprocess.Popen[bytes], int, Path]]:
-    """Two workers on a terminal of their own, ready: the process, the other end of the terminal, and the log."""
+    """Start two workers on a terminal of their own; yield the process, the other end of the terminal, and the log."""
     controller, terminal = pty.openpty()
     log = data_dir.parent / "log.txt"
     command = [

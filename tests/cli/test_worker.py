@@ -1,5 +1,3 @@
-"""Commands that work beside a server: `worker`, `prices sync`, `fit`; and a server that cannot start."""
-
 from __future__ import annotations
 
 import json
@@ -65,8 +63,8 @@ def test_a_worker_ends_the_job_of_a_server_that_has_stopped(
     log = tmp_path / "worker.txt"
     with ServeCommand(environ=environ, log=tmp_path / "serve.txt") as server, a_worker(environ, log):
         arguments = ("models", "add", "late", "--model", "openai/late", "--api-base", upstream.url, "--free")
-        asked = run_command(*arguments, "--prompts", "80", "--no-wait", "--url", server.url, environ=environ)
-        assert asked.returncode == 0, asked.stderr
+        added = run_command(*arguments, "--prompts", "80", "--no-wait", "--url", server.url, environ=environ)
+        assert added.returncode == 0, added.stderr
         server.stop()
         assert wait_until(lambda: "for model late: ready" in log.read_text(), 30), log.read_text()
     assert len(upstream.history) < 90  # what the server had asked is not asked again
@@ -134,6 +132,6 @@ def test_what_the_configuration_counts_on_is_named_at_the_start(capsys: pytest.C
     params = {"model": "openai/small", "api_key": "os.environ/ABSENT_API_KEY"}
     model = {"model_name": "small", "litellm_params": params}
     print_models(Settings.model_validate({"model_list": [model], "default_model": "later"}), environ={})
-    told = capsys.readouterr().err
-    assert "ABSENT_API_KEY is not set" in told
-    assert "'later' is not configured" in told
+    logged = capsys.readouterr().err
+    assert "ABSENT_API_KEY is not set" in logged
+    assert "'later' is not configured" in logged

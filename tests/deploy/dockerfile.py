@@ -1,4 +1,4 @@
-"""A Dockerfile's own instructions, carried out without a container engine in a scratch folder. No isolation, no user.
+"""Carry out a Dockerfile's instructions without a container engine, in a scratch folder. No isolation, no user.
 
 Every absolute path of the image that we write to lies below the folder; all stages share it, as they share the paths.
 """
@@ -29,7 +29,7 @@ class Instruction:
 
 
 def parse(dockerfile: str) -> Iterator[Instruction]:
-    """Comments left out, continued lines joined, `--name=value` options apart."""
+    """Parse instructions: comments left out, continued lines joined, `--name=value` options apart."""
     kept = "\n".join(line for line in dockerfile.splitlines() if not line.lstrip().startswith("#"))
     for line in filter(None, map(str.strip, re.sub(r"\\\n", " ", kept).splitlines())):
         word, text = line.split(maxsplit=1)
@@ -42,7 +42,7 @@ def parse(dockerfile: str) -> Iterator[Instruction]:
 
 @dataclass
 class Scratch:
-    """What an image would hold after its instructions: files below `root`, and the settings of its last stage."""
+    """Hold what an image would hold: files below `root`, and the settings of its last stage."""
 
     root: Path
     context: Path

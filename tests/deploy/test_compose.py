@@ -1,5 +1,3 @@
-"""compose.yaml: valid by the Compose Specification, hardened, and true to the Dockerfile and the embedded store."""
-
 from __future__ import annotations
 
 import json
@@ -20,7 +18,7 @@ OURS = ("proxy-a", "proxy-b", "worker")
 
 @cache
 def text() -> str:
-    """With the variables' defaults in their places, as compose does before it looks at anything else."""
+    """Return the text with the variables' defaults filled in, as compose does before it reads anything else."""
     return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE.read_text("utf-8"))
 
 
@@ -34,7 +32,7 @@ def service(name: str) -> dict[str, Any]:
 
 
 def checked(compose_file: str) -> PyCompose:
-    """Raises ValueError. The checker wants addresses in extra_hosts and does not know the word `host-gateway`."""
+    """Check the file or raise ValueError. The checker wants addresses in extra_hosts and rejects `host-gateway`."""
     document = yaml.safe_load(compose_file.replace("host-gateway", "127.0.0.1"))
     return PyCompose.from_yaml(json.dumps(document))  # without anchors and merge keys; JSON is YAML
 

@@ -1,5 +1,3 @@
-"""The Dockerfile: linted, safe by its own words, and its commands carried out, for which no engine is needed."""
-
 from __future__ import annotations
 
 import shutil
@@ -57,7 +55,7 @@ def test_what_the_image_copies_is_let_through_by_the_ignore_file() -> None:
 
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
-    """The image's files, by the Dockerfile's own instructions: a few minutes, two gigabytes."""
+    """Build the image's files by the Dockerfile's own instructions: a few minutes, two gigabytes."""
     scratch = Scratch(tmp_path_factory.mktemp("image"), ROOT)
     for instruction in parse(DOCKERFILE.read_text("utf-8")):
         scratch.carry_out(instruction)

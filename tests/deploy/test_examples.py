@@ -1,5 +1,3 @@
-"""The example configurations: they load, their keys come from the environment, and every model in them has a price."""
-
 from __future__ import annotations
 
 import logging
@@ -53,5 +51,5 @@ def test_every_model_has_a_price_or_costs_nothing(path: Path) -> None:
     price_map = bundled_price_map()
     for entry in load_settings(path, {}).model_list:
         listed = price_map.find(entry.litellm_params["model"])
-        stated = entry.model_info.free or entry.model_info.input_cost_per_token is not None
-        assert stated or (listed is not None and listed.price is not None), entry.model_name
+        priced = entry.model_info.free or entry.model_info.input_cost_per_token is not None
+        assert priced or (listed is not None and listed.price is not None), entry.model_name

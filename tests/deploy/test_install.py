@@ -1,5 +1,3 @@
-"""deploy/install.sh: uv where it works, else pip; and what an interrupted installation leaves is replaced."""
-
 from __future__ import annotations
 
 import subprocess
@@ -13,7 +11,7 @@ LOCK = "deploy/locks/core.txt"
 
 
 class Environment:
-    """A virtual environment whose installers only note what they are asked for."""
+    """Fake a virtual environment whose installers only note their calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "venv"
@@ -26,10 +24,10 @@ class Environment:
         program.write_text(f'#!/bin/sh\necho "{name} $*" >> {self.calls}\nexit {status}\n')
         program.chmod(0o755)
 
-    def install(self, what: str = LOCK) -> tuple[int, list[str]]:
+    def install(self, lock: str = LOCK) -> tuple[int, list[str]]:
         """Return the exit status, and the calls of the installers."""
         self.calls.write_text("")
-        command = ["sh", "deploy/install.sh", str(self.folder), what]
+        command = ["sh", "deploy/install.sh", str(self.folder), lock]
         path = {"PATH": "/usr/bin:/bin"}
         done = subprocess.run(command, cwd=ROOT, env=path, capture_output=True, text=True, check=False)
         return done.returncode, self.calls.read_text().splitlines()
@@ -57,14 +55,16 @@ def test_pip_installs_where_uv_fails_or_is_missing(environment: Environment) -> 
     assert calls[1].endswith(f"--require-hashes --no-deps --requirement {LOCK}")
 
 
-@pytest.mark.parametrize("what", [LOCK, "."])
-def test_an_installation_that_was_broken_off_is_done_again_from_the_start(environment: Environment, what: str) -> None:
+@pytest.mark.parametrize("missing", [LOCK, "."])
+def test_an_installation_that_was_broken_off_is_done_again_from_the_start(
+    environment: Environment, missing: str
+) -> None:
     environment.installer("python", status=1)
-    assert environment.install(what)[0] == 1
+    assert environment.install(missing)[0] == 1
     environment.installer("python")
     environment.installer("uv")
-    assert "--reinstall" in environment.install(what)[1][0]
-    assert "--reinstall" not in environment.install(what)[1][0]
+    assert "--reinstall" in environment.install(missing)[1][0]
+    assert "--reinstall" not in environment.install(missing)[1][0]
 
 
 def test_nothing_fails_where_uv_cannot_be_had(environment: Environment) -> None:

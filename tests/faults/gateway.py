@@ -1,5 +1,3 @@
-"""A served proxy with one profiled model in its configuration, and the requests that tests of faults make."""
-
 from __future__ import annotations
 
 import asyncio
@@ -31,7 +29,7 @@ PRICE = {"input_cost_per_token": 2e-6, "output_cost_per_token": 8e-6}
 
 @dataclass
 class Gateway:
-    """`server` is running while the block lasts; a test may end it before and open another on the same folder."""
+    """Hold a gateway. `server` runs while the block lasts; a test may end it and open another on the same folder."""
 
     folder: Path
     server: ServeCommand
@@ -102,14 +100,14 @@ def embedded_pid(gateway: Gateway) -> int:
 
 
 def counted(client: redis.Redis) -> int:
-    """Requests in the totals of all models."""
+    """Count the requests in the totals of all models."""
     keys: Any = client.keys(f"{TOTALS}:*")
     stored: Any = [client.hget(key, "requests") for key in keys]
     return sum(int(count) for count in stored)
 
 
 def journalled(data_dir: Path) -> list[dict[str, Any]]:
-    """Every record in the journals, whether Redis has it or not."""
+    """Return every record in the journals, whether Redis has it or not."""
     files = sorted((data_dir / "usage").glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
@@ -124,7 +122,7 @@ def a_gateway(
     translated: bool = False,
     **section: Any,
 ) -> Iterator[Gateway]:
-    """`uniroute serve` with its data in `folder`; `section`: settings of the configuration file.
+    """Run `uniroute serve` with its data in `folder`. `section`: settings of the configuration file.
 
     `translated`: with a second model, without a profile, that is called through litellm.
     """

@@ -35,8 +35,8 @@ def test_the_documented_redis_user_may_do_all_that_a_server_does(tmp_path: Path,
             assert wait_until(lambda: gateway.ask().status_code == 200), (gateway.ask().text, rotated.text)
             session = {"x-session-id": "a", **gateway.headers}
             for _ in range(2):
-                asked = {"model": "auto", "messages": QUESTION}
-                httpx.post(f"{gateway.url}/v1/chat/completions", json=asked, headers=session, timeout=60)
+                body = {"model": "auto", "messages": QUESTION}
+                httpx.post(f"{gateway.url}/v1/chat/completions", json=body, headers=session, timeout=60)
             made = gateway.admin("POST", "/models", {**model_entry("asked", up.url), "profile": {"prompts": 24}}).json()
             assert wait_until(lambda: gateway.admin("GET", f"/jobs/{made['job']}").json()["state"] == "ready")
             gateway.put_price()

@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def the_library() -> Path:
-    """Found, not imported: the package wants to start its importer again."""
+    """Find the library without an import: the package wants to start its importer again."""
     spec = find_spec("libfaketime")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -45,7 +45,7 @@ def test_clock_jumps_of_a_day_break_nothing(tmp_path: Path, embedder_cache: Path
     }
     with a_gateway(tmp_path, embedder_cache, upstream, environ=environ) as gateway:
         gateway.client_key = gateway.create_client_key(gateway.embedded_url)
-        asked = 0
+        requests = 0
         for step in ("+1d", "-1d"):
             before = wall_clock(gateway)
             job = measuring(gateway, "forward" if step == "+1d" else "back")
@@ -54,17 +54,17 @@ def test_clock_jumps_of_a_day_break_nothing(tmp_path: Path, embedder_cache: Path
             assert wait_until(lambda before=before: wall_clock(gateway)[:10] != before[:10])
 
             assert [gateway.ask(CONFIGURED).status_code for _ in range(3)] == [200] * 3
-            asked += 3
-            shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
-            assert shown["updated_at"] is None or shown["age_s"] >= 0
+            requests += 3
+            price: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
+            assert price["updated_at"] is None or price["age_s"] >= 0
             assert 0 <= gateway.put_price().json()["price"]["age_s"] < 60
             assert wait_until(lambda job=job: gateway.admin("GET", f"/jobs/{job}").json()["state"] == "ready")
             with gateway.embedded_store() as client:
-                assert wait_until(lambda client=client, asked=asked: counted(client) == asked)
+                assert wait_until(lambda client=client, requests=requests: counted(client) == requests)
 
 
 def measuring(gateway: Gateway, name: str) -> str:
-    """A job that asks a new model."""
+    """Start a job on a new model."""
     body = {**model_entry(name, gateway.upstream.url), "profile": {"prompts": 20, "max_usd": 1.0}}
     reply = gateway.admin("POST", "/models", body)
     assert reply.status_code == 202, reply.text

@@ -20,7 +20,7 @@ from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
-ROOM = "16m"
+DISK_SIZE = "16m"
 
 
 def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
@@ -55,19 +55,21 @@ def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
 
 
 class OnSmallDisk(ServeCommand):
-    """With its data directory on a file system of ROOM bytes, in a mount namespace of its own."""
+    """Run the server with its data directory on a file system of DISK_SIZE, in a mount namespace of its own."""
 
     def __init__(self, *arguments: str | Path, environ: dict[str, str], log: Path) -> None:
         super().__init__(*arguments, environ=environ, log=log)
         self.data_dir = Path(environ["UNIROUTE_DATA_DIR"])
         tables = [str(table.resolve()) for table in self.data_dir.glob("static-*")]
         disk = shlex.quote(str(self.data_dir))
-        script = f"mount -t tmpfs -o size={ROOM},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
+        script = (
+            f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
+        )
         self._command = ["unshare", "-rm", "sh", "-c", script + shlex.join(self._command)]
 
     @property
     def disk(self) -> Path:
-        """The data directory as the server sees it."""
+        """Return the data directory as the server sees it."""
         return Path(f"/proc/{self.pid}/root{self.data_dir}")
 
     def fill(self) -> None:
@@ -81,7 +83,7 @@ class OnSmallDisk(ServeCommand):
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """A socket's path has little room, and is seen through /proc here."""
+    """Shorten the path: a socket's path has little room, and is seen through /proc here."""
     with tempfile.TemporaryDirectory(prefix="u-") as folder:
         yield Path(folder)
 
@@ -112,8 +114,8 @@ def test_a_full_disk_refuses_changes_loses_none_and_recovers(
 
             (server.disk / "fill").unlink()
             assert wait_until(lambda: gateway.ready()["store"] == "up")
-            shown: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
-            assert shown["input_cost_per_token"] == pytest.approx(price)
+            stored_price: Any = gateway.admin("GET", f"/models/{CONFIGURED}").json()["price"]
+            assert stored_price["input_cost_per_token"] == pytest.approx(price)
             assert wait_until(lambda: gateway.put_price().status_code == 200)
             assert gateway.add("after").status_code == 201
             assert wait_until(lambda: counted(client) == 6), counted(client)

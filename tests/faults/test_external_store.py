@@ -22,24 +22,24 @@ from tests.support.waiting import wait_until
 class Setting:
     gateway: Gateway
     valkey: ValkeyServer
-    asked: int = 0
+    requests: int = 0
 
     def ask(self, model: str = CONFIGURED) -> int:
         reply = self.gateway.ask(model)
-        self.asked += reply.status_code == 200
+        self.requests += reply.status_code == 200
         return reply.status_code
 
     def ask_in_every_mode(self) -> list[int]:
-        """Routed, pinned, and streamed to the end."""
+        """Send requests routed, pinned, and streamed to the end."""
         statuses = [self.ask("auto"), self.ask()]
         with self.gateway.streaming() as answer:
             whole = "[DONE]" in answer.read().decode()
-        self.asked += whole
+        self.requests += whole
         return [*statuses, 200 if whole else 500]
 
     def usage_is_exact(self) -> bool:
         with self.valkey.client() as client:
-            return wait_until(lambda: counted(client) == self.asked)
+            return wait_until(lambda: counted(client) == self.requests)
 
     def recovers(self) -> bool:
         return wait_until(lambda: self.gateway.put_price().status_code == 200)
@@ -58,7 +58,7 @@ def setting(
 
 
 def refused(call: Callable[[], httpx.Response], why: str) -> bool:
-    """As an admin call that the store did not take, with the reason."""
+    """Check that an admin call is refused by the store, with the reason."""
     reply = call()
     error = reply.json()["error"]
     return (reply.status_code, error["code"]) == (503, "unavailable") and why in error["message"]
@@ -153,7 +153,7 @@ def test_a_promoted_replica_is_used_as_soon_as_it_accepts_writes(setting: Settin
     assert setting.usage_is_exact()
     with ValkeyServer(tmp_path / "replica", free_port(), replicaof=f"127.0.0.1 {address}") as replica:
         with replica.client() as client:
-            assert wait_until(lambda: counted(client) == setting.asked)
+            assert wait_until(lambda: counted(client) == setting.requests)
             client.replicaof("127.0.0.1", "1")  # from here on it hears no more: it lags behind
         assert setting.ask_in_every_mode() == [200, 200, 200]
         assert setting.usage_is_exact()

@@ -23,12 +23,12 @@ DRAIN_S = 4
 
 
 def words(count: int) -> Step:
-    """A stream of so many words, ten a second."""
+    """Return a stream of so many words, ten a second."""
     return Step(message={"role": "assistant", "content": "word " * count}, drip_s=0.1)
 
 
 def read_to_the_end(pieces: Iterator[bytes]) -> tuple[str, bool]:
-    """What came, and whether the connection ended as a response should."""
+    """Return what was read, and whether the connection ended as a response should."""
     seen = b""
     try:
         for piece in pieces:

@@ -1,4 +1,4 @@
-"""A primary that is killed, frozen or replaced by its sentinels under traffic. `pytest -rP` prints the figures."""
+"""Kill, freeze or replace a primary by its sentinels under traffic. `pytest -rP` prints the figures."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPTS = 24
 
 @dataclass
 class Traffic:
-    """Requests of a key without limits and of one with a budget, and an administrator who makes keys."""
+    """Send requests of a key without limits and of one with a budget, and create keys as an administrator."""
 
     gateway: Gateway
     keys: dict[str, dict[str, str]]
@@ -66,7 +66,7 @@ class Traffic:
 
     @property
     def refused_s(self) -> float:
-        """From the first change that was refused to the first that was taken after the last refusal."""
+        """Return the seconds from the first refused change to the first that was taken after the last refusal."""
         return (self.working_from or time.monotonic()) - self.refused[0][0] if self.refused else 0.0
 
     def _ask(self, who: str) -> None:
@@ -110,7 +110,7 @@ class Setting:
         return found
 
     def holds(self, true_of: Callable[[redis.Redis], bool]) -> bool:
-        """Whether it becomes true of the present primary."""
+        """Tell whether it becomes true of the present primary."""
         with self.group.client(self.primary()) as client:
             return wait_until(lambda: true_of(client), HEALS_S)
 
@@ -132,7 +132,7 @@ def setting(
 
 
 def fails_over(setting: Setting, how: Callable[[ValkeyServer], None], name: str) -> Traffic:
-    """`how` takes the primary away under traffic; returns once changes are taken again, with what happened."""
+    """Take the primary away by `how` under traffic; return once changes are taken again."""
     assert wait_until(setting.group.replicates, HEALS_S)
     before = setting.primary()
     with setting.traffic() as traffic:
@@ -181,9 +181,9 @@ def test_a_killed_primary_fails_no_request_and_loses_no_acknowledged_change(sett
     upstream.slow_s = 0.0
     assert wait_until(lambda: job_of(setting, job)["state"] == "ready"), job_of(setting, job)
     assert job_of(setting, job)["done"] == PROMPTS
-    asked = Counter(json.dumps(each.body["messages"]) for each in upstream.history if is_of(each.body, "measured"))
-    assert len(asked) == PROMPTS
-    assert max(asked.values()) <= 2
+    prompts = Counter(json.dumps(each.body["messages"]) for each in upstream.history if is_of(each.body, "measured"))
+    assert len(prompts) == PROMPTS
+    assert max(prompts.values()) <= 2
     before.start()
 
 
@@ -201,7 +201,7 @@ def test_the_usage_of_a_failover_is_counted_once(setting: Setting) -> None:
 
 
 def of_jobs(client: redis.Redis) -> int:
-    """Measuring records no usage."""
+    """Return the recorded requests of the measured model: measuring records no usage."""
     stored: Any = client.hget("uniroute:usage:totals:measured", "requests")
     return int(stored or 0)
 

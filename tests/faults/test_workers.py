@@ -38,7 +38,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
 
 
 def scraped_by(gateway: Gateway, pid: int) -> dict[str, float]:
-    """Every sample, asked of one worker: of new connections until one is its own."""
+    """Return every sample of one worker, over new connections until one is its own."""
     headers = {"authorization": f"Bearer {gateway.client_key}"} if gateway.client_key else {}
     while True:
         with httpx.stream("GET", f"{gateway.url}/metrics", headers=headers, timeout=60) as answer:
@@ -59,12 +59,12 @@ def requests(samples: dict[str, float]) -> float:
 
 
 def counted(samples: dict[str, float]) -> dict[str, float]:
-    """What never goes back, but the times at which it began."""
+    """Return the values that never go back, without the times at which they began."""
     return {n: v for n, v in samples.items() if re.match(r"\w+_(total|count|sum|bucket)\b", n)}
 
 
 def both_ready(gateway: Gateway, gone: set[int]) -> Callable[[], bool]:
-    """Two workers, none of those that are gone, which both have counted themselves in."""
+    """Return a check that two workers, none of them in `gone`, have counted themselves in."""
 
     def there() -> bool:
         workers = set(children_of(gateway.server.pid)) - gone

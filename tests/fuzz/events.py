@@ -1,4 +1,4 @@
-"""A coverage-guided fuzzer on the cutter of event streams: `python -m tests.fuzz.events CORPUS`. Ends at a fault.
+"""Fuzz the SSE decoder, guided by coverage: `python -m tests.fuzz.events CORPUS`. Ends at a fault.
 
 However the bytes are split, the events are the same, and each is read or refused.
 """
@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["proxy.upstream.sse", "proxy.upstream.p
 
 
 def one_input(data: bytes) -> None:
-    """The first two bytes say how large the pieces are."""
+    """Decode one input. Its first two bytes say how large the pieces are."""
     raw = data[2:]
     whole = _cut([raw])
     for size in {1 + byte % 16 for byte in data[:2]}:

@@ -1,6 +1,6 @@
-"""A coverage-guided fuzzer on the parser of bodies: `python -m tests.fuzz.parser CORPUS`. Ends at a fault.
+"""Fuzz the parser of bodies, guided by coverage: `python -m tests.fuzz.parser CORPUS`. Ends at a fault.
 
-Whatever is taken is written and read again, and read by everything that reads a body before it is forwarded.
+What is accepted is written and read again, and read by everything that reads a body before it is forwarded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ with atheris.instrument_imports(include=["proxy.routing", "json"]):
 
 
 def one_input(data: bytes) -> None:
-    """The first byte says how much of the rest is a header; what follows is the body."""
+    """Parse one input. Its first byte says how much of the rest is a header; what follows is the body."""
     cut = data[0] % 24 if data else 0
     header, raw = data[1 : 1 + cut].decode("latin-1"), data[1 + cut :]
     try:

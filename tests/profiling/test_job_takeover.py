@@ -1,5 +1,3 @@
-"""Workers die, stop, lose Redis or meet: a job continues, once, and loses no answer."""
-
 from __future__ import annotations
 
 import asyncio
@@ -35,7 +33,7 @@ from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import until
 
 
-def asked(upstream: ScriptedUpstream) -> Counter[str]:
+def prompts_sent(upstream: ScriptedUpstream) -> Counter[str]:
     return Counter(request.body["messages"][-1]["content"] for request in upstream.history)
 
 
@@ -56,7 +54,7 @@ async def an_uninterrupted_profile(store: Store, folder: Path, upstream: Scripte
 
 @asynccontextmanager
 async def a_killed_worker(folder: Path, upstream: ScriptedUpstream, after: int) -> AsyncIterator[None]:
-    """A process that owned store and job, killed with its server after so many prompts."""
+    """Kill a process that owned store and job, with its server, after so many prompts."""
     command = [sys.executable, "-m", "tests.support.job_runner", str(folder), upstream.url]
     runner = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     await until(lambda: len(upstream.history) >= after)
@@ -90,7 +88,7 @@ async def test_after_kill_9_of_all_processes_the_job_resumes_to_the_same_profile
                 resumed = bench.state.current.profiles["small"]
             await restarted.close()
     texts = {f"{('north', 'east', 'south', 'west')[int(p[1:]) % 4]} say the number {p[1:]}" for p in kept}
-    again = asked(upstream)
+    again = prompts_sent(upstream)
     assert all(again[text] == 1 for text in texts)
     assert len(again) == 40
     with ScriptedUpstream(knows("north", "west")) as upstream:
@@ -121,7 +119,7 @@ async def test_two_workers_never_ask_the_same_prompt(store: Store, second_store:
             for _ in range(5):
                 await two.jobs.worker.enqueue(job.id)
             assert (await finished(two.jobs, job)).done == 40
-    assert set(asked(upstream).values()) == {1}
+    assert set(prompts_sent(upstream).values()) == {1}
 
 
 async def test_a_job_survives_a_restart_of_redis(tmp_path: Path) -> None:
@@ -137,7 +135,7 @@ async def test_a_job_survives_a_restart_of_redis(tmp_path: Path) -> None:
             await asyncio.to_thread(server.ensure)
             over = await finished(bench.jobs, job)
     assert (over.state, over.done) == ("ready", 40)
-    assert set(asked(upstream).values()) == {1}
+    assert set(prompts_sent(upstream).values()) == {1}
     await store.close()
     await asyncio.to_thread(server.stop)
 
@@ -206,7 +204,7 @@ async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store
 
 
 async def taken_and_lost(store: Store, leases: Leases, job_id: str) -> bool:
-    """By a worker that dies; False where there is nothing left to take."""
+    """Take a job as a worker that dies; False if nothing is left to take."""
     taken = await leases.take(job_id) is not None
     await store.client.delete(lease_key(job_id))
     return taken

@@ -1,5 +1,3 @@
-"""Profiling end to end in one process: from a submitted job to a profile in use, or to a reason why not."""
-
 from __future__ import annotations
 
 import asyncio
@@ -39,16 +37,16 @@ async def test_a_model_is_measured_on_prompts_of_every_cluster_and_is_routable_w
             errors = bench.state.current.profiles["small"].errors()
             assert errors[:2].max() < 0.25
             assert errors[2:].min() > 0.75
-    asked = [request.body["messages"][0]["content"].split(" ")[0] for request in upstream.history]
-    assert {word: asked.count(word) for word in set(asked)} == dict.fromkeys(("north", "east", "south", "west"), 6)
+    prompts = [request.body["messages"][0]["content"].split(" ")[0] for request in upstream.history]
+    assert {word: prompts.count(word) for word in set(prompts)} == dict.fromkeys(("north", "east", "south", "west"), 6)
 
 
 async def test_the_json_of_a_job_has_the_fields_of_the_contract(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north")) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
             job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
-    shown = json.loads(json.dumps(job.to_json()))
-    assert list(shown) == [
+    fields = json.loads(json.dumps(job.to_json()))
+    assert list(fields) == [
         "id",
         "model",
         "state",
@@ -61,8 +59,8 @@ async def test_the_json_of_a_job_has_the_fields_of_the_contract(store: Store, tm
         "error",
     ]
     tokens = [len(request.body["messages"][0]["content"].split()) + 3 for request in upstream.history]
-    assert shown["spent_usd"] == pytest.approx(sum(tokens) * 1e-6 + 20 * 4 * 4e-6)
-    assert (shown["error"], shown["eta_s"]) == (None, 0.0)
+    assert fields["spent_usd"] == pytest.approx(sum(tokens) * 1e-6 + 20 * 4 * 4e-6)
+    assert (fields["error"], fields["eta_s"]) == (None, 0.0)
 
 
 async def test_a_model_has_one_unfinished_job_and_a_changed_model_gets_a_new_one(store: Store, tmp_path: Path) -> None:

@@ -1,5 +1,3 @@
-"""How profiling reads one answer of a model."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -22,7 +20,7 @@ class Failing:
         raise self._failure
 
 
-def said(content: Any, **more: Any) -> Any:
+def completion(content: Any, **more: Any) -> Any:
     choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop", **more}
     return {"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
 
@@ -32,19 +30,19 @@ def said(content: Any, **more: Any) -> Any:
     ["x" * 3_000_000, [{"type": "text", "text": "x" * 3_000_000}], [{"type": "text", "text": "x" * 400}] * 10_000],
 )
 def test_an_answer_is_cut_before_it_is_graded(content: Any) -> None:
-    assert read_answer(said(content), 0.1, "small").text == "x" * MAX_GRADED_CHARS
+    assert read_answer(completion(content), 0.1, "small").text == "x" * MAX_GRADED_CHARS
 
 
 @pytest.mark.parametrize("content", [None, 7, {}, [7, {"text": 7}, {"text": None}, {"text": ["x"]}]])
 def test_content_that_is_no_text_is_an_empty_answer(content: Any) -> None:
-    assert read_answer(said(content), 0.1, "small").text == ""
+    assert read_answer(completion(content), 0.1, "small").text == ""
 
 
 def test_the_record_of_an_odd_answer_is_small() -> None:
-    odd = said("hi", finish_reason={"a": "x" * 1000})
+    odd = completion("hi", finish_reason={"a": "x" * 1000})
     odd["usage"] = {"prompt_tokens": 10**400, "completion_tokens": 10**20}
     answer = read_answer(odd, 0.1, "small")
-    long = read_answer(said("hi", finish_reason="x" * 1000), 0.1, "small")
+    long = read_answer(completion("hi", finish_reason="x" * 1000), 0.1, "small")
 
     assert (answer.finish_reason, answer.counts.prompt_tokens, answer.counts.output_tokens) == (None, None, None)
     assert len(long.finish_reason or "") == 40

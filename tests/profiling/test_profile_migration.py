@@ -1,5 +1,3 @@
-"""A new cluster map: recorded answers make the profile, and only missing ones are asked for."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,7 +21,7 @@ def half_right() -> ScriptedUpstream:
 
 
 async def is_left_alone(store: Store, folder: Path, record: ModelRecord, caplog: pytest.LogCaptureFixture) -> bool:
-    """Whether a process on the new map says what to do, and does nothing."""
+    """Tell whether a process on the new map says what to do, and does nothing."""
     jobs_before = await store.client.zcard(JOBS)
     async with a_bench(store, folder, record, cluster_map=HALVES) as bench:
         await until(lambda: "`uniroute models profile small` measures it" in caplog.text)

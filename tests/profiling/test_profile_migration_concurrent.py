@@ -1,5 +1,3 @@
-"""Migration of profiles by several processes, some on the old map, some of them dying."""
-
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,3 @@
-"""`uniroute serve` on one map, then on another: profiled models are ready again without a prompt."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,7 +20,7 @@ NAMES = ("added", "configured")
 
 
 def a_map(folder: Path, embedder: StaticEmbedder, words: tuple[str, ...]) -> str:
-    """The id of a map with one cluster around each word."""
+    """Write a map with one cluster around each word, and return its id."""
     made = ClusterMap(np.asarray(embedder.embed(list(words))), embedder_id=embedder.id, top=2)
     save_map(made, folder)
     return made.id
@@ -34,7 +32,7 @@ def cards(server: ServeCommand) -> list[dict[str, Any]]:
 
 
 def ready(server: ServeCommand) -> list[dict[str, Any]]:
-    """The cards of both models once they are measured."""
+    """Return the cards of both models once they are measured."""
     assert wait_until(lambda: [card.get("state") for card in cards(server)] == ["ready"] * 2, 30), server.log
     return cards(server)
 
@@ -64,10 +62,10 @@ def test_after_a_restart_on_another_map_models_are_ready_without_new_prompts(
             ended = run_command(*adding, "--prompts", "30", environ={**environ, "UNIROUTE_URL": server.url})
             assert ended.returncode == 0, ended.stderr
             before = ready(server)
-        asked = len(upstream.history)
+        requests = len(upstream.history)
         with ServeCommand("--config", config, environ=on_other, log=tmp_path / "other.txt") as server:
             after = ready(server)
-    assert (asked, len(upstream.history)) == (54, 54)
+    assert (requests, len(upstream.history)) == (54, 54)
     assert [[card["profile"]["map"] for card in found] for found in (before, after)] == [[i] * 2 for i in ids]
     labels = [[sum(card["profile"]["labels"]) for card in found] for found in (before, after)]
     assert labels == [pytest.approx([30, 24], abs=1e-4)] * 2

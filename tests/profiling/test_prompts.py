@@ -1,5 +1,3 @@
-"""An outcomes file becomes the profile of one model."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""Small maps, profiles and pools that can be checked by hand."""
-
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from router_core.types import FREE, UNKNOWN_CAPABILITIES, Assignment, Capabiliti
 
 
 class FirstLetterEmbedder:
-    """a… → the first axis, b… → the second, c… → the third; anything else has no token."""
+    """Map a… to the first axis, b… to the second, c… to the third; anything else has no token."""
 
     id = "first-letter"
     dimension = 3
@@ -24,19 +22,19 @@ class FirstLetterEmbedder:
 
 
 def a_map(*, top: int = 1) -> ClusterMap:
-    """Three clusters, one per axis."""
+    """Build three clusters, one per axis."""
     return ClusterMap(np.eye(3, dtype=np.float32), embedder_id="first-letter", names=("a", "b", "c"), top=top)
 
 
 def an_assignment(*clusters: int) -> Assignment:
-    """Each prompt wholly in one cluster."""
+    """Put each prompt wholly in one cluster."""
     return Assignment(np.array(clusters, dtype=np.int64).reshape(-1, 1), np.ones((len(clusters), 1), dtype=np.float32))
 
 
 def a_profile(
     errors: Sequence[float], labels: float = 100.0, tokens: float | None = 100.0, seconds: float = 1.0
 ) -> Profile:
-    """Rates on `a_map`, or on a map of its own when the length differs."""
+    """Build rates on `a_map`, or on a map of its own when the length differs."""
     document: dict[str, object] = {"map": a_map().id, "errors": list(errors), "labels": [labels] * len(errors)}
     if tokens is not None:
         document |= {"mean_output_tokens": tokens, "mean_seconds": seconds}
@@ -61,5 +59,5 @@ def a_pool(*candidates: Candidate) -> Pool:
 
 
 def priced_pool(models: Mapping[str, tuple[float, float]]) -> Pool:
-    """name → (error everywhere, USD per million output tokens)."""
+    """Map each name to (error everywhere, USD per million output tokens)."""
     return a_pool(*(a_candidate(name, (error,) * 3, Price(0.0, usd / 1e6)) for name, (error, usd) in models.items()))

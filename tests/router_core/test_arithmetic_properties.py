@@ -1,5 +1,3 @@
-"""Properties of prices and profiles for any figures: costs are not negative, rates lie within [0, 1], order is free."""
-
 from __future__ import annotations
 
 import json
@@ -87,7 +85,7 @@ def test_an_absurd_price_is_refused(name: str, value: float) -> None:
 
 
 def profile(rows: list[tuple[float, float, float]]) -> Profile:
-    """From (error rate, labels, tokens) of each cluster."""
+    """Build a profile from (error rate, labels, tokens) of each cluster."""
     labels = np.array([label for _, label, _ in rows])
     sums = np.array([error for error, _, _ in rows]) * labels
     tokens = np.array([count for _, _, count in rows]) * labels

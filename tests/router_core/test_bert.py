@@ -1,4 +1,4 @@
-"""The NumPy encoder against a small BERT computed by hand in float64."""
+"""Compare the NumPy encoder with a small BERT computed by hand in float64."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ CENTS = ScoringParams(cost_unit="cents")
 
 
 def half_and_half() -> LambdaSweep:
-    """Two prompts where the cheap model is nearly as good, two where it is not, at $0.10 or $1.15 per 1,000.
+    """Build two prompts where the cheap model is nearly as good, two where it is not, at $0.10 or $1.15 per 1,000.
 
     At a tie of 0.005 the first two go to it from λ = 0.095 ÷ 0.105 = 0.905 on, the others from 0.495 ÷ 0.105 = 4.714.
     """
@@ -172,10 +172,10 @@ def test_a_sweep_needs_a_prompt_and_a_routable_model() -> None:
 PROMPTS = an_assignment(0, 0)
 
 
-def two_models(cheap: float, dear: float) -> Pool:
-    """A label weight of 100.5 behind each rate, the shrinkage included."""
+def two_models(cheap: float, expensive: float) -> Pool:
+    """Build two models with a label weight of 100.5 behind each rate, the shrinkage included."""
     return a_pool(
-        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (dear,) * 3, Price(0.0, 1e-5))
+        a_candidate("cheap", (cheap,) * 3, Price(0.0, 1e-6)), a_candidate("dear", (expensive,) * 3, Price(0.0, 1e-5))
     )
 
 

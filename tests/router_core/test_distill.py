@@ -21,10 +21,10 @@ def test_unknown_weights_are_refused_and_nothing_is_written(tmp_path: Path) -> N
 def test_progress_of_distilling_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = "import pathlib, sys; print(1, 4); print('a hint'); print(4, 4); pathlib.Path(sys.argv[1]).mkdir()"
     monkeypatch.setattr(embedding, "DISTILL_COMMAND", made)
-    told: list[tuple[int, int]] = []
-    embedding._distill_in_process(tmp_path / "static", lambda done, total: told.append((done, total)))
+    progress: list[tuple[int, int]] = []
+    embedding._distill_in_process(tmp_path / "static", lambda done, total: progress.append((done, total)))
 
-    assert told == [(1, 4), (4, 4)]
+    assert progress == [(1, 4), (4, 4)]
     assert (tmp_path / "static").is_dir()
 
 
@@ -33,22 +33,22 @@ def test_stopping_ends_the_distilling_process(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(embedding, "DISTILL_COMMAND", endless)
     stop, pids = threading.Event(), list[int]()
 
-    def told(pid: int, _: int) -> None:
+    def progress(pid: int, _: int) -> None:
         pids.append(pid)
         stop.set()
 
     with pytest.raises(Interrupted):
-        embedding.static_embedder(tmp_path, progress=told, stop=stop)
+        embedding.static_embedder(tmp_path, progress=progress, stop=stop)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
     assert list(tmp_path.glob(f"{embedding.SCRATCH_PREFIX}*")) == []
 
 
 def test_a_second_process_reports_the_progress_of_the_first(tmp_path: Path) -> None:
-    stop, told = threading.Event(), list[tuple[int, int]]()
+    stop, progress = threading.Event(), list[tuple[int, int]]()
 
     def follow(done: int, total: int) -> None:
-        told.append((done, total))
+        progress.append((done, total))
         stop.set()
 
     with (tmp_path / ".static-1.lock").open("w") as lock:
@@ -57,7 +57,7 @@ def test_a_second_process_reports_the_progress_of_the_first(tmp_path: Path) -> N
         lock.flush()
         with pytest.raises(Interrupted):
             embedding.static_embedder(tmp_path, progress=follow, stop=stop)
-    assert told == [(3, 4)]
+    assert progress == [(3, 4)]
 
 
 def test_the_table_has_a_centred_unit_row_for_every_token(embedder_cache: Path) -> None:

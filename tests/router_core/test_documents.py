@@ -1,5 +1,3 @@
-"""Documents that are small on disk and large in memory, or endless, are refused at once."""
-
 from __future__ import annotations
 
 import hashlib
@@ -95,7 +93,7 @@ def test_a_manifest_that_explodes_is_refused(tmp_path: Path, manifest: str, word
 
 
 def map_with(folder: Path, member: bytes) -> Path:
-    """A map whose digest is right and whose centroids are these bytes."""
+    """Write a map with a correct digest whose centroids are these bytes."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("centroids.npy", member)

@@ -67,21 +67,21 @@ def test_a_limit_that_is_no_cap_is_sent_as_stated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "cap"),
     [
         (100, 32_000 - 100 - 356),  # the prompt once more, and what a template may add
         (20_000, 6000),  # half of what is left
         (31_900, None),  # less than answers usually are
     ],
 )
-def test_a_cap_leaves_room_for_a_prompt_longer_than_estimated(prompt: int, told: int) -> None:
+def test_a_cap_leaves_room_for_a_prompt_longer_than_estimated(prompt: int, cap: int) -> None:
     pool = a_pool(capable("model", max_input_tokens=32_000))
     needs = Requirements(prompt_tokens=prompt, max_output_tokens=64_000, limit_is_cap=True)
     left = eligible(pool, needs)
 
-    assert left.names == (() if told is None else ("model",))
-    assert told is not None or "31900 prompt tokens and an answer" in left.reasons["model"]
-    assert told is None or output_limit(pool, 0, needs) == told
+    assert left.names == (() if cap is None else ("model",))
+    assert cap is not None or "31900 prompt tokens and an answer" in left.reasons["model"]
+    assert cap is None or output_limit(pool, 0, needs) == cap
 
 
 @pytest.mark.parametrize(("output", "shared"), [(None, True), (1000, True), (2000, True), (999, False)])

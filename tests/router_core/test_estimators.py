@@ -39,7 +39,7 @@ def test_a_map_of_very_many_clusters_gets_the_shrunk_estimator() -> None:
 
 
 def many(rates: list[float], labels: float = 400.0) -> tuple[Doubles, Doubles]:
-    """One model's sums when each cluster of `a_map` has so many labels."""
+    """Return one model's sums when each cluster of `a_map` has so many labels."""
     return np.array([rates]) * labels, np.full((1, 3), labels)
 
 
@@ -79,10 +79,10 @@ def test_a_deviation_is_expected_more_in_similar_clusters_than_in_distant_ones()
 def test_reference_models_inform_the_rates_and_are_not_among_them() -> None:
     errors, labels = many([0.1, 0.5, 0.9])
     history = ReferenceModels(np.eye(3), ("known", "too"), np.vstack([errors, errors]), np.vstack([labels, labels]))
-    asked = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
+    sums = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
     alone, helped = (
-        partially_pooled_rates(*asked, a_map()),
-        partially_pooled_rates(*asked, a_map().with_reference_models(history)),
+        partially_pooled_rates(*sums, a_map()),
+        partially_pooled_rates(*sums, a_map().with_reference_models(history)),
     )
     assert alone.shape == helped.shape == (1, 3)
     assert np.ptp(alone) == pytest.approx(0.0)

@@ -34,10 +34,10 @@ def test_each_kind_of_prompt_gets_a_cluster_named_after_its_words() -> None:
 
 
 def test_progress_is_reported_to_the_end() -> None:
-    told: list[tuple[str, int, int]] = []
-    fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: told.append(step))
-    assert told[0][0] == "embedding"
-    assert told[-1] == ("clustering", 1, 1)
+    progress: list[tuple[str, int, int]] = []
+    fit_map(PROMPTS, FirstLetterEmbedder(), 3, progress=lambda *step: progress.append(step))
+    assert progress[0][0] == "embedding"
+    assert progress[-1] == ("clustering", 1, 1)
 
 
 def test_repeated_and_blank_prompts_do_not_count() -> None:
@@ -46,22 +46,22 @@ def test_repeated_and_blank_prompts_do_not_count() -> None:
 
 
 class NumberEmbedder:
-    """A prompt is a number; its vector lies at that many degrees. Remembers how many it was asked for at once."""
+    """Embed a number at that many degrees, and record the batch sizes."""
 
     id = "number"
     dimension = 2
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
+        self.batch_sizes: list[int] = []
 
     def embed(self, texts: Sequence[str]) -> Floats:
-        self.asked.append(len(texts))
+        self.batch_sizes.append(len(texts))
         angles = np.radians([float(text) for text in texts])
         return np.column_stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
 def numbers(count: int) -> Iterator[str]:
-    """Read once, and never a list."""
+    """Yield numbers once, never as a list."""
     return (str(n % 90 + n / count) for n in range(count))
 
 
@@ -75,8 +75,8 @@ def test_few_prompts_are_all_clustered_in_their_order() -> None:
 def test_only_a_sample_of_many_prompts_is_embedded_in_batches() -> None:
     embedder = NumberEmbedder()
     fit_map(numbers(MIN_SAMPLE_SIZE + 500), embedder, 5)
-    assert sum(embedder.asked) == MIN_SAMPLE_SIZE
-    assert max(embedder.asked) == BATCH_SIZE
+    assert sum(embedder.batch_sizes) == MIN_SAMPLE_SIZE
+    assert max(embedder.batch_sizes) == BATCH_SIZE
 
 
 def test_the_same_seed_draws_and_fits_the_same() -> None:

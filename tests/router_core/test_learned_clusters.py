@@ -29,7 +29,7 @@ from tests.router_core.evaluation.toys import a_known
 
 
 def a_learned_map(top: int = 2) -> LearnedMap:
-    """Of three clusters, one per axis."""
+    """Build a learned map of three clusters, one per axis."""
     return LearnedMap(2.0 * np.eye(3, dtype=np.float32), np.zeros(3, dtype=np.float32), top)
 
 
@@ -52,7 +52,7 @@ CLUSTERS = 16
 
 
 def faint(count: int) -> tuple[Floats, Doubles]:
-    """(n, 8) vectors and (n, 3) scores: who is right is the sign of the last axis, the faintest of all."""
+    """Draw (n, 8) vectors and (n, 3) scores: who is right is the sign of the last axis, the faintest of all."""
     vectors = np.random.default_rng(0).normal(size=(count, 8))
     vectors[:, -1] = np.where(np.arange(count) % 2, 0.5, -0.5)
     first = vectors[:, [-1]] > 0
@@ -61,7 +61,7 @@ def faint(count: int) -> tuple[Floats, Doubles]:
 
 
 def a_faint_history(count: int = 1200) -> tuple[Floats, Doubles]:
-    """Of the first two models."""
+    """Build a history of the first two models."""
     vectors, scores = faint(count)
     return vectors, scores[:, :2]
 
@@ -163,7 +163,7 @@ SPREAD = 20
 
 
 def prompts(n: int = 600) -> tuple[Floats, Doubles]:
-    """n unit vectors, and three models' scores: two are right where the last, faint axis is positive, one elsewhere."""
+    """Draw n unit vectors and the scores of three models: two are right if the last, faint axis is positive."""
     rng = np.random.default_rng(0)
     faint = rng.choice([-0.3, 0.3], n)
     vectors = np.column_stack([rng.normal(size=(n, 4)), faint])

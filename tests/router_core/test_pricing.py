@@ -114,10 +114,10 @@ def test_a_bucket_without_a_price_of_its_own_costs_the_next_that_is_stated() -> 
 
 
 def test_a_price_is_written_as_it_was_read() -> None:
-    stated = LONG.to_fields()
-    assert Price.from_fields(stated) == LONG
-    assert stated["output_cost_per_token_above_272k_tokens"] == 3e-5
-    assert set(stated) == {
+    fields = LONG.to_fields()
+    assert Price.from_fields(fields) == LONG
+    assert fields["output_cost_per_token_above_272k_tokens"] == 3e-5
+    assert set(fields) == {
         *("input_cost_per_token", "output_cost_per_token", "cache_read_input_token_cost"),
         *("input_cost_per_token_above_200k_tokens", "cache_read_input_token_cost_above_200k_tokens"),
         "output_cost_per_token_above_272k_tokens",
@@ -125,7 +125,7 @@ def test_a_price_is_written_as_it_was_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "stated",
+    "fields",
     [
         {"input_cost_per_token": 1e-6},
         {"input_cost_per_token_above_200k_tokens": 1e-6, "output_cost_per_token": 1e-6},
@@ -143,9 +143,9 @@ def test_a_price_is_written_as_it_was_read() -> None:
         },
     ],
 )
-def test_incomplete_and_contradictory_prices_are_refused(stated: dict[str, float]) -> None:
+def test_incomplete_and_contradictory_prices_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(InvalidPrice, match=r"price|output_cost_per_token|stated twice"):
-        Price.from_fields(stated)
+        Price.from_fields(fields)
 
 
 def test_expected_costs_follow_the_tier_of_the_prompt() -> None:
@@ -173,8 +173,8 @@ def test_the_maximum_cost_is_that_of_the_most_expensive_buckets_and_tier() -> No
 
 @given(st.lists(AMOUNTS, min_size=11, max_size=11), st.lists(st.integers(0, 10**6), min_size=11, max_size=11))
 def test_no_cost_is_above_the_maximum(rates: list[float], counts: list[int]) -> None:
-    stated = dict(zip(PRICE_FIELDS, rates, strict=True))
-    price = Price.from_fields(stated | {f"{name}_above_1000k_tokens": 2 * rate for name, rate in stated.items()})
+    fields = dict(zip(PRICE_FIELDS, rates, strict=True))
+    price = Price.from_fields(fields | {f"{name}_above_1000k_tokens": 2 * rate for name, rate in fields.items()})
     usage = TokenUsage(*counts)
     most = max_price_usd(usage.prompt_tokens, sum(counts) - usage.prompt_tokens, price)
     assert bill_usd(price, usage) <= most * (1 + 1e-9)

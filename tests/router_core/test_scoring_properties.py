@@ -59,7 +59,7 @@ TERMS = st.builds(
 
 
 def by_hand(pool: Pool, placed: Assignment, needs: Requirements, terms: ScoringParams) -> dict[str, tuple[float, ...]]:
-    """Name → error, cost, score, labels, USD and tokens of every model with a profile and a price."""
+    """Map each model with a profile and a price to error, cost, score, labels, USD and tokens."""
     weights, ids = placed.weights[0].astype(float).tolist(), placed.ids[0].tolist()
     tokens = {}
     for name, candidate in pool.candidates.items():
@@ -125,10 +125,10 @@ def test_equal_models_have_equal_scores_in_any_place(
 @given(POOLS, NEEDS, st.booleans(), st.sets(st.sampled_from(["m0", "m1", "m2"])) | st.none())
 @settings(max_examples=300, deadline=None)
 def test_eligible_models_passed_every_filter(
-    models: list[Candidate], needs: Requirements, rests: bool, allowed: set[str] | None
+    models: list[Candidate], needs: Requirements, in_cooldown: bool, allowed: set[str] | None
 ) -> None:
     pool = Pool.build(models, MAP)
-    left = eligible(pool, needs, allowed, cooling_down=["m1"] if rests else ())
+    left = eligible(pool, needs, allowed, cooling_down=["m1"] if in_cooldown else ())
     passed = np.logical_and.reduce(
         [np.ones(len(pool), dtype=bool), *(check.passed for check in left.compute_filters())]
     )

@@ -1,5 +1,3 @@
-"""Ids are those of the tokenizers library, which the embedding model was trained with, on texts of every kind."""
-
 from __future__ import annotations
 
 import subprocess
@@ -130,16 +128,16 @@ def test_ids_do_not_depend_on_the_size_of_the_cache(
 
 def test_the_cache_is_emptied_after_so_many_texts(description: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "TEXTS_PER_CACHE", 7)
-    forgetful, asked, forgotten = Tokenizer(description), list[bytes](), list[int]()
+    forgetful, encoded_texts, forgotten = Tokenizer(description), list[bytes](), list[int]()
 
-    class Told:
+    class RecordingTokenizer:
         def encode(self, text: bytes, **_: object) -> None:
-            asked.append(text)
+            encoded_texts.append(text)
 
         def clear_cache(self) -> None:
-            forgotten.append(len(asked))
+            forgotten.append(len(encoded_texts))
 
-    monkeypatch.setattr(forgetful, "_tokenizer", Told())
+    monkeypatch.setattr(forgetful, "_tokenizer", RecordingTokenizer())
     for _ in range(21):
         forgetful.ids(b"word")
     assert forgotten == [6, 13, 20]

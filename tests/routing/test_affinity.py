@@ -1,5 +1,3 @@
-"""From an answer to the next request: what is remembered, for whom, and what is asked of Redis meanwhile."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -114,8 +112,8 @@ async def test_a_session_id_is_stored_nowhere_in_clear(memory: SessionStore, sto
     await memory.flush()
     keys = await store.client.keys("*")
     assert keys
-    held = [*keys, *[await store.client.get(key) for key in keys], repr(recorder._affinity), *memory._local]
-    assert not [text for text in held if "canary" in str(text) or "call_0" in str(text)]
+    stored = [*keys, *[await store.client.get(key) for key in keys], repr(recorder._affinity), *memory._local]
+    assert not [text for text in stored if "canary" in str(text) or "call_0" in str(text)]
 
 
 @pytest.mark.parametrize("index", [None, "0", [], {}])

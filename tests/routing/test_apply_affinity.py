@@ -1,4 +1,4 @@
-"""Which conversations stay with their model, and when a session is worth staying for; the numbers are by hand.
+"""Which conversations stay with their model, and when a session is worth staying for. Figures are by hand.
 
 One question of 1,000 tokens, answers of 50 tokens that cost nothing, λ = 0.1: read afresh, "warm" costs $0.01 and
 "cold" $0.004; each token that "warm" has in its cache costs it $9e-6 less, so 667 of them make it the cheaper one.
@@ -40,7 +40,7 @@ PRICES: dict[str, dict[str, Any]] = {
 
 
 class Corner:
-    """Every text lies in the first corner; "broken" cannot be read."""
+    """Embed every text in the first corner; "broken" cannot be read."""
 
     id = "corners"
     dimension = 4
@@ -52,7 +52,7 @@ class Corner:
 
 
 def a_state(**info: dict[str, Any]) -> RoutingSnapshot:
-    records = {name: a_record(name, info={**stated, **info.get(name, {})}) for name, stated in PRICES.items()}
+    records = {name: a_record(name, info={**price, **info.get(name, {})}) for name, price in PRICES.items()}
     profiles = {
         name: StoredProfile(record.fingerprint, a_profile([0.2] * 4))
         for name, record in records.items()
@@ -168,17 +168,19 @@ async def test_a_session_stays_where_what_is_cached_makes_it_the_cheaper_one(
 
 async def test_the_decision_shows_the_cached_price() -> None:
     """800 of 1,000 tokens: 200 × $1e-5 + 800 × $1e-6; the reference is 1,000 × $2.5e-6 + 50 × $1e-5 = $0.003."""
-    shown = {row["model"]: row for row in selection_to_json(await chosen(session(800), explain=True))["candidates"]}
-    assert shown["warm"]["expected_cost_usd"] == pytest.approx(0.0028)
-    assert shown["warm"]["score"] == pytest.approx(0.2 + 0.1 * 0.0028 / 0.003)
-    assert shown["cold"]["expected_cost_usd"] == pytest.approx(0.004)
-    assert shown["warm"]["flips_at_lambda"] == 0.1
-    assert shown["cold"]["flips_at_lambda"] is None  # as good, and dearer now
+    candidates = {
+        row["model"]: row for row in selection_to_json(await chosen(session(800), explain=True))["candidates"]
+    }
+    assert candidates["warm"]["expected_cost_usd"] == pytest.approx(0.0028)
+    assert candidates["warm"]["score"] == pytest.approx(0.2 + 0.1 * 0.0028 / 0.003)
+    assert candidates["cold"]["expected_cost_usd"] == pytest.approx(0.004)
+    assert candidates["warm"]["flips_at_lambda"] == 0.1
+    assert candidates["cold"]["flips_at_lambda"] is None  # as good, and dearer now
 
 
 async def test_no_more_can_be_cached_than_there_is() -> None:
-    shown = selection_to_json(await chosen(session(10**9), explain=True))
-    assert shown["candidates"][0]["expected_cost_usd"] == pytest.approx(0.001)
+    decision = selection_to_json(await chosen(session(10**9), explain=True))
+    assert decision["candidates"][0]["expected_cost_usd"] == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""A prompt's clusters: the same at hand, from another thread and remembered."""
-
 from __future__ import annotations
 
 import random
@@ -28,7 +26,7 @@ def unheard_of(characters: int) -> str:
 
 
 class Watched(StaticEmbedder):
-    """Says in which threads it was asked, and for what it was too long at hand."""
+    """Record the threads in which texts are embedded."""
 
     threads: list[str]
 
@@ -74,9 +72,9 @@ async def test_a_prompt_that_comes_again_is_not_embedded_again() -> None:
     texts: list[str] = []
 
     class Seen(Corners):
-        def embed(self, asked: Sequence[str]) -> Floats:
-            texts.extend(asked)
-            return super().embed(asked)
+        def embed(self, batch: Sequence[str]) -> Floats:
+            texts.extend(batch)
+            return super().embed(batch)
 
     assigner = ClusterAssigner(Seen(), 5.0)
     first = await assigner.assign("one", CORNERS)
@@ -103,15 +101,15 @@ async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.M
     assigner.close()
 
 
-def held() -> Corners:
-    """An embedder that says nothing until it is let go."""
+def blocked_embedder() -> Corners:
+    """Block the embedder until it is released."""
     embedder = Corners()
     embedder.free.clear()
     return embedder
 
 
 class Process:
-    """Seconds that a process has computed, as they are looked at; `after` the looks, `then` is done."""
+    """Return the given seconds of CPU, one per look; call `then` at the last of them."""
 
     def __init__(self, *seconds: float, then: Callable[[], None] = lambda: None) -> None:
         self.looks = 0
@@ -126,7 +124,7 @@ class Process:
 
 
 async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
-    embedder = held()
+    embedder = blocked_embedder()
     process = Process(*[0.0] * 8, then=embedder.free.set)  # several deadlines pass, in which it computes nothing
     assigner = ClusterAssigner(embedder, 0.005, process)
     assert same(await assigner.assign("one", CORNERS), CORNERS.assign(Corners().embed(["one"])))
@@ -135,7 +133,7 @@ async def test_a_busy_machine_is_not_taken_for_a_slow_embedder() -> None:
 
 
 async def test_an_embedder_that_computes_longer_than_the_deadline_is_late() -> None:
-    embedder = held()
+    embedder = blocked_embedder()
     assigner = ClusterAssigner(embedder, 0.005, Process(0.0, 0.0, 0.006))
     with pytest.raises(AssignmentTimeout, match="within 5 ms"):
         await assigner.assign("one", CORNERS)
@@ -144,7 +142,7 @@ async def test_an_embedder_that_computes_longer_than_the_deadline_is_late() -> N
 
 
 async def test_an_embedder_that_hangs_is_late_however_little_it_computes() -> None:
-    embedder = held()
+    embedder = blocked_embedder()
     process = Process(0.0)
     assigner = ClusterAssigner(embedder, 0.002, process)
     with pytest.raises(AssignmentTimeout):

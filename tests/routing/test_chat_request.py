@@ -1,5 +1,3 @@
-"""Bodies and headers of callers, good and bad."""
-
 from __future__ import annotations
 
 import json
@@ -82,8 +80,13 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str) -> None:
 
 
 def test_openrouters_provider_is_read_as_far_as_it_means_something_here() -> None:
-    stated = {"only": ["a", "a"], "ignore": ["b"], "sort": "price", "max_price": {"prompt": 2, "completion": "1.5"}}
-    read = parsed(provider=stated).options.provider
+    preferences = {
+        "only": ["a", "a"],
+        "ignore": ["b"],
+        "sort": "price",
+        "max_price": {"prompt": 2, "completion": "1.5"},
+    }
+    read = parsed(provider=preferences).options.provider
 
     assert (read.only, read.ignore) == (("a",), ("b",))
     assert (read.max_input_cost_per_token, read.max_output_cost_per_token) == (2e-6, 1.5e-6)

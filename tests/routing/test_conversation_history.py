@@ -1,5 +1,3 @@
-"""What a body says of its history, whatever shape its messages have."""
-
 from __future__ import annotations
 
 from typing import Any

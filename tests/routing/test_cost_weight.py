@@ -1,5 +1,3 @@
-"""λ of a request within its key's bounds: what was stated is refused outside of them, what was not is moved inside."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -13,16 +11,16 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 
 
-def weight(name: str = "auto", stated: float | None = None, **bounds: Any) -> float:
+def weight(name: str = "auto", requested: float | None = None, **bounds: Any) -> float:
     key = ClientKey("k", "team", "0a", 0.0, **bounds) if bounds else None
-    request = ChatRequest({}, name, False, False, RoutingOptions(lambda_=stated))
+    request = ChatRequest({}, name, False, False, RoutingOptions(lambda_=requested))
     return cost_weight(request, ALIASES.get(name, RoutingMode.PINNED), Settings.model_validate({"lambda": 0.1}), key)
 
 
 def test_the_request_comes_before_the_key_and_the_key_before_the_settings() -> None:
     assert weight() == 0.1
     assert weight(lambda_default=0.3) == 0.3
-    assert weight(stated=0.7, lambda_default=0.3) == 0.7
+    assert weight(requested=0.7, lambda_default=0.3) == 0.7
     assert weight(lambda_default=0.0) == 0.0
 
 
@@ -32,13 +30,13 @@ def test_what_nobody_stated_is_moved_within_the_bounds() -> None:
     assert weight(lambda_min=0.05, lambda_max=0.5) == 0.1
 
 
-@pytest.mark.parametrize("stated", [0.2, 0.35, 0.5])
-def test_the_bounds_are_within_them(stated: float) -> None:
-    assert weight(stated=stated, lambda_min=0.2, lambda_max=0.5) == stated
+@pytest.mark.parametrize("requested", [0.2, 0.35, 0.5])
+def test_the_bounds_are_within_them(requested: float) -> None:
+    assert weight(requested=requested, lambda_min=0.2, lambda_max=0.5) == requested
 
 
 @pytest.mark.parametrize(
-    ("stated", "bounds", "words"),
+    ("requested", "bounds", "words"),
     [
         (0.19, {"lambda_min": 0.2, "lambda_max": 0.5}, "`lambda` is 0.19; for this key it is from 0.2 to 0.5"),
         (0.51, {"lambda_min": 0.2, "lambda_max": 0.5}, "from 0.2 to 0.5"),
@@ -48,10 +46,10 @@ def test_the_bounds_are_within_them(stated: float) -> None:
 )
 @pytest.mark.parametrize("name", ["auto", "a-model"])
 def test_a_stated_value_outside_the_bounds_is_refused_by_name(
-    name: str, stated: float, bounds: dict[str, float], words: str
+    name: str, requested: float, bounds: dict[str, float], words: str
 ) -> None:
     with pytest.raises(BadRequest, match=words) as caught:
-        weight(name, stated, **bounds)
+        weight(name, requested, **bounds)
     assert caught.value.param == "lambda"
 
 

@@ -1,5 +1,3 @@
-"""What an assistant turn is recognised by: the same fingerprints whole and streamed, others for another turn."""
-
 from __future__ import annotations
 
 import json
@@ -19,8 +17,8 @@ def fingerprints(*parts: dict[str, Any], question: str = "Why?") -> list[str]:
     turn = TurnFingerprints()
     for part in parts:
         turn.add(part)
-    asked = TextSample(question)
-    return [*turn.of_reasoning(asked), *turn.of_calls(asked)]
+    sample = TextSample(question)
+    return [*turn.of_reasoning(sample), *turn.of_calls(sample)]
 
 
 def a_call(call_id: str = "call_0", name: str = "weather", arguments: str = '{"city": "Paris"}') -> dict[str, Any]:

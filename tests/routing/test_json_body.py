@@ -1,5 +1,3 @@
-"""The quick reading of a body takes nothing that the exact one refuses, and reads what it takes alike."""
-
 from __future__ import annotations
 
 import json
@@ -30,7 +28,7 @@ SPACES = st.sampled_from(["", "", "", " ", "\n", "\t ", "\r", "\u00a0", "\x0b", 
 
 @st.composite
 def written(draw: st.DrawFn, depth: int = 3) -> str:
-    """JSON, or nearly, as nobody's library writes it."""
+    """Draw JSON, or nearly JSON, as no library writes it."""
     kind = draw(st.integers(0, 4 if depth else 2))
     if kind == 0:
         return draw(NUMBERS | st.sampled_from(["null", "true", "false", "nul"]))
@@ -40,12 +38,12 @@ def written(draw: st.DrawFn, depth: int = 3) -> str:
     if kind == 3:
         return f"[{spaced}{','.join(draw(st.lists(inner, max_size=3)))}]"
     pairs = draw(st.lists(st.tuples(_quoted(), SPACES, SPACES, inner), max_size=3))
-    return f"{{{spaced}{f',{spaced}'.join(f'{key}{before}:{after}{held}' for key, before, after, held in pairs)}}}"
+    return f"{{{spaced}{f',{spaced}'.join(f'{key}{before}:{after}{value}' for key, before, after, value in pairs)}}}"
 
 
 @st.composite
 def _quoted(draw: st.DrawFn) -> str:
-    """A text in quotation marks, some of its characters written as escapes."""
+    """Quote a text, with some of its characters written as escapes."""
     text = draw(KEYS)
     escaped = draw(st.sets(st.sampled_from(text), max_size=2)) if text else set()
     plain = json.dumps(text, ensure_ascii=draw(st.booleans()))
@@ -116,7 +114,9 @@ def test_the_fast_parser_takes_no_key_given_twice(value: dict[str, Any], data: s
     key = data.draw(st.sampled_from(sorted(value)))
     pairs = [*value.items(), (key, data.draw(VALUES))]
     space = data.draw(st.sampled_from(["", " ", "\n"]))
-    text = ",".join(f"{json.dumps(name)}{space}:{json.dumps(held)}" for name, held in data.draw(st.permutations(pairs)))
+    text = ",".join(
+        f"{json.dumps(name)}{space}:{json.dumps(member)}" for name, member in data.draw(st.permutations(pairs))
+    )
 
     assert parse_fast(f'{{"outer": [{{{text}}}]}}'.encode()) is None
 

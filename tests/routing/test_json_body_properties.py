@@ -1,5 +1,3 @@
-"""The parser for bodies of any kind: BadRequest and nothing else, and what it takes can be written and read again."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What is said when nobody can take a request, and to whom; and what narrows a choice: lists, caps, the key."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -26,9 +24,9 @@ def lacking(**info: Any) -> RoutingSnapshot:
     return a_state(cheap=info, dear=info)
 
 
-async def refusal(**asked: Any) -> str:
+async def refusal(**request: Any) -> str:
     with pytest.raises(NoEligibleModelError) as refused:
-        await chosen(**asked)
+        await chosen(**request)
     return refused.value.message
 
 
@@ -65,12 +63,12 @@ async def test_a_limit_that_no_answer_of_any_model_has_is_not_told_as_a_long_pro
 async def test_a_refusal_names_no_model_that_the_caller_may_not_use() -> None:
     key = ClientKey("k1", "limited", "digest", 0.0, ("cheap",))
     body: dict[str, Any] = {"tools": [{}]}
-    said = await refusal(state=lacking(supports_function_calling=False), key=key, body=body)
+    message = await refusal(state=lacking(supports_function_calling=False), key=key, body=body)
     narrowed = await refusal(state=lacking(supports_function_calling=False), models=("cheap",), body=body)
 
-    assert "cheap: cannot call tools" in said
-    assert not {"dear", "unmeasured"} & set(said.replace(":", " ").split())
-    assert said == narrowed
+    assert "cheap: cannot call tools" in message
+    assert not {"dear", "unmeasured"} & set(message.replace(":", " ").split())
+    assert message == narrowed
 
 
 async def test_a_refusal_over_many_models_stays_short() -> None:
@@ -79,10 +77,10 @@ async def test_a_refusal_over_many_models_stays_short() -> None:
     profiles = {name: StoredProfile(record.fingerprint, a_profile()) for name, record in records.items()}
     stored = StoredState(version=1, models=records, profiles=profiles, keys_exist=False)
     state = build_state(stored, snapshot_inputs(), keys_latched=False)
-    said = await refusal(state=state, body={"tools": [{}]})
+    message = await refusal(state=state, body={"tools": [{}]})
 
-    assert len(said) < 3000
-    assert said.endswith("; and 490 more)")
+    assert len(message) < 3000
+    assert message.endswith("; and 490 more)")
 
 
 async def test_a_refusal_says_that_the_able_models_cool_down() -> None:
@@ -121,8 +119,8 @@ async def test_a_price_cap_rules_out_more_expensive_models() -> None:
     assert (await chosen(lambda_=0.0, provider=ProviderPreferences(max_output_cost_per_token=1e-6))).candidates == (
         "cheap",
     )
-    said = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
-    assert "cheap: input price above 0.01 USD per million tokens" in said
+    message = await refusal(provider=ProviderPreferences(max_input_cost_per_token=1e-8))
+    assert "cheap: input price above 0.01 USD per million tokens" in message
 
 
 async def test_reasons_for_ineligibility_are_worked_out_when_asked_for() -> None:

@@ -1,5 +1,3 @@
-"""What routing reads of a conversation, on the shapes that clients really send."""
-
 from __future__ import annotations
 
 import json
@@ -34,10 +32,10 @@ def test_the_newest_user_turn_counts_and_nothing_else_does() -> None:
 
 
 def test_a_short_turn_is_read_with_up_to_two_before_it() -> None:
-    said = [user("first"), user("second"), user(LONG), {"role": "assistant", "content": "Go on?"}, user("yes")]
+    messages = [user("first"), user("second"), user(LONG), {"role": "assistant", "content": "Go on?"}, user("yes")]
 
-    assert routing_text(said) == f"second\n{LONG}\nyes"
-    assert routing_text(said[:1]) == "first"
+    assert routing_text(messages) == f"second\n{LONG}\nyes"
+    assert routing_text(messages[:1]) == "first"
 
 
 def test_only_text_parts_are_read() -> None:
@@ -59,7 +57,7 @@ def test_a_turn_without_text_is_passed_over(content: Any) -> None:
 
 
 class Unread(str):
-    """Text that nobody may go through: an attachment of 15 MB costs what one of a byte does."""
+    """Fail if the text is read through: an attachment of 15 MB costs what one of a byte does."""
 
     __slots__ = ()
 
@@ -103,8 +101,8 @@ def test_text_is_counted_by_its_bytes() -> None:
 
 @pytest.mark.parametrize("field", ["messages", "tools", "functions", "response_format"])
 def test_everything_that_a_model_reads_is_counted(field: str) -> None:
-    said = {"type": "file", "name": "f", "description": "x" * 4000, "enum": list(range(1000))}
-    value: Any = [{"role": "user", "content": "hi", "extra": said}] if field == "messages" else [said]
+    part = {"type": "file", "name": "f", "description": "x" * 4000, "enum": list(range(1000))}
+    value: Any = [{"role": "user", "content": "hi", "extra": part}] if field == "messages" else [part]
 
     assert estimate_tokens({field: value}) > 1900
 
@@ -118,7 +116,7 @@ def test_a_word_of_a_schema_is_no_attachment(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "asked"),
+    ("body", "named"),
     [
         ({"tools": [{}]}, {"tools": "`tools`"}),
         ({"functions": [{}]}, {"tools": "`functions`"}),
@@ -143,11 +141,11 @@ def test_a_word_of_a_schema_is_no_attachment(name: str) -> None:
         ({"tools": [{"parameters": {"content": [{"type": "file"}]}}]}, {"tools": "`tools`"}),
     ],
 )
-def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any], asked: dict[str, str]) -> None:
+def test_what_a_request_needs_is_told_in_the_callers_words(body: dict[str, Any], named: dict[str, str]) -> None:
     whole = {"messages": [user("hi")], **body}
 
-    assert requirement_sources(whole) == asked
-    assert set(requirements_of(whole).capabilities) == set(asked)
+    assert requirement_sources(whole) == named
+    assert set(requirements_of(whole).capabilities) == set(named)
 
 
 @pytest.mark.parametrize(

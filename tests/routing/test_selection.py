@@ -1,5 +1,3 @@
-"""Who is chosen, why, in which order, and what happens when there is no time to look."""
-
 from __future__ import annotations
 
 import pytest
@@ -43,17 +41,15 @@ async def test_a_registered_name_is_served_as_named_even_unmeasured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "clamp", "told"),
+    ("name", "clamp", "cap"),
     [("auto", "auto", 500), ("cheap", "auto", 9000), ("cheap", "on", 500), ("auto", "off", None)],
 )
-async def test_a_cap_is_lowered_for_routed_names_or_as_the_setting_says(
-    name: str, clamp: str, told: int | None
-) -> None:
+async def test_a_cap_is_lowered_for_routed_names_or_as_the_setting_says(name: str, clamp: str, cap: int | None) -> None:
     state = a_state(cheap={"max_output_tokens": 500}, dear={"max_output_tokens": 9000})
     choice = await chosen(name, state=state, body={"max_tokens": 9000}, settings={"clamp_max_tokens": clamp})
 
-    assert choice.model == ("dear" if told is None else "cheap")
-    assert selection_to_json(choice)["max_tokens"] == {"stated": 9000, "sent": told or 9000}
+    assert choice.model == ("dear" if cap is None else "cheap")
+    assert selection_to_json(choice)["max_tokens"] == {"stated": 9000, "sent": cap or 9000}
 
 
 async def test_attempts_are_bounded_and_can_be_one() -> None:
@@ -100,19 +96,19 @@ async def test_too_many_waiting_prompts_are_not_queued() -> None:
 
 
 async def test_the_dry_run_shows_the_whole_decision() -> None:
-    shown = selection_to_json(await chosen(explain=True))
+    decision = selection_to_json(await chosen(explain=True))
 
-    assert [row["model"] for row in shown["candidates"]] == ["cheap", "dear"]
-    assert shown["clusters"][0]["id"] == 0
-    assert shown["ineligible"] == [{"model": "unmeasured", "why": "not profiled on this cluster map"}]
-    assert 0 < shown["candidates"][1]["flips_at_lambda"] < shown["lambda"]
+    assert [row["model"] for row in decision["candidates"]] == ["cheap", "dear"]
+    assert decision["clusters"][0]["id"] == 0
+    assert decision["ineligible"] == [{"model": "unmeasured", "why": "not profiled on this cluster map"}]
+    assert 0 < decision["candidates"][1]["flips_at_lambda"] < decision["lambda"]
 
 
 async def test_the_dry_run_of_a_pinned_name_shows_what_routing_would_say() -> None:
-    shown = selection_to_json(await chosen("unmeasured", explain=True))
+    decision = selection_to_json(await chosen("unmeasured", explain=True))
 
-    assert (shown["model"], shown["reason"]) == ("unmeasured", "pinned")
-    assert [row["model"] for row in shown["candidates"]] == ["cheap", "dear"]
+    assert (decision["model"], decision["reason"]) == ("unmeasured", "pinned")
+    assert [row["model"] for row in decision["candidates"]] == ["cheap", "dear"]
 
 
 def only_unmeasured() -> RoutingSnapshot:

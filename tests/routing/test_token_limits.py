@@ -1,5 +1,3 @@
-"""What a body says of the size of its answers: one limit under two names, and all the names of other servers."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""What tests through sockets share: a proxy with a good expensive model and a fair cheap one, and one with keys."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,7 +25,7 @@ HEADERS = {"authorization": "Bearer whatever"}
 
 @dataclass(frozen=True)
 class Fleet:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Hold the proxy and its upstreams. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
 
     proxy: ProxyProcess
     fair: ScriptedUpstream
@@ -44,7 +42,7 @@ class Fleet:
 
 @contextmanager
 def open_fleet(folder: Path, embedder_cache: Path, **more: Any) -> Iterator[Fleet]:
-    """`more`: settings of its own, and `model_info` of both models as `info`."""
+    """Open a fleet. `more`: settings of its own, and `model_info` of both models as `info`."""
     info = more.pop("info", {})
     with ScriptedUpstream(lambda _: "The fair answer.") as fair, ScriptedUpstream(lambda _: "The good answer.") as good:
         config = {
@@ -71,13 +69,15 @@ BOTH_MODES = pytest.mark.parametrize("fleet", ["auto", "translate"], indirect=Tr
 
 @pytest.fixture(scope="session")
 def fleets(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[[str], Fleet]]:
-    """By the mode in which their models are called; each is opened once, if a test wants it."""
+    """Open one fleet for each mode in which models are called, if a test wants it."""
     with ExitStack() as closing:
 
         @cache
-        def opened(way: str) -> Fleet:
+        def opened(mode: str) -> Fleet:
             folder = tmp_path_factory.mktemp("proxy")
-            return closing.enter_context(open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": way}))
+            return closing.enter_context(
+                open_fleet(folder, embedder_cache, breaker=NO_COOLDOWN, info={"forward": mode})
+            )
 
         yield opened
 
@@ -110,7 +110,7 @@ def http(fleet: Fleet) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def keyed_proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[KeyedProxy]:
-    """At λ=0.1 "fair" is chosen, at λ=0 "good"."""
+    """Start a proxy with client keys. At λ=0.1 "fair" is chosen, at λ=0 "good"."""
     with ScriptedUpstream() as upstream:
         config = {
             "model_list": [

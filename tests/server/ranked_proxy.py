@@ -28,19 +28,19 @@ def says(words: str) -> Callable[[str], str]:
 
 @dataclass(frozen=True)
 class RankedProxy:
-    """At λ=0.1 first is chosen, then second, third, fourth."""
+    """Hold four models in a known order. At λ=0.1 first is chosen, then second, third, fourth."""
 
     proxy: ProxyProcess
     models: tuple[ScriptedUpstream, ...]
 
     @property
-    def asked(self) -> list[int]:
+    def request_counts(self) -> list[int]:
         return [len(model.history) for model in self.models]
 
 
 @pytest.fixture(scope="session")
 def rankings(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Callable[..., RankedProxy]]:
-    """By the mode in which the models are called, and the limits; each is started once, if a test wants it."""
+    """Open one proxy for each mode and limits, if a test wants it."""
     with contextlib.ExitStack() as closing:
 
         @cache

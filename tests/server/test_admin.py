@@ -70,8 +70,8 @@ def test_a_price_of_long_prompts_is_stored_and_shown(fleet: Fleet, added: str) -
     }
     path = f"/admin/models/{added}/pricing"
     assert fleet.proxy.admin("PUT", path, price).status_code == 200
-    shown = fleet.proxy.admin("GET", f"/admin/models/{added}").json()["price"]
-    assert {name: shown[name] for name in price} == price
+    stored = fleet.proxy.admin("GET", f"/admin/models/{added}").json()["price"]
+    assert {name: stored[name] for name in price} == price
     for wrong in ({"input_cost_per_token_above_200k_tokens": "x"}, {"input_cost_above_200k_tokens": 1.0}):
         refused = fleet.proxy.admin("PUT", path, {**price, **wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(wrong)))
@@ -159,8 +159,11 @@ def test_the_dry_run_predicts_what_then_happens(fleet: Fleet) -> None:
         predicted = httpx.post(f"{fleet.base_url}/route", json={"messages": ASK, **body})
         reply = ask(fleet, **body)
         if reply.status_code == 200:
-            said = predicted.json()
-            assert (said["model"], said["reason"]) == (reply.json()["model"], reply.headers["x-uniroute-reason"])
+            decision = predicted.json()
+            assert (decision["model"], decision["reason"]) == (
+                reply.json()["model"],
+                reply.headers["x-uniroute-reason"],
+            )
         else:
             assert (predicted.status_code, predicted.json()) == (reply.status_code, reply.json())
 

@@ -1,5 +1,3 @@
-"""Bodies of admin calls: taken whole, or refused whole with the name of the field."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -54,7 +52,7 @@ def price(body: Any) -> Price:
 
 
 @pytest.mark.parametrize(
-    ("stated", "prompts", "max_usd"),
+    ("body", "prompts", "max_usd"),
     [
         ({}, 60, 1.0),
         ({"profile": None}, 60, 1.0),
@@ -63,13 +61,13 @@ def price(body: Any) -> Price:
     ],
 )
 def test_a_model_is_profiled_as_the_settings_say_unless_the_body_says_otherwise(
-    stated: Any, prompts: int, max_usd: float
+    body: Any, prompts: int, max_usd: float
 ) -> None:
-    profile = new_model(**stated).profile
+    profile = new_model(**body).profile
 
     assert isinstance(profile, ProfileRequest)
-    asked = profile.with_defaults(SETTINGS)
-    assert (asked.prompts, asked.max_usd) == (prompts, max_usd)
+    merged = profile.with_defaults(SETTINGS)
+    assert (merged.prompts, merged.max_usd) == (prompts, max_usd)
 
 
 def test_the_bounds_of_a_profile_request_are_those_of_the_settings() -> None:
@@ -207,10 +205,12 @@ def test_the_shown_parameters_hold_no_secret_wherever_it_was_hidden() -> None:
     body = {"a": [{"token": "canary4"}], "max_tokens": 3, "note": "Bearer canary5", "u": "http://a@h?k=canary6"}
     base = "https://me:canary1@h/v1?api-version=1&sig=canary2&team=canary3"
     headers = {"x": "canary7", "y": "os.environ/Y_API_KEY"}
-    shown = redact_params({"model": "openai/x", "api_base": base, "extra_body": body, "headers": headers, "top_p": 1})
-    assert "canary" not in str(shown)
-    assert shown["api_base"] == "https://***@h/v1?api-version=1&sig=***&team=***"
-    assert (shown["extra_body"]["max_tokens"], shown["headers"]["y"]) == (3, "os.environ/Y_API_KEY")
+    redacted = redact_params(
+        {"model": "openai/x", "api_base": base, "extra_body": body, "headers": headers, "top_p": 1}
+    )
+    assert "canary" not in str(redacted)
+    assert redacted["api_base"] == "https://***@h/v1?api-version=1&sig=***&team=***"
+    assert (redacted["extra_body"]["max_tokens"], redacted["headers"]["y"]) == (3, "os.environ/Y_API_KEY")
 
 
 def test_a_price_needs_input_and_output_alone() -> None:
@@ -237,11 +237,11 @@ def test_a_wrong_price_is_refused(body: Any) -> None:
 
 
 def test_literal_secrets_are_not_shown() -> None:
-    shown = redact_params(
+    redacted = redact_params(
         {"model": "m", "api_key": "sk-x", "extra_headers": {"a": "sk-y"}, "max_tokens": 5, "aws_secret_access_key": "z"}
     )
 
-    assert shown == {
+    assert redacted == {
         "model": "m",
         "api_key": "***",
         "extra_headers": {"a": "***"},
@@ -272,7 +272,7 @@ NOW = 1_700_000_000.0
 
 
 @pytest.mark.parametrize(
-    ("stated", "expires_at"),
+    ("expiry", "expires_at"),
     [
         ({}, None),
         ({"expires_in_s": 60}, NOW + 60),
@@ -280,8 +280,8 @@ NOW = 1_700_000_000.0
         ({"expires_at": None}, None),
     ],
 )
-def test_a_new_key_expires_at_a_time_or_after_some_seconds(stated: Any, expires_at: float | None) -> None:
-    change = parse_body(NewKey, {"name": "team", **stated}).to_change(NOW)
+def test_a_new_key_expires_at_a_time_or_after_some_seconds(expiry: Any, expires_at: float | None) -> None:
+    change = parse_body(NewKey, {"name": "team", **expiry}).to_change(NOW)
 
     assert change.fields.get("expires_at") == expires_at
     assert change.fields["name"] == "team"

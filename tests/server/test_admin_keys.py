@@ -40,8 +40,8 @@ def test_expiry_is_given_as_a_time_or_a_duration_and_can_be_changed(keyed_proxy:
     at = datetime.now(UTC).replace(microsecond=0) + timedelta(days=2)
     key = keyed_proxy.make(expires_at=at.isoformat())
     path = f"/admin/keys/{key.id}"
-    shown = keyed_proxy.proxy.admin("GET", path).json()["expires_at"]
-    assert shown == at.isoformat().replace("+00:00", "Z")
+    expires_at = keyed_proxy.proxy.admin("GET", path).json()["expires_at"]
+    assert expires_at == at.isoformat().replace("+00:00", "Z")
     assert keyed_proxy.opens(key)
     assert keyed_proxy.proxy.admin("PATCH", path, {"expires_in_s": 0}).status_code == 200
     refused = keyed_proxy.call(key, "GET", "/v1/models")

@@ -1,5 +1,3 @@
-"""The app over a state that the test opens, without a socket."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -23,11 +21,14 @@ def settings(folder: Path, embedder_cache: Path, **more: object) -> Settings:
 
 
 async def test_pages_of_allowed_origins_may_call_and_no_others(tmp_path: Path, embedder_cache: Path) -> None:
-    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,lambda"}
+    request_headers = {
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,lambda",
+    }
     async with app_state(settings(tmp_path, embedder_cache, allowed_origins=[PAGE]), {}) as state:
         transport = httpx.ASGITransport(app=create_app(state))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
-            preflight = await client.options("/v1/chat/completions", headers={"origin": PAGE, **asked})
+            preflight = await client.options("/v1/chat/completions", headers={"origin": PAGE, **request_headers})
             allowed = await client.get("/v1/models", headers={"origin": PAGE})
             foreign = await client.get("/v1/models", headers={"origin": "https://evil.example"})
 

@@ -22,7 +22,7 @@ def test_a_connection_that_died_without_a_byte_is_retried(
     reply = ask(asking, stream=stream)
 
     assert (reply.headers["x-uniroute-model"], reply.headers["x-uniroute-reason"]) == ("first", "scored")
-    assert ranked.asked == [2, 0, 0, 0]
+    assert ranked.request_counts == [2, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -31,7 +31,7 @@ def test_a_connection_that_dies_twice_is_retried_once_only(
 ) -> None:
     ranked.models[0].then(Step(drop=True), Step(drop=True))
     assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
-    assert ranked.asked == [2, 1, 0, 0]
+    assert ranked.request_counts == [2, 1, 0, 0]
 
 
 def test_a_pinned_model_is_retried_too(asking: httpx.Client, ranked: RankedProxy) -> None:
@@ -46,7 +46,7 @@ def test_no_more_than_three_models_are_attempted(asking: httpx.Client, ranked: R
     reply = ask(asking, stream=stream)
 
     assert (reply.status_code, reply.json()["error"]["message"]) == (503, "down")
-    assert ranked.asked == [1, 1, 1, 0]
+    assert ranked.request_counts == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-"""Credentials, Host and Origin, as functions of the headers."""
-
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,3 @@
-"""AuthMiddleware over a real snapshot, without a socket: which key is let in, when, and to which paths."""
-
 from __future__ import annotations
 
 import asyncio
@@ -29,7 +27,7 @@ BEARER = {"authorization": f"Bearer {SECRET}"}
 
 
 class Server:
-    """AuthMiddleware before an app that answers 200 with the caller."""
+    """Put AuthMiddleware before an app that answers 200 with the caller."""
 
     def __init__(
         self,
@@ -39,7 +37,7 @@ class Server:
         latched: bool = True,
         read: bool = True,
     ) -> None:
-        """`read`: whether the store has answered yet, since this process started."""
+        """Set up the server. `read`: whether the store has answered since this process started."""
         settings = Settings(admin_key=SecretStr(root) if root else None)
         stored = (
             StoredState(version=1, keys={key.id: key for key in keys}, keys_exist=bool(keys)) if read else StoredState()
@@ -51,7 +49,6 @@ class Server:
     def __call__(
         self, path: str = "/v1/models", method: str = "GET", *headers: tuple[bytes, bytes], **more: Any
     ) -> tuple[int, str]:
-        """Status and body."""
         scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [*headers], **more}
         scope["headers"].append((b"host", b"localhost"))
         return asyncio.run(self._exchange(scope))

@@ -1,5 +1,3 @@
-"""A flood of wrong keys is slowed down, a few are not. The clock is given, so nothing waits."""
-
 from __future__ import annotations
 
 import asyncio

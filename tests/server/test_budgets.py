@@ -1,4 +1,4 @@
-"""Money in every order of reserving, settling, releasing and ending: the store agrees with a model of it."""
+"""Reserve, settle, release and end in every order: the store agrees with a model of it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONNECTIONS = st.integers(0, 2)
 
 
 class Ledger(RuleBasedStateMachine):
-    """Each step over one of three connections."""
+    """Do each step over one of three connections."""
 
     socket = ""
     reservations = Bundle("reservations")
@@ -65,7 +65,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule(at=CONNECTIONS, reservation=reservations)
     def reserve_again(self, at: int, reservation: str) -> None:
-        """A connection that broke before its answer came."""
+        """Repeat a reservation whose connection broke before its answer came."""
         if reservation in self.open:
             assert self._reserve(at, reservation, self.open[reservation])[0] == "granted"
 
@@ -79,7 +79,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule(at=CONNECTIONS, reservation=reservations, cost=AMOUNTS)
     def answer(self, at: int, reservation: str, cost: int) -> None:
-        """Its answer has ended, and its usage record is still to come. Told again it counts once."""
+        """End an answer whose usage record is still to come. Repeated, it counts once."""
         for _ in range(2):
             self.clients[at].eval(END, 1, state_key(self.key), self.key, reservation, "", str(cost))
         if reservation in self.open and reservation not in self.took:
@@ -88,7 +88,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule(target=ended, at=CONNECTIONS, reservation=consumes(reservations))
     def settle_unknown(self, at: int, reservation: str) -> str:
-        """Then it cost what was reserved."""
+        """Settle without a cost: the reserved amount counts."""
         self._settle(at, reservation, "")
         self.spent += self.open.pop(reservation, 0)
         return reservation
@@ -100,7 +100,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule(at=CONNECTIONS, reservation=reservations)
     def end(self, at: int, reservation: str) -> None:
-        """Its time is over, and another reservation is the first to notice."""
+        """Expire a reservation, and let another one be the first to notice."""
         if reservation in self.open:
             self.clients[at].zadd(f"{self.root}open", {reservation: 0})
             self.open.pop(reservation)

@@ -47,7 +47,7 @@ def test_a_disconnect_after_the_headers_stops_the_attempts(asking: httpx.Client,
         assert next(reply.iter_lines()) == ": keep-alive"
         assert wait_until(lambda: bool(ranked.models[0].history))
     assert ranked.models[0].last.client_left.wait(60)
-    assert ranked.asked == [1, 0, 0, 0]
+    assert ranked.request_counts == [1, 0, 0, 0]
 
 
 def test_the_official_client_ignores_the_comments(ranked: RankedProxy) -> None:

@@ -32,7 +32,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
 
 @pytest.fixture
 def fleet(started: Fleet) -> Fleet:
-    """Both circuits are closed, whatever the test before has done."""
+    """Close both circuits, whatever the test before has done."""
     for upstream in (started.fair, started.good):
         upstream.script.clear()
         upstream.always = None
@@ -43,7 +43,7 @@ def fleet(started: Fleet) -> Fleet:
 
 
 def recovered(fleet: Fleet) -> bool:
-    """A success after the cooldown closes a circuit. Healthy models get no request, which would dilute failures."""
+    """Close a circuit by a success after the cooldown. Healthy models get no request, which would dilute failures."""
     for name, state in zip(("fair", "good"), states(fleet), strict=True):
         if state != "well":
             ask(fleet, name)
@@ -66,22 +66,22 @@ def bring_down(fleet: Fleet, *names: str) -> None:
 
 
 def ask_until(fleet: Fleet, wanted: Callable[[httpx.Response], bool], **body: Any) -> httpx.Response:
-    """The first wanted response, with `fair` down before each request: on a busy machine its cooldown may be over."""
+    """Return the first wanted response, with `fair` down before each request: its cooldown may be over."""
     replies: list[httpx.Response] = []
 
-    def asked() -> bool:
+    def is_wanted() -> bool:
         bring_down(fleet, "fair")
         fleet.fair.always = None
         fleet.fair.history.clear()
         replies.append(ask(fleet, **body))
         return wanted(replies[-1])
 
-    assert wait_until(asked), replies[-1].headers
+    assert wait_until(is_wanted), replies[-1].headers
     return replies[-1]
 
 
 def limited(name: str, fleet: Fleet) -> bool:
-    """Whether a request by name has just got a rate limit with a Retry-After of four seconds."""
+    """Tell whether a request by name has just got a rate limit with a Retry-After of four seconds."""
     step = Step(status=429, headers={"retry-after": "4"}, body=error_body("slow", "rate_limit", None))
     getattr(fleet, name).then(step)
     reply = ask(fleet, name)
@@ -99,12 +99,12 @@ def test_a_model_that_keeps_failing_gets_no_more_requests(fleet: Fleet) -> None:
 
 
 def test_a_dry_run_says_which_model_is_in_cooldown(fleet: Fleet) -> None:
-    def shown() -> bool:
+    def says_so() -> bool:
         bring_down(fleet, "fair")
         decision = httpx.post(f"{fleet.base_url}/route", json={"model": "auto", "messages": ASK}).json()
         return bool(decision["ineligible"] == [{"model": "fair", "why": "resting after failures"}])
 
-    assert wait_until(shown)
+    assert wait_until(says_so)
 
 
 def test_after_its_cooldown_a_model_is_probed_with_a_real_request(fleet: Fleet) -> None:
@@ -118,7 +118,7 @@ def test_after_its_cooldown_a_model_is_probed_with_a_real_request(fleet: Fleet) 
 @pytest.mark.parametrize("stream", [False, True])
 def test_when_all_are_in_cooldown_the_first_to_recover_is_tried(fleet: Fleet, stream: bool) -> None:
     def degraded(reply: httpx.Response) -> bool:
-        """If it is not, the longer cooldown of `good` may have ended too, and begins again."""
+        """Tell whether the response is degraded. Otherwise `good` may have recovered, and its cooldown begins again."""
         return reply.headers["x-uniroute-reason"] == "degraded" or not limited("good", fleet)
 
     assert limited("good", fleet)
@@ -161,9 +161,9 @@ def test_a_rate_limit_reported_within_a_stream_starts_a_cooldown(fleet: Fleet) -
 
 
 def test_connections_lost_after_a_complete_response_start_no_cooldown(fleet: Fleet) -> None:
-    said = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    chunk = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
     for _ in range(BREAKER["failures"]):
-        fleet.fair.then(Step(events=[said], cut_after=1))
+        fleet.fair.then(Step(events=[chunk], cut_after=1))
         assert ask(fleet, "fair", stream=True).text.endswith("data: [DONE]\n\n")
     assert states(fleet) == ["well", "well"]
 
@@ -219,8 +219,8 @@ def test_waiting_for_a_slot_counts_towards_the_request_timeout(fleet: Fleet) -> 
 
 def test_each_stream_without_content_counts_as_one_failure(tmp_path: Path, embedder_cache: Path) -> None:
     """Its headers have arrived: the timeout ends the wait for content, not the call."""
-    patient = {**BREAKER, "cooldown_s": 30}
-    with open_fleet(tmp_path, embedder_cache, breaker=patient, info={"first_token_timeout_s": 0.3}) as fleet:
+    breaker = {**BREAKER, "cooldown_s": 30}
+    with open_fleet(tmp_path, embedder_cache, breaker=breaker, info={"first_token_timeout_s": 0.3}) as fleet:
         fleet.fair.always = Step(message={"content": "late"}, drip_s=30)
         for _ in range(BREAKER["failures"]):
             assert state_of(fleet, "fair") == "well"

@@ -34,9 +34,9 @@ def test_an_upstreams_status_and_message_are_passed_on(
     with pytest.raises(kind) as caught:
         client.chat.completions.create(model="fair", messages=ASK, stream=stream)
 
-    said = dict(caught.value.body)  # type: ignore[call-overload]
-    assert said.pop("message").endswith("their words")
-    assert said == {"type": "their_type", "param": None, "code": "their_code"}
+    error = dict(caught.value.body)  # type: ignore[call-overload]
+    assert error.pop("message").endswith("their words")
+    assert error == {"type": "their_type", "param": None, "code": "their_code"}
     assert caught.value.response.headers["x-uniroute-model"] == "fair"
     assert len(fleet.fair.history) == 1
 

@@ -16,12 +16,12 @@ from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry, un
 from tests.support.waiting import wait_until
 
 QUIET: dict[str, Any] = {"profile": {"on_start": False}}
-ARM = {"MODEL_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
+ENVIRON = {"MODEL_API_KEY": "sk-x", "OTHER_SECRET": "canary-other"}
 ADMIN_CALLS = [("GET", "/admin/models"), ("POST", "/admin/models"), ("DELETE", "/admin/models/a"), ("GET", "/admin")]
 
 
 class WithoutAdminKey(ProxyProcess):
-    """Started with no UNIROUTE_ADMIN_KEY."""
+    """Start without UNIROUTE_ADMIN_KEY."""
 
     def start(self) -> Self:
         self._environ.pop("UNIROUTE_ADMIN_KEY")
@@ -42,11 +42,11 @@ def create_key(folder: Path, role: str = "client") -> str:
 
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[tuple[ProxyProcess, str]]:
-    """A server that is configured to listen everywhere, for which a key was created before, and that key."""
+    """Start a server that is configured to listen everywhere, after a key was created, and return that key."""
     folder = tmp_path_factory.mktemp("exposed")
     key = create_key(folder)
     settings = config(host="0.0.0.0", allowed_env=["OTHER_SECRET"])
-    with ProxyProcess(folder, embedder_cache, settings, ARM) as proxy:  # its socket is on loopback all the same
+    with ProxyProcess(folder, embedder_cache, settings, ENVIRON) as proxy:  # its socket is on loopback all the same
         yield proxy, key
 
 
@@ -58,7 +58,7 @@ def test_admin_calls_need_the_admin_key(fleet: Fleet) -> None:
 
 def test_with_no_admin_key_set_there_is_no_admin_api(tmp_path: Path, embedder_cache: Path) -> None:
     admin = create_key(tmp_path, "admin")
-    with WithoutAdminKey(tmp_path, embedder_cache, config(), ARM) as proxy:
+    with WithoutAdminKey(tmp_path, embedder_cache, config(), ENVIRON) as proxy:
         key = {"authorization": f"Bearer {admin}"}
         for headers in ({}, {"authorization": f"Bearer {ADMIN_KEY}"}, key):
             assert statuses(proxy.url, **headers) == [403] * 4
@@ -78,7 +78,7 @@ def test_listening_beyond_this_machine_without_a_client_key_is_refused_at_start(
 def test_neither_revoking_the_last_key_nor_an_emptied_store_nor_a_restart_turns_authentication_off(
     tmp_path: Path, embedder_cache: Path
 ) -> None:
-    with ProxyProcess(tmp_path, embedder_cache, config(), ARM) as proxy:
+    with ProxyProcess(tmp_path, embedder_cache, config(), ENVIRON) as proxy:
         keyed = KeyedProxy(proxy)
         assert keyed.opens(None)
         key = keyed.make()
@@ -90,7 +90,7 @@ def test_neither_revoking_the_last_key_nor_an_emptied_store_nor_a_restart_turns_
             direct.incr("uniroute:version")
         assert wait_until(lambda: proxy.admin("GET", "/admin/keys").json()["keys"] == [])
         assert not keyed.opens(None)
-    with ProxyProcess(tmp_path, embedder_cache, config(), ARM) as again:
+    with ProxyProcess(tmp_path, embedder_cache, config(), ENVIRON) as again:
         assert httpx.get(f"{again.url}/v1/models").status_code == 401
 
 
@@ -133,8 +133,8 @@ def test_an_address_is_changed_only_with_the_key_given_again(fleet: Fleet) -> No
     elsewhere = {"api_base": "http://127.0.0.1:10/v1"}
     alone = fleet.proxy.admin("PATCH", "/admin/models/moving", {"litellm_params": elsewhere})
     kept = fleet.proxy.admin("GET", "/admin/models/moving").json()["litellm_params"]["api_base"]
-    stated = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
-    together = fleet.proxy.admin("PATCH", "/admin/models/moving", stated)
+    with_key = {"litellm_params": {**elsewhere, "api_key": "os.environ/MODEL_API_KEY"}}
+    together = fleet.proxy.admin("PATCH", "/admin/models/moving", with_key)
     assert fleet.proxy.admin("DELETE", "/admin/models/moving").status_code == 204
     assert (alone.status_code, alone.json()["error"]["param"]) == (400, "litellm_params.api_key")
     assert kept == "http://127.0.0.1:9/v1"

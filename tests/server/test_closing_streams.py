@@ -1,5 +1,3 @@
-"""What was opened is closed, whoever is cancelled while the opening comes to its end."""
-
 from __future__ import annotations
 
 import asyncio
@@ -21,12 +19,12 @@ class Opened:
 
 @pytest.mark.parametrize("cancellations", [0, 1, 2])
 async def test_a_stream_that_opens_in_spite_of_its_cancellation_is_closed(cancellations: int) -> None:
-    opened, told, goes_on = Opened(), asyncio.Event(), asyncio.Event()
+    opened, cancelled, goes_on = Opened(), asyncio.Event(), asyncio.Event()
 
     async def opening() -> Any:
         with contextlib.suppress(asyncio.CancelledError):  # as redis-py may, under Python 3.11
             await asyncio.Event().wait()
-        told.set()
+        cancelled.set()
         while not goes_on.is_set():
             with contextlib.suppress(asyncio.CancelledError):
                 await goes_on.wait()
@@ -35,7 +33,7 @@ async def test_a_stream_that_opens_in_spite_of_its_cancellation_is_closed(cancel
     task = asyncio.create_task(opening())
     await asyncio.sleep(0)
     closing = asyncio.create_task(cancel_or_close(task))
-    await told.wait()
+    await cancelled.wait()
     for _ in range(cancellations):
         closing.cancel()
         await asyncio.sleep(0)

@@ -1,5 +1,3 @@
-"""The recipe decides how prompts are assigned to clusters, for profiling and serving alike."""
-
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""Costs through a real proxy, to the picodollar: usage reports, prices, modes, streams and endings."""
-
 from __future__ import annotations
 
 import json
@@ -19,7 +17,7 @@ from proxy.storage.valkey import EmbeddedValkey
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
-from tests.support.usage_reports import CASES, COSTS, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.usage_reports import CASES, COSTS, PARTIAL_REPORTS, PRICES, REPORTS, picodollars
 from tests.support.waiting import wait_until
 
 MODES = ("relay", "translate")
@@ -31,7 +29,7 @@ WAITING = [b": more is coming\n\n"] * 1000
 
 @dataclass(frozen=True)
 class PricedProxy:
-    """A proxy with a model for each price and mode, and the usage record of each request."""
+    """Serve a model for each price and mode, and read the usage record of each request."""
 
     proxy: ProxyProcess
     upstream: ScriptedUpstream
@@ -41,7 +39,7 @@ class PricedProxy:
     """By decision, as far as they were read."""
 
     def ask(self, model: str, step: Step, *, stream: bool, leave_after: int | None = None) -> str:
-        """The decision of one request; `leave_after` so many pieces the client leaves."""
+        """Send one request and return its decision; disconnect after `leave_after` pieces."""
         self.upstream.then(step)
         body = {"model": model, "stream": stream, "messages": [{"role": "user", "content": "hi"}]}
         seen = 0
@@ -57,7 +55,7 @@ class PricedProxy:
         return decision
 
     def record(self, decision: str) -> dict[str, Any]:
-        """Its usage record, which is written within half a second."""
+        """Return its usage record, which is written within half a second."""
         assert wait_until(lambda: decision in self.records or decision in self._read())
         return self.records[decision]
 
@@ -73,8 +71,8 @@ def priced(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> It
     folder = tmp_path_factory.mktemp("priced")
     with ScriptedUpstream() as upstream:
         models = [
-            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**stated, "forward": mode}}
-            for price, stated in PRICES.items()
+            {**model_entry(f"{price}-{mode}", upstream.url), "model_info": {**rates, "forward": mode}}
+            for price, rates in PRICES.items()
             for mode in MODES
         ]
         config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "breaker": NO_COOLDOWN}}
@@ -93,7 +91,7 @@ def chunk(delta: dict[str, Any], finish: str | None = None, usage: Any = None, *
 
 
 def answered(shape: str, usage: dict[str, Any]) -> Step:
-    """A complete response that reports its usage in this place."""
+    """Build a complete response that reports its usage in this place."""
     if shape == "whole":
         message = {"role": "assistant", "content": PIECE}
         return Step(body={"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
@@ -122,24 +120,24 @@ UNENDED = {"broken": _broken, "client_gone": _left}
 
 
 @pytest.fixture(scope="module")
-def asked(priced: PricedProxy) -> dict[tuple[str, ...], str]:
-    """The decision of every request of the matrix. They are made together: each record takes half a second."""
-    decisions: dict[tuple[str, ...], str] = {}
+def decisions(priced: PricedProxy) -> dict[tuple[str, ...], str]:
+    """Return the decision of every request of the matrix. They run together: each record takes half a second."""
+    found: dict[tuple[str, ...], str] = {}
     for (use, vendor, price), mode, shape in product(PAID, MODES, SHAPES[:2]):
         step = answered(shape, REPORTS[use][vendor])
-        decisions[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
-    for usage_so_far, mode, (ending, ask) in product(ON_THE_WAY, MODES, UNENDED.items()):
-        events = [chunk({"content": PIECE}, usage=usage) for usage in ON_THE_WAY[usage_so_far][0]]
-        decisions[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
-    return decisions
+        found[use, vendor, price, mode, shape] = priced.ask(f"{price}-{mode}", step, stream=shape != "whole")
+    for usage_so_far, mode, (ending, ask) in product(PARTIAL_REPORTS, MODES, UNENDED.items()):
+        events = [chunk({"content": PIECE}, usage=usage) for usage in PARTIAL_REPORTS[usage_so_far][0]]
+        found[usage_so_far, mode, ending] = ask(priced, f"flat-{mode}", events)
+    return found
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("use", "vendor", "price"), PAID)
 def test_a_complete_response_costs_what_its_reported_usage_says(
-    priced: PricedProxy, asked: dict[tuple[str, ...], str], use: str, vendor: str, price: str, mode: str
+    priced: PricedProxy, decisions: dict[tuple[str, ...], str], use: str, vendor: str, price: str, mode: str
 ) -> None:
-    records = [priced.record(asked[use, vendor, price, mode, shape]) for shape in SHAPES[:2]]
+    records = [priced.record(decisions[use, vendor, price, mode, shape]) for shape in SHAPES[:2]]
     assert [record["cost_picousd"] for record in records] == [picodollars(use, price)] * 2
     assert [record["ending"] for record in records] == ["complete"] * 2
 
@@ -154,12 +152,12 @@ def test_usage_is_found_in_other_places_of_a_stream(priced: PricedProxy, shape: 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("ending", UNENDED)
-@pytest.mark.parametrize("usage_so_far", ON_THE_WAY)
+@pytest.mark.parametrize("usage_so_far", PARTIAL_REPORTS)
 def test_an_unfinished_response_costs_what_was_received(
-    priced: PricedProxy, asked: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
+    priced: PricedProxy, decisions: dict[tuple[str, ...], str], usage_so_far: str, ending: str, mode: str
 ) -> None:
-    record = priced.record(asked[usage_so_far, mode, ending])
-    assert (record["ending"], record["cost_picousd"]) == (ending, ON_THE_WAY[usage_so_far][1])
+    record = priced.record(decisions[usage_so_far, mode, ending])
+    assert (record["ending"], record["cost_picousd"]) == (ending, PARTIAL_REPORTS[usage_so_far][1])
 
 
 @pytest.mark.parametrize("mode", MODES)

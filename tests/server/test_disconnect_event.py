@@ -1,5 +1,3 @@
-"""Work for a client that may leave: cancelled with it, and with nobody else's cancellation taken for that."""
-
 from __future__ import annotations
 
 import asyncio
@@ -15,12 +13,12 @@ from proxy.server.requests import DISCONNECT
 
 
 class Client:
-    """Leaves when it is told to; its server says so by itself, or as every ASGI server does."""
+    """Disconnect on demand; its server announces it, or sends the event of every ASGI server."""
 
-    def __init__(self, *, told: bool) -> None:
+    def __init__(self, *, announces: bool) -> None:
         self._leaves = asyncio.Event()
         self._leaving = DisconnectEvent()
-        self.scope: Scope = {DISCONNECT: self._leaving} if told else {}
+        self.scope: Scope = {DISCONNECT: self._leaving} if announces else {}
 
     def leave(self) -> None:
         self._leaves.set()
@@ -36,12 +34,12 @@ class Client:
 
 @pytest.fixture(params=[True, False], ids=["told", "received"])
 def client(request: pytest.FixtureRequest) -> Client:
-    return Client(told=request.param)
+    return Client(announces=request.param)
 
 
-async def value(held: Any) -> Any:
+async def value(result: Any) -> Any:
     await asyncio.sleep(0)
-    return held
+    return result
 
 
 async def test_the_result_of_the_work_is_returned(client: Client) -> None:
@@ -141,7 +139,7 @@ async def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_that_follow
             await asyncio.sleep(0)
 
     for turns in range(6):  # noqa: B007  # the work reads it
-        client = Client(told=bool(client.scope))
+        client = Client(announces=bool(client.scope))
         with contextlib.suppress(ClientDisconnected):
             await client.during(work())
         for _ in range(3):

@@ -21,7 +21,7 @@ ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 @contextlib.contextmanager
 def raw_call(fleet: Fleet, **body: Any) -> Iterator[socket.socket]:
-    """A request on a bare socket, so that leaving is exactly one close."""
+    """Send a request on a bare socket, so that leaving is exactly one close."""
     parts = urlsplit(fleet.url)
     content = json.dumps({"model": "fair", "messages": ASK, **body}).encode()
     head = (
@@ -34,7 +34,7 @@ def raw_call(fleet: Fleet, **body: Any) -> Iterator[socket.socket]:
 
 
 def was_left(upstream: ScriptedUpstream) -> bool:
-    """Whether the proxy left the last request before its answer was complete."""
+    """Tell whether the proxy left the last request before its answer was complete."""
     return upstream.last.client_left.wait(120)
 
 

@@ -30,7 +30,7 @@ def server() -> Iterator[ScriptedUpstream]:
 def proxy(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path, server: ScriptedUpstream
 ) -> Iterator[ProxyProcess]:
-    """plain is the cheapest and can do nothing but talk in a window of 1,000 tokens; agent calls tools; seer sees."""
+    """Serve three models. plain is the cheapest and has 1,000 tokens and no abilities; agent calls tools; seer sees."""
     folder = tmp_path_factory.mktemp("eligibility")
     config = {
         "model_list": [
@@ -77,7 +77,7 @@ def test_the_cheapest_model_that_can_take_a_request_answers_it(
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "message"),
     [
         (
             {"tools": [TOOL], "content": [IMAGE]},
@@ -116,22 +116,22 @@ def test_the_cheapest_model_that_can_take_a_request_answers_it(
     ],
 )
 def test_a_request_without_an_eligible_model_says_which_requirement_excludes_which_model(
-    proxy: ProxyProcess, body: dict[str, Any], code: str, said: str
+    proxy: ProxyProcess, body: dict[str, Any], code: str, message: str
 ) -> None:
     refused = ask(proxy, **body)
     error = refused.json()["error"]
 
     assert (refused.status_code, error["code"], error["type"]) == (400, code, "invalid_request_error")
-    assert said in error["message"]
+    assert message in error["message"]
 
 
 def test_the_dry_run_lists_every_requirement_that_a_model_fails(proxy: ProxyProcess) -> None:
     body = {"model": "auto", "messages": [{"role": "user", "content": [IMAGE]}], "reasoning_effort": "high"}
     pinned = {**body, "model": "plain"}
-    shown = httpx.post(f"{proxy.url}/v1/route", json={**body, "reasoning_effort": None}, timeout=60).json()
+    decision = httpx.post(f"{proxy.url}/v1/route", json={**body, "reasoning_effort": None}, timeout=60).json()
     served = httpx.post(f"{proxy.url}/v1/chat/completions", json=pinned, timeout=60)
 
-    assert shown["ineligible"] == [
+    assert decision["ineligible"] == [
         {"model": "agent", "why": "cannot read images"},
         {"model": "plain", "why": "cannot read images"},
     ]
@@ -153,10 +153,10 @@ def test_a_token_limit_above_the_models_own_is_lowered_and_the_response_says_so(
 
 
 def test_the_dry_run_shows_what_a_model_would_be_sent(proxy: ProxyProcess) -> None:
-    shown = httpx.post(f"{proxy.url}/v1/route", json=CAP, timeout=60).json()
+    decision = httpx.post(f"{proxy.url}/v1/route", json=CAP, timeout=60).json()
     unstated = httpx.post(f"{proxy.url}/v1/route", json={**CAP, "max_tokens": None}, timeout=60).json()
 
-    assert (shown["max_tokens"], unstated["max_tokens"]) == ({"stated": 64_000, "sent": 500}, None)
+    assert (decision["max_tokens"], unstated["max_tokens"]) == ({"stated": 64_000, "sent": 500}, None)
 
 
 def test_a_pinned_model_is_sent_what_the_caller_requested(proxy: ProxyProcess, server: ScriptedUpstream) -> None:

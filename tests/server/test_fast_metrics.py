@@ -1,5 +1,3 @@
-"""Counters and histograms of ours are exposed as prometheus_client's own, to the last byte."""
-
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,7 +17,7 @@ SECONDS = st.sampled_from([0.0, *BOUNDS, 600.0]) | st.floats(-1, 1e6)
 
 
 def exposed(collector: Any, write: Callable[[Any], bytes] = generate_latest) -> list[str]:
-    """Without the times at which the series began."""
+    """Return the exposition without the times at which the series began."""
     registry = CollectorRegistry()
     registry.register(collector)
     lines = write(registry).decode().splitlines()

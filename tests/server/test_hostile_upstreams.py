@@ -12,7 +12,7 @@ from tests.support.scripted_answers import Step
 pytestmark = BOTH_MODES
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
-SAID: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}]}
 END: Any = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 
 
@@ -68,10 +68,10 @@ def test_success_without_a_completion_is_an_error(http: httpx.Client, fleet: Fle
 
 
 def test_numbers_that_json_does_not_have_become_null(http: httpx.Client, fleet: Fleet) -> None:
-    said = (
+    raw = (
         b'{"choices": [{"index": 0, "message": {"content": "hi"}, "finish_reason": "stop", "score": NaN}], "x": 1e999}'
     )
-    reply = ask(http, fleet, Step(body=said))
+    reply = ask(http, fleet, Step(body=raw))
 
     assert reply.json()["choices"][0]["score"] is reply.json()["x"] is None
 
@@ -98,59 +98,59 @@ def test_a_refused_provider_key_is_distinguished_from_the_callers_key(
     assert "this server's and not yours" in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("said", [[], [{"choices": 5}], [{"choices": [None]}]])
-def test_a_stream_of_nothing_is_an_error(http: httpx.Client, fleet: Fleet, said: list[Any]) -> None:
-    assert ask(http, fleet, Step(events=said), stream=True).status_code == 502
+@pytest.mark.parametrize("chunks", [[], [{"choices": 5}], [{"choices": [None]}]])
+def test_a_stream_of_nothing_is_an_error(http: httpx.Client, fleet: Fleet, chunks: list[Any]) -> None:
+    assert ask(http, fleet, Step(events=chunks), stream=True).status_code == 502
 
 
 def test_null_choices_null_deltas_and_blank_events_are_harmless(http: httpx.Client, fleet: Fleet) -> None:
-    odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", SAID, END]
-    shown = events(ask(http, fleet, Step(events=odd), stream=True))
+    odd: list[Any] = [{"choices": None}, {"choices": [{"index": 0, "delta": None}]}, b"data:\n\n", CONTENT_CHUNK, END]
+    received = events(ask(http, fleet, Step(events=odd), stream=True))
 
-    assert [chunk["choices"] for chunk in shown[:2]] == [[], [{"index": 0, "delta": {}}]]
-    assert shown[2]["choices"][0]["delta"]["content"] == "hi"
+    assert [chunk["choices"] for chunk in received[:2]] == [[], [{"index": 0, "delta": {}}]]
+    assert received[2]["choices"][0]["delta"]["content"] == "hi"
 
 
-def said(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+def a_chunk(delta: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": delta, "finish_reason": None}], **more}
 
 
 @pytest.mark.parametrize("name", ["reasoning_text", "thoughts", "content_parts"])
 def test_any_field_of_a_delta_that_is_not_empty_is_content(http: httpx.Client, fleet: Fleet, name: str) -> None:
-    many = [said({"role": "assistant", "content": ""}), *[said({name: "hm "})] * 1200, END]
-    shown = events(ask(http, fleet, Step(events=many), stream=True))
+    many = [a_chunk({"role": "assistant", "content": ""}), *[a_chunk({name: "hm "})] * 1200, END]
+    received = events(ask(http, fleet, Step(events=many), stream=True))
 
-    assert len(shown) == len(many)
-    assert shown[1]["choices"][0]["delta"] == {name: "hm "}
+    assert len(received) == len(many)
+    assert received[1]["choices"][0]["delta"] == {name: "hm "}
 
 
 def test_chunks_without_content_are_dropped_however_many_they_are(http: httpx.Client, fleet: Fleet) -> None:
-    empty = [said({"role": "assistant", "content": "", "tool_calls": [], "function_call": {"name": ""}})] * 5000
-    reply = ask(http, fleet, Step(events=[*empty, SAID, END]), stream=True)
-    shown = events(reply)
+    empty = [a_chunk({"role": "assistant", "content": "", "tool_calls": [], "function_call": {"name": ""}})] * 5000
+    reply = ask(http, fleet, Step(events=[*empty, CONTENT_CHUNK, END]), stream=True)
+    received = events(reply)
 
     assert reply.status_code == 200
-    assert [chunk["choices"][0]["delta"].get("content") for chunk in shown[-2:]] == ["hi", None]
-    assert 1 < len(shown) <= 1100
+    assert [chunk["choices"][0]["delta"].get("content") for chunk in received[-2:]] == ["hi", None]
+    assert 1 < len(received) <= 1100
 
 
 def test_a_null_usage_is_sent_to_clients_that_asked_for_usage(http: httpx.Client, fleet: Fleet) -> None:
     null: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "choices": [], "usage": None}
     failure = {**null, "prompt_filter_results": [1]}
-    fleet.fair.then(Step(events=[null, failure, SAID, END]), Step(events=[null, failure, SAID, END]))
+    fleet.fair.then(Step(events=[null, failure, CONTENT_CHUNK, END]), Step(events=[null, failure, CONTENT_CHUNK, END]))
     body: Any = {"model": "fair", "messages": ASK, "stream": True}
     unasked = events(http.post("/v1/chat/completions", json=body))
-    asked = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
+    with_usage = events(http.post("/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}))
 
     assert [chunk.get("prompt_filter_results") for chunk in unasked] == [[1], None, None]
-    assert len(asked) == 4
+    assert len(with_usage) == 4
 
 
 @pytest.mark.parametrize("failure", [{"object": "error", "message": "boom"}, {"error": {}}, {"error": "boom"}])
 def test_a_response_cut_by_an_error_never_ends_as_if_it_were_complete(
     http: httpx.Client, fleet: Fleet, failure: dict[str, Any]
 ) -> None:
-    reply = ask(http, fleet, Step(events=[SAID, failure, END]), stream=True)
+    reply = ask(http, fleet, Step(events=[CONTENT_CHUNK, failure, END]), stream=True)
 
     assert "[DONE]" not in reply.text
     assert events(reply)[-1]["error"]["message"]

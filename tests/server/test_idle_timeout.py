@@ -1,5 +1,3 @@
-"""A wait that takes too long ends, one that does not goes on, and whoever else cancels is heard."""
-
 from __future__ import annotations
 
 import asyncio
@@ -65,7 +63,7 @@ async def test_the_wait_after_a_pause_is_limited_again() -> None:
 
 
 async def until_hit_twice() -> None:
-    """Somebody else cancels in the same moment."""
+    """Cancel from elsewhere in the same moment."""
     try:
         await asyncio.Event().wait()
     except asyncio.CancelledError:

@@ -240,10 +240,10 @@ def test_a_fallback_uses_the_reservation_of_the_failed_attempt(limited: Limited)
     asking = threading.Thread(target=refused_by, args=(limited.client(key),), kwargs=more)
     asking.start()
     assert wait_until(lambda: [entry["ending"] for entry in limited.records(key)] == ["failed"])
-    held = key.open
+    reserved = key.open
     asking.join()
 
-    assert held == 1
+    assert reserved == 1
     assert wait_until(lambda: key.open == 0)
     passed_over, timed_out = limited.records(key)
     assert (passed_over["reservation"], timed_out["reservation"]) == (None, timed_out["decision"])

@@ -19,7 +19,7 @@ ASK: dict[str, Any] = {"model": "fair", "messages": [{"role": "user", "content":
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
-    """With room for one large answer and a half."""
+    """Open a fleet with memory for one large answer and a half."""
     bounds = {"max_answer_bytes": 4_000_000, "max_answers_in_flight_bytes": 5_000_000}
     with open_fleet(tmp_path_factory.mktemp("proxy"), embedder_cache, **bounds) as opened:
         yield opened
@@ -37,7 +37,7 @@ def large() -> Step:
 
 
 def unread(fleet: Fleet) -> socket.socket:
-    """A client that asks for a large answer and reads nothing of it."""
+    """Request a large answer and read nothing of it."""
     host, port = httpx.URL(fleet.url).host, httpx.URL(fleet.url).port or 80
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

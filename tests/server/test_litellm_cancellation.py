@@ -1,5 +1,3 @@
-"""A translated call that is cancelled, and again and again while it closes, leaves no connection open."""
-
 from __future__ import annotations
 
 import asyncio
@@ -9,10 +7,10 @@ from typing import Any
 import pytest
 
 from proxy.settings.model_config import ModelInfo
-from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from tests.server.test_other_formats import BEGIN
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.raw_upstream import CHUNK, RawUpstream, Reply, chunked
 from tests.support.waiting import until
 
@@ -24,10 +22,8 @@ TURNS = 12
 
 @pytest.fixture
 async def translate() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client() as opened:
+        yield opened
 
 
 def record_of(model: str, server: RawUpstream) -> ModelRecord:

@@ -42,8 +42,11 @@ def admin(server: ServeCommand, method: str, path: str, body: Any = None) -> htt
 
 
 def add(server: ServeCommand, name: str, upstream: ScriptedUpstream, forward: str = "auto", **params: Any) -> None:
-    stated = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY", **params}
-    entry = {"model_name": name, "litellm_params": {key: value for key, value in stated.items() if value is not None}}
+    all_params = {"model": f"openai/{name}", "api_base": upstream.url, "api_key": "os.environ/MODEL_API_KEY", **params}
+    entry = {
+        "model_name": name,
+        "litellm_params": {key: value for key, value in all_params.items() if value is not None},
+    }
     info = {"input_cost_per_token": 1e-9, "output_cost_per_token": 1e-9, "forward": forward}
     reply = admin(server, "POST", "", {**entry, "model_info": info, "profile": uniform_profile(0.01)})
     assert reply.status_code == 201, reply.text
@@ -61,7 +64,7 @@ def holds_litellm(pid: int) -> bool:
 
 
 def serving_pids(server: ServeCommand) -> list[int]:
-    """Of all processes of it those that have the event loop's library: a store is none, nor a tracker of resources."""
+    """Return the processes that have loaded the event loop's library: a store has not, nor a tracker of resources."""
     family = [server.pid, *children_of(server.pid)]
     return [pid for pid in family if "/uvloop" in Path(f"/proc/{pid}/maps").read_text()]
 

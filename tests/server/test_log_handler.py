@@ -1,5 +1,3 @@
-"""Log lines: whole, in order, and written before the process can be killed, without waiting for a reader."""
-
 from __future__ import annotations
 
 import fcntl
@@ -37,7 +35,7 @@ class Pipe:
         fcntl.fcntl(self.writer, fcntl.F_SETPIPE_SZ, BUFFER)
 
     def lines(self) -> list[str]:
-        """What has come, without the times."""
+        """Return the lines so far, without the times."""
         return [_untimed(line) for line in os.read(self.reader, 2**20).decode().splitlines()]
 
     def close(self) -> None:
@@ -63,7 +61,7 @@ def pipe() -> Iterator[Pipe]:
 
 @pytest.fixture
 def log(pipe: Pipe) -> logging.Logger:
-    """As a server has it, beneath a root of its own: no one else listens, pytest neither."""
+    """Set up the log as a server does, beneath a root of its own: pytest does not listen."""
     root = logging.RootLogger(logging.WARNING)
     root.addHandler(NonBlockingHandler(pipe.writer))
     logger = logging.Manager(root).getLogger("uniroute.piped")
@@ -147,8 +145,8 @@ def test_arguments_that_do_not_fit_their_message_break_nothing(
 def test_a_killed_process_has_written_all_its_lines() -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED], check=False, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL
-    said = [_untimed(line) for line in killed.stderr.splitlines()]
-    assert said == [f"INFO uniroute.request number={number}" for number in range(1000)]
+    written = [_untimed(line) for line in killed.stderr.splitlines()]
+    assert written == [f"INFO uniroute.request number={number}" for number in range(1000)]
 
 
 def test_a_slow_reader_gets_every_line_without_blocking_the_writer(log: logging.Logger, pipe: Pipe) -> None:
@@ -156,10 +154,10 @@ def test_a_slow_reader_gets_every_line_without_blocking_the_writer(log: logging.
         info(log, f"number={number} {'x' * (9000 if number == 500 else 60)}")
     assert a_handler(log)._queue
     writer = a_handler(log)._writer
-    said: list[str] = []
-    while len(said) < 1000:
-        said += _whole_lines(pipe)
-    assert [line.split()[2] for line in said] == [f"number={number}" for number in range(1000)]
+    written: list[str] = []
+    while len(written) < 1000:
+        written += _whole_lines(pipe)
+    assert [line.split()[2] for line in written] == [f"number={number}" for number in range(1000)]
     assert writer is not None
     writer.join(60)
     info(log, "after")
@@ -167,14 +165,14 @@ def test_a_slow_reader_gets_every_line_without_blocking_the_writer(log: logging.
 
 
 def test_no_line_overtakes_the_queue(log: logging.Logger, pipe: Pipe) -> None:
-    said: list[str] = []
+    written: list[str] = []
     for number in range(3000):  # the reader is slower than we are, but it reads
         info(log, f"number={number}")
         if number % 100 == 0:
-            said += _whole_lines(pipe)
-    while len(said) < 3000:
-        said += _whole_lines(pipe)
-    assert [line.split()[2] for line in said] == [f"number={number}" for number in range(3000)]
+            written += _whole_lines(pipe)
+    while len(written) < 3000:
+        written += _whole_lines(pipe)
+    assert [line.split()[2] for line in written] == [f"number={number}" for number in range(3000)]
 
 
 def test_lines_without_room_are_dropped_counted_and_reported(
@@ -184,13 +182,13 @@ def test_lines_without_room_are_dropped_counted_and_reported(
     for number in range(300):
         info(log, f"number={number}")
     dropped, writer = a_handler(log).dropped, a_handler(log)._writer
-    said = _whole_lines(pipe)
-    while not said[-1].startswith("WARNING"):
-        said += _whole_lines(pipe)
+    written = _whole_lines(pipe)
+    while not written[-1].startswith("WARNING"):
+        written += _whole_lines(pipe)
     assert writer is not None
     writer.join(60)
-    assert said[-1] == f"WARNING uniroute {dropped} log lines were dropped: standard error was not read"
-    assert [line.split()[2] for line in said[:-1]] == [f"number={number}" for number in range(300 - dropped)]
+    assert written[-1] == f"WARNING uniroute {dropped} log lines were dropped: standard error was not read"
+    assert [line.split()[2] for line in written[:-1]] == [f"number={number}" for number in range(300 - dropped)]
     assert dropped > 0
 
 
@@ -206,7 +204,7 @@ def test_lines_without_a_reader_are_counted_as_dropped(
 
 
 def _whole_lines(pipe: Pipe) -> list[str]:
-    """The next of them, at least one."""
+    """Read whole lines, at least one."""
     data = os.read(pipe.reader, 2**16)
     while not data.endswith(b"\n"):
         data += os.read(pipe.reader, 2**16)

@@ -1,5 +1,3 @@
-"""Odd values in every Redis key and field that is read: nothing raises, and the server keeps serving."""
-
 from __future__ import annotations
 
 import json
@@ -52,7 +50,7 @@ LEAVES: tuple[Any, ...] = (
 
 
 def variants(document: Any) -> Iterator[Any]:
-    """The document with one of its values replaced, added or left out."""
+    """Yield the document with one of its values replaced, added or left out."""
     if isinstance(document, dict):
         for name, value in document.items():
             yield {key: each for key, each in document.items() if key != name}
@@ -133,13 +131,13 @@ class Served:
         return self.ask(authorization="Bearer admin-key-of-the-tests")
 
     def reads(self) -> dict[str, int]:
-        """Everything that can be read, and what it is answered with."""
+        """Read everything that can be read, and return the responses."""
         admin = ("models", "models/kept", "keys", "audit?limit=1000", "jobs/odd", "jobs/odd/outcomes")
         paths = (*(f"/admin/{path}" for path in admin), "/v1/models", "/metrics", "/readyz")
         return {path: self.proxy.admin("GET", path).status_code for path in paths}
 
     def changes(self) -> dict[str, int]:
-        """A change of each kind. They follow each other, so that none is left behind."""
+        """Make a change of each kind. They follow each other, so that none is left behind."""
         call, made = self.proxy.admin, {}
         body = {**model_entry("new", self.upstream.url), "profile": uniform_profile(0.1)}
         made["add"] = call("POST", "/admin/models", body).status_code
@@ -159,7 +157,7 @@ DONE = {"add": 201, "change": 200, "price": 200, "profile": 200, "remove": 204, 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Served]:
-    """Started over a store that is full of odd entries already."""
+    """Start a server over a store that is full of odd entries already."""
     folder = tmp_path_factory.mktemp("odd")
     environ = {"MODEL_API_KEY": "sk-x"}
     with ValkeyServer(folder / "valkey") as valkey, valkey.client() as client, ScriptedUpstream() as upstream:
@@ -188,7 +186,7 @@ PROFILE = {
 
 
 def fill(client: redis.Redis) -> None:
-    """Every hash of entries with every odd entry."""
+    """Fill every hash of entries with every odd entry."""
     with client.pipeline(transaction=False) as pipe:
         for key, good in ((MODELS, RECORD), (PROFILES, PROFILE), (PREVIOUS_PROFILES, PROFILE), (KEYS, KEY)):
             for number, text in enumerate([*TEXTS, *islice(map(stored, variants(good)), 0, None, 10)]):
@@ -234,7 +232,7 @@ def test_a_server_over_a_store_full_of_odd_entries_serves_and_accepts_changes(se
 
 @pytest.fixture(scope="module")
 def emptied(served: Served) -> Served:
-    """Without the odd entries, which take long to be read each time."""
+    """Remove the odd entries, which take long to be read each time."""
     served.client.delete(MODELS, PREVIOUS_PROFILES, answers_key("odd"), LATEST)
     for key in (PROFILES, KEYS):
         odd = [name for name in served.client.hkeys(key) if name not in ("kept", served.key_id)]

@@ -1,4 +1,4 @@
-"""OpenAI's official client with only its base URL changed; it still asks for gpt-4o."""
+"""Use OpenAI's official client with only its base URL changed. It still asks for gpt-4o."""
 
 from __future__ import annotations
 

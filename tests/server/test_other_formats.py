@@ -1,4 +1,4 @@
-"""An upstream of another format, Anthropic's, that litellm translates to OpenAI's."""
+"""Use an upstream of another format, Anthropic's, which litellm translates to OpenAI's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.routing.affinity import TurnFingerprints, inspect_history, latest_user_text
 from proxy.settings.model_config import ModelInfo
-from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -57,20 +57,18 @@ def server() -> Iterator[ScriptedUpstream]:
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {"CLAUDE_API_KEY": "sk-claude"})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"CLAUDE_API_KEY": "sk-claude"}) as opened:
+        yield opened
 
 
 def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:
-    stated = {
+    entry = {
         "model": "anthropic/claude-sonnet-4-5",
         "api_base": server.url.removesuffix("/v1"),
         "api_key": "os.environ/CLAUDE_API_KEY",
         **params,
     }
-    return ModelRecord("claude", stated, ModelInfo(), "admin", 0.0)
+    return ModelRecord("claude", entry, ModelInfo(), "admin", 0.0)
 
 
 async def test_an_answer_is_translated(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:

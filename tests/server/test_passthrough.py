@@ -1,5 +1,3 @@
-"""A direct call passes the caller's bytes on and the upstream's bytes back: only the value of `model` differs."""
-
 from __future__ import annotations
 
 import json
@@ -41,7 +39,7 @@ def post(http: httpx.Client, raw: bytes) -> httpx.Response:
 
 
 def renamed(raw: bytes) -> bytes:
-    """As it goes upstream: the last of these members is the outermost, where it is not the only one."""
+    """Return the body as it goes upstream: the last of these members is the outermost, if there are several."""
     before, mark, after = raw.rpartition(NAMED)
     return before + UPSTREAMS + after if mark else raw
 
@@ -95,8 +93,8 @@ ANSWERS = [
 ]
 
 
-def shown(raw: bytes) -> bytes:
-    """The outermost member is the first or the last of its kind."""
+def parsed(raw: bytes) -> bytes:
+    """Return the response as the client gets it. The outermost member is the first or the last of its kind."""
     theirs = b'"th\\u0065irs"' if b"u0065" in raw else b'"theirs"'
     if raw.index(theirs) < raw.index(b'"choices"') and not raw.startswith(b'{"x'):
         return raw.replace(theirs, NAMED, 1)
@@ -108,7 +106,7 @@ def shown(raw: bytes) -> bytes:
 def test_a_response_is_passed_on_as_the_upstream_wrote_it(http: httpx.Client, fleet: Fleet, raw: bytes) -> None:
     fleet.fair.then(Step(body=raw))
 
-    assert post(http, BODIES[0]).content == shown(raw)
+    assert post(http, BODIES[0]).content == parsed(raw)
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n"])
@@ -120,7 +118,7 @@ def test_a_stream_is_passed_on_as_the_upstream_wrote_it(
     fleet.fair.then(Step(events=[b"data: " + chunk + end, b": ping" + end, b"data:" + chunk + end]))
     body = b'{"stream":true,' + ASKS_USAGE + b"," + BODIES[0][1:]
 
-    assert post(http, body).content == (b"data: " + shown(chunk) + b"\n\n") * 2 + b"data: [DONE]\n\n"
+    assert post(http, body).content == (b"data: " + parsed(chunk) + b"\n\n") * 2 + b"data: [DONE]\n\n"
 
 
 def test_usage_that_was_not_requested_is_left_out_and_nothing_else_changes_in_value(

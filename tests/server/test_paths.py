@@ -1,5 +1,3 @@
-"""Paths that are served, with their methods, and paths that are corrected."""
-
 from __future__ import annotations
 
 import pytest

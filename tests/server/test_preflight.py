@@ -1,5 +1,3 @@
-"""What `uniroute serve` refuses before it listens: one line, exit status 2, nothing started."""
-
 from __future__ import annotations
 
 import os
@@ -21,12 +19,12 @@ BROKEN_SET = (
 
 @pytest.fixture(autouse=True)
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a data folder is made that no test states."""
+    """Set where a data folder is made if no test names one."""
     monkeypatch.setenv("UNIROUTE_DATA_DIR", str(tmp_path / "data"))
 
 
-def settings_of(**stated: object) -> Settings:
-    return Settings.model_validate({"data_dir": Path(os.environ["UNIROUTE_DATA_DIR"]), **stated})
+def settings_of(**section: object) -> Settings:
+    return Settings.model_validate({"data_dir": Path(os.environ["UNIROUTE_DATA_DIR"]), **section})
 
 
 def test_the_builtin_map_and_validation_set_are_valid() -> None:
@@ -57,12 +55,12 @@ def test_a_broken_or_missing_ca_file_is_refused_by_the_name_of_its_setting(tmp_p
             validate_files(settings_of(model_list=[model]))
 
 
-def named(*served: str, complete: bool = True, **stated: object) -> None:
-    check_named_models(settings_of(**stated), served, {"gpt-4o"}.__contains__, complete=complete)
+def named(*served: str, complete: bool = True, **section: object) -> None:
+    check_named_models(settings_of(**section), served, {"gpt-4o"}.__contains__, complete=complete)
 
 
 @pytest.mark.parametrize(
-    ("stated", "words"),
+    ("section", "words"),
     [
         ({"default_model": "smal"}, "no model is named 'smal'; did you mean 'small'"),
         ({"default_model": "smal", "admin_key": "long-enough"}, "did you mean 'small'"),
@@ -70,9 +68,9 @@ def named(*served: str, complete: bool = True, **stated: object) -> None:
         ({"judge_model": "smal"}, "judge_model: 'smal' is no registered model"),
     ],
 )
-def test_an_unknown_model_that_can_never_be_added_is_refused(stated: dict[str, Any], words: str) -> None:
+def test_an_unknown_model_that_can_never_be_added_is_refused(section: dict[str, Any], words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        named("small", **stated)
+        named("small", **section)
 
 
 def test_an_unknown_model_that_can_still_be_added_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,4 +1,4 @@
-"""A client's connection over real sockets: slow, large, too many. The app behind it says what it was asked."""
+"""A client's connection over real sockets: slow, large, too many. The app behind it echoes the request."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ POST = b"POST / HTTP/1.1\r\nhost: a\r\n"
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAAP__\r\n"
 
 
-class Hasty(LimitedHTTPProtocol):
+class ShortTimeouts(LimitedHTTPProtocol):
     header_timeout_s = 0.3
     write_timeout_s = 0.3
     min_idle_s = 0.1
 
 
 class Counting(LimitedHTTPProtocol):
-    """Keeps what is written at once."""
+    """Record what is written at once."""
 
     written: ClassVar[list[bytes]] = []
 
@@ -57,8 +57,8 @@ class CountingTransport:
         return getattr(self._transport, name)
 
 
-async def tell(scope: Any, receive: Any, send: Any) -> None:
-    """What was asked, as JSON; 32 MiB more of it where the path is /large."""
+async def echo_request(scope: Any, receive: Any, send: Any) -> None:
+    """Return the request as JSON, and 32 MiB more if the path is /large."""
     if scope["type"] != "http":
         return
     body, more = b"", True
@@ -68,19 +68,19 @@ async def tell(scope: Any, receive: Any, send: Any) -> None:
             return
         body, more = body + message["body"], message["more_body"]
     names = [name.decode() for name, _ in scope["headers"]]
-    said = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
+    text = json.dumps({"path": scope["path"], "body": body.decode(), "names": names, "crowded": scope.get(OVERLOADED)})
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
     if scope["path"] == "/late":
         await asyncio.sleep(0.01)
     for _ in range(512 if scope["path"] == "/large" else 0):
         await send({"type": "http.response.body", "body": b" " * 65536, "more_body": True})
-    await send({"type": "http.response.body", "body": said.encode(), "more_body": False})
+    await send({"type": "http.response.body", "body": text.encode(), "more_body": False})
 
 
 @asynccontextmanager
 async def served(kind: type[LimitedHTTPProtocol] = LimitedHTTPProtocol) -> AsyncIterator[tuple[uvicorn.Server, Any]]:
     bound = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(tell, http=kind, lifespan="off", log_config=None, ws="none")
+    config = uvicorn.Config(echo_request, http=kind, lifespan="off", log_config=None, ws="none")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve([bound]))
     await until(lambda: server.started)
@@ -96,20 +96,20 @@ async def sent(address: Any, *pieces: bytes, wait_s: float = 0.3) -> list[Answer
     return await asyncio.to_thread(send, address, *pieces, wait_s=wait_s)
 
 
-def told(answer: Answer) -> Any:
-    """The body of a chunked answer of one chunk."""
+def echoed(answer: Answer) -> Any:
+    """Return the body of a chunked answer of one chunk."""
     return json.loads(answer.body.split(b"\r\n")[1])
 
 
 async def test_headers_that_do_not_end_are_answered_with_408() -> None:
-    async with served(Hasty) as (_, address):
+    async with served(ShortTimeouts) as (_, address):
         (answer,) = await sent(address, GET + b"x-slow: ")
 
     assert (answer.status, answer.code, answer.closed) == (408, "request_timeout", True)
 
 
 async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         reader, writer = await asyncio.open_connection(*address)
         for byte in (GET + b"x: " + b"y" * 1000)[:40]:
             writer.write(bytes((byte,)))
@@ -121,10 +121,10 @@ async def test_single_bytes_do_not_extend_the_time_for_headers() -> None:
     assert not server.server_state.connections
 
 
-@pytest.mark.parametrize("said", [b"", b"\r\n\r\n"])
-async def test_a_connection_without_a_request_is_closed(said: bytes) -> None:
-    async with served(Hasty) as (_, address):
-        assert await sent(address, said, wait_s=5) == []
+@pytest.mark.parametrize("opening", [b"", b"\r\n\r\n"])
+async def test_a_connection_without_a_request_is_closed(opening: bytes) -> None:
+    async with served(ShortTimeouts) as (_, address):
+        assert await sent(address, opening, wait_s=5) == []
 
 
 async def test_the_head_of_a_response_is_written_with_the_first_of_its_body() -> None:
@@ -146,7 +146,7 @@ async def test_the_head_of_a_response_is_written_with_the_first_of_its_body() ->
 
 
 async def test_the_next_request_of_a_connection_has_its_own_timeout() -> None:
-    async with served(Hasty) as (_, address):
+    async with served(ShortTimeouts) as (_, address):
         reader, writer = await asyncio.open_connection(*address)
         for _ in range(3):
             writer.write(GET + b"\r\n")
@@ -160,7 +160,7 @@ async def test_the_next_request_of_a_connection_has_its_own_timeout() -> None:
 
 
 async def test_a_client_that_does_not_read_is_cut_off() -> None:
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         with socket.create_connection(address) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(GET.replace(b"/", b"/large", 1) + b"\r\n")
@@ -207,7 +207,7 @@ async def test_trailers_are_not_headers() -> None:
         body = b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nauthorization: Bearer x\r\n\r\n"
         (answer,) = await sent(address, POST + body)
 
-    assert told(answer) == {"path": "/", "body": "{}", "names": ["host", "transfer-encoding"], "crowded": None}
+    assert echoed(answer) == {"path": "/", "body": "{}", "names": ["host", "transfer-encoding"], "crowded": None}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ async def test_a_malformed_request_never_writes_into_a_response() -> None:
 async def test_too_many_connections_are_answered_and_idle_ones_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "max_connections", lambda: 4)
     monkeypatch.setattr(protocol, "MAX_REJECTED", 2)
-    async with served(Hasty) as (server, address):
+    async with served(ShortTimeouts) as (server, address):
         busy = [socket.create_connection(address) for _ in range(4)]
         for client in busy:
             client.sendall(POST + b"content-length: 9\r\n\r\n")
@@ -260,12 +260,12 @@ async def test_too_many_connections_are_answered_and_idle_ones_make_room(monkeyp
         await until(lambda: not server.server_state.connections)
         idle = [socket.create_connection(address) for _ in range(4)]
         await until(lambda: len(server.server_state.connections) == 4)
-        await asyncio.sleep(2 * Hasty.min_idle_s)
+        await asyncio.sleep(2 * ShortTimeouts.min_idle_s)
         (served_again,) = await sent(address, GET + b"\r\n")
         first_of_all = await asyncio.to_thread(idle[0].recv, 1)
         for client in idle:
             client.close()
 
-    assert (told(crowded)["crowded"], dropped) == (True, [])
-    assert told(served_again)["crowded"] is None
+    assert (echoed(crowded)["crowded"], dropped) == (True, [])
+    assert echoed(served_again)["crowded"] is None
     assert first_of_all == b""

@@ -1,5 +1,3 @@
-"""Limits over two processes' connections to one real store."""
-
 from __future__ import annotations
 
 import asyncio
@@ -18,20 +16,15 @@ from proxy.server.responses import render_error
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
-from tests.support.limited_keys import a_key
+from tests.support.limited_keys import CENT, a_key, a_request
 from tests.support.waiting import until
 
-CENT = PICO // 100
 # This machine may be busy.
-PATIENT_S = 1.0
-
-
-def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
-    return ReservationRequest(name, tokens, picousd, 600)
+TIMEOUT_S = 1.0
 
 
 async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
-    """As the usage record does."""
+    """Settle as the usage record does."""
     arguments = [reservation.key_id, reservation.id or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
     await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
 
@@ -43,14 +36,14 @@ async def reserved(store: Store, key: ClientKey) -> int:
 
 @pytest.fixture
 async def limiter(store: Store) -> AsyncIterator[RateLimiter]:
-    opened = RateLimiter(store, Metrics(), timeout_s=PATIENT_S)
+    opened = RateLimiter(store, Metrics(), timeout_s=TIMEOUT_S)
     yield opened
     await opened.close()
 
 
 @pytest.fixture
 async def second(second_store: Store) -> AsyncIterator[RateLimiter]:
-    opened = RateLimiter(second_store, Metrics(), timeout_s=PATIENT_S)
+    opened = RateLimiter(second_store, Metrics(), timeout_s=TIMEOUT_S)
     yield opened
     await opened.close()
 
@@ -131,8 +124,8 @@ async def test_money_is_reserved_settled_and_refused_beyond_the_limit(
     message = body["error"]["message"]
     assert (status, body["error"]["type"], body["error"]["code"]) == (429, "insufficient_quota", "insufficient_quota")
     assert headers == {"x-should-retry": "false"}
-    for told in (f"$0.05 a {period}", "$0.03 are spent", "$0.02 are set aside", "cost $0.03", "begins again at 2"):
-        assert told in message
+    for words in (f"$0.05 a {period}", "$0.03 are spent", "$0.02 are set aside", "cost $0.03", "begins again at 2"):
+        assert words in message
 
 
 async def test_what_an_answer_used_counts_before_its_usage_record_and_once_after_it(
@@ -317,11 +310,11 @@ async def test_at_full_speed_no_more_is_granted_than_a_full_bucket_and_its_refil
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0, "0s"), (0.012, "12ms"), (1, "1s"), (8.64, "8.64s"), (60, "1m0s"), (360, "6m0s"), (3723.5, "1h2m3.5s")],
 )
-def test_durations_are_formatted_as_openai_does(seconds: float, told: str) -> None:
-    assert duration(seconds) == told
+def test_durations_are_formatted_as_openai_does(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_dollars_and_days_are_written_in_full() -> None:

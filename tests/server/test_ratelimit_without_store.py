@@ -1,5 +1,3 @@
-"""Redis away, frozen, emptied or broken: money is refused, rates are kept by the process, and waits are short."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine
@@ -11,20 +9,13 @@ import pytest
 from proxy.errors import RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.reservations import ReservationRequest, state_key
+from proxy.server.reservations import state_key
 from proxy.server.responses import render_error
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
-from router_core.pricing import PICO
-from tests.support.limited_keys import a_key
+from tests.support.limited_keys import CENT, a_key, a_request
 from tests.support.valkey import frozen
 from tests.support.waiting import until
-
-CENT = PICO // 100
-
-
-def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
-    return ReservationRequest(name, tokens, picousd, 600)
 
 
 def unchecked(metrics: Metrics, outcome: str) -> float:

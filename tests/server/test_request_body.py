@@ -1,5 +1,3 @@
-"""A request's bytes as they come in: the parts that a whole server would be slow to show."""
-
 from __future__ import annotations
 
 import asyncio

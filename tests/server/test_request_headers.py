@@ -1,5 +1,3 @@
-"""Headers by name: the same as the framework's own."""
-
 from __future__ import annotations
 
 from hypothesis import given

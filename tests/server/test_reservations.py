@@ -1,5 +1,3 @@
-"""What is reserved for a request: the most that it may cost, and the tokens that it may take."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -43,10 +41,10 @@ def reserved(choice: Selection, state: RoutingSnapshot, limits: KeyLimits, **bod
 
 @pytest.fixture(scope="module")
 def state() -> RoutingSnapshot:
-    """cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens; unpriced.
+    """Build models. cheap: $1 and $4 per million tokens; dear: ten times that; short: as cheap, at most 500 tokens.
 
-    claude, whose cache is dear to write; qwen, which reasons; voice, with prices of sound; long, with a tier above
-    200,000 tokens; arm, whose own parameters state sizes and a prompt of 400 bytes.
+    unpriced; claude, whose cache is expensive to write; qwen, which reasons; voice, with prices of sound; long, with a
+    tier above 200,000 tokens; arm, whose own parameters state sizes and a prompt of 400 bytes.
     """
     cheap = {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}
     infos: dict[str, dict[str, Any]] = {

@@ -1,5 +1,3 @@
-"""Exceptions and what they are answered with, in one table."""
-
 from __future__ import annotations
 
 import json

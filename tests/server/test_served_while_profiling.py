@@ -19,7 +19,7 @@ REASON = "bad answered with status 401; the provider refuses the key: check lite
 
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[ProxyProcess]:
-    """Measures three models: one never answers, one has a wrong key, one is not there."""
+    """Serve while three models are measured: one never answers, one has a wrong key, one is not there."""
     with ScriptedUpstream() as silent, ScriptedUpstream() as strict:
         silent.always, strict.always = Step(hang=True), Step(status=401, body={"error": {"message": "Bad key sk-x"}})
         gone = model_entry("gone", "http://127.0.0.1:1/v1")
@@ -54,11 +54,11 @@ def test_a_routed_request_is_refused_with_the_progress_of_profiling_and_what_fai
 
 
 def test_a_model_whose_key_is_refused_is_listed_as_failed_with_the_reason(proxy: ProxyProcess) -> None:
-    shown = card(proxy, "bad")
+    listed = card(proxy, "bad")
 
-    assert (shown["state"], REASON in shown["why"]) == ("failed", True)
+    assert (listed["state"], REASON in listed["why"]) == ("failed", True)
     assert f"measuring model bad failed: 5 prompts in a row failed: {REASON}" in proxy.log
-    assert "sk-x" not in proxy.log + shown["why"]
+    assert "sk-x" not in proxy.log + listed["why"]
 
 
 def test_the_list_of_models_says_what_went_wrong(proxy: ProxyProcess) -> None:

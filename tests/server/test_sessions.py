@@ -27,7 +27,7 @@ SIGNATURE = "EqQBCgIYAhIM1gbcDa9GJwZA2b3hGgxBdjrkzLoky3dl1pkiMOYds"
 
 @dataclass(frozen=True)
 class Pair:
-    """Two processes, one Valkey. "warm" and "cold" differ in price alone, and the cache of "warm" can halve it."""
+    """Hold two processes over one Valkey. "warm" and "cold" differ in price alone; the cache of "warm" can halve it."""
 
     proxies: tuple[ProxyProcess, ProxyProcess]
     fair: ScriptedUpstream
@@ -41,7 +41,7 @@ class Pair:
     def ask(
         self, number: int, messages: Any, headers: dict[str, str] | None = None, **body: Any
     ) -> tuple[Any, tuple[str, str]]:
-        """The message, and who gave it why."""
+        """Return the message, its model and the reason."""
         with self.client(number) as client:
             raw = client.chat.completions.with_raw_response.create(
                 model=body.pop("model", "auto"), messages=messages, extra_headers=headers or {}, **body
@@ -192,13 +192,13 @@ def test_a_tool_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pai
     before = moved()
     reply = httpx.post(f"{pair.proxies[0].url}/v1/chat/completions", json=body, timeout=60)
     assert (reply.headers["x-uniroute-model"], moved()) == ("fair", before + 1)
-    shown = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=60).json()
-    assert "not among the models" in {row["model"]: row["why"] for row in shown["ineligible"]}["good"]
+    decision = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=60).json()
+    assert "not among the models" in {row["model"]: row["why"] for row in decision["ineligible"]}["good"]
     assert "cannot stay with model=good" in pair.proxies[0].log
 
 
 def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:
-    """Who answers 1,000 tokens after "warm" answered this session with so many of them."""
+    """Return the model that answers 1,000 tokens after "warm" answered this session with so many of them."""
     pair.good.then(Step(usage={"prompt_tokens": tokens - 50, "completion_tokens": 50, "total_tokens": tokens}))
     before = pair.remembered()
     headers = {"x-session-id": session}

@@ -1,5 +1,3 @@
-"""Numbers that several processes count: the sum over all, those that died too, and gauges of the living."""
-
 from __future__ import annotations
 
 import os
@@ -46,7 +44,7 @@ sys.stdin.read()
 
 @contextmanager
 def counting(folder: Path, number: int) -> Iterator[subprocess.Popen[str]]:
-    """Another process, which has counted to `number`; it is killed at the end."""
+    """Start another process that has counted to `number`; it is killed at the end."""
     command = [sys.executable, "-c", COUNT, str(folder), str(number)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -58,15 +56,15 @@ def counting(folder: Path, number: int) -> Iterator[subprocess.Popen[str]]:
 
 
 class Scraped:
-    """What one process shows of all."""
+    """Return what one process exposes of all."""
 
     def __init__(self, folder: Path) -> None:
         self.values = SharedValues(folder)
-        self.asked = FastCounter("asked", "", ["model"], values=self.values)
+        self.requests = FastCounter("asked", "", ["model"], values=self.values)
         self.took = FastHistogram("took", "", [], [1, 10], values=self.values)
         self.busy = FastGauge("busy", "", values=self.values)
         self._registry = CollectorRegistry()
-        for each in (self.asked, self.took, self.busy):
+        for each in (self.requests, self.took, self.busy):
             self._registry.register(each)
 
     def __call__(self, name: str, **labels: str) -> float | None:
@@ -76,7 +74,7 @@ class Scraped:
 
 def test_what_is_shown_is_the_sum_over_all_processes(tmp_path: Path) -> None:
     scraped = Scraped(tmp_path)
-    scraped.asked.add(("small",), 10)
+    scraped.requests.add(("small",), 10)
     scraped.busy.set(1)
     with counting(tmp_path, 3), counting(tmp_path, 4):
         assert scraped("asked_total", model="small") == 17
@@ -107,12 +105,12 @@ def test_a_series_began_when_the_first_process_counted_it(tmp_path: Path) -> Non
 
 def test_any_number_of_series_is_counted_and_read(tmp_path: Path) -> None:
     scraped, other = Scraped(tmp_path), SharedValues(tmp_path)
-    asked = FastCounter("asked", "", ["model"], values=other)
+    requests = FastCounter("asked", "", ["model"], values=other)
     took = FastHistogram("took_long", "", ["model"], range(100), values=other)
     for number in range(300):
-        asked.add((f"model-{number}",), number)
+        requests.add((f"model-{number}",), number)
         took.observe(number, (f"model-{number}",))
-    scraped.asked.add(("model-299",))
+    scraped.requests.add(("model-299",))
     assert other._free > 3 * SEGMENT_CELLS
     assert [scraped("asked_total", model=f"model-{number}") for number in (0, 150, 299)] == [0, 150, 300]
 
@@ -123,7 +121,7 @@ def test_a_line_that_was_cut_by_a_kill_is_no_series(tmp_path: Path) -> None:
     os.write(left._index, b'["counter", "asked", ["lar')
     os.close(left._index)
     scraped = Scraped(tmp_path)
-    scraped.asked.add(("large",), 5)
+    scraped.requests.add(("large",), 5)
     assert (scraped("asked_total", model="small"), scraped("asked_total", model="large")) == (2, 5)
 
 

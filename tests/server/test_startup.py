@@ -25,7 +25,7 @@ ROOT_KEY = {"authorization": f"Bearer {ADMIN_KEY}"}
 
 
 class Starting:
-    """A server in a process of its own, which may not be ready yet."""
+    """Start a server in a process of its own, which may not be ready yet."""
 
     def __init__(self, folder: Path, *command: str | Path, **environ: str) -> None:
         self._log = folder / "log.txt"
@@ -46,7 +46,7 @@ class Starting:
         return self._log.read_text()
 
     def listening(self, url: str = "") -> httpx.Client:
-        """A client of it, once /healthz answers. `url`: where it does not say so itself."""
+        """Return a client once /healthz answers. `url`: if the server does not print it."""
 
         def answers() -> bool:
             nonlocal url
@@ -62,7 +62,7 @@ class Starting:
         return httpx.Client(base_url=url, timeout=60)
 
     def end(self, *signals: signal.Signals) -> int:
-        """The exit status, after the signals that a terminal sends to every process of it."""
+        """Send the signals of a terminal to every process of it, and return the exit status."""
         for number in signals or (signal.SIGTERM,):
             os.killpg(self.process.pid, number)
         return self.process.wait(60)
@@ -91,7 +91,7 @@ def distilling_elsewhere(data_dir: Path, progress: str = "4096 30522") -> Iterat
 
 
 def members(group: int) -> list[str]:
-    """The command lines of a process group that are still there."""
+    """Return the command lines of a process group that still run."""
     found = subprocess.run(["pgrep", "-a", "-g", str(group)], capture_output=True, text=True).stdout
     return [line for line in found.splitlines() if line]
 

@@ -1,5 +1,3 @@
-"""Event streams for every split of their bytes: what comes out depends on the bytes alone."""
-
 from __future__ import annotations
 
 import asyncio
@@ -26,7 +24,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 @st.composite
 def streams(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
-    """A stream as servers write it, and the data of its events."""
+    """Draw a stream as servers write it, and the data of its events."""
     text = draw(st.sampled_from(["", "\ufeff"]))
     events: list[bytes] = []
     for payload in draw(st.lists(VALUES, max_size=5)):
@@ -91,8 +89,8 @@ class Pieces(httpx.AsyncByteStream):
             yield part
 
 
-def told(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
-    """The chunks of a response that comes in these parts, and the failure that it ends in."""
+def relayed(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
+    """Return the chunks of a response that comes in these parts, and the failure that it ends in."""
 
     async def read() -> tuple[list[Any], str | None]:
         response = httpx.Response(200, stream=Pieces(parts), request=httpx.Request("POST", "http://x"))
@@ -128,9 +126,9 @@ CHUNKS = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 def test_a_response_is_told_the_same_for_every_split(raw: bytes, data: st.DataObject) -> None:
     """And ends well only with a finish reason or [DONE] after a chunk."""
-    chunks, failure = told([raw])
+    chunks, failure = relayed([raw])
 
-    assert told(data.draw(pieces(raw))) == (chunks, failure)
+    assert relayed(data.draw(pieces(raw))) == (chunks, failure)
     if failure is None:
         finished = any(choice.get("finish_reason") for chunk in chunks for choice in chunk["choices"])
         assert chunks

@@ -16,7 +16,7 @@ ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
 
 def read_stream(http: httpx.Client, **body: Any) -> tuple[httpx.Response, list[Any]]:
-    """Every event; objects parsed, [DONE] as text."""
+    """Return every event; objects parsed, [DONE] as text."""
     with http.stream("POST", "/v1/chat/completions", json={"messages": ASK, "stream": True, **body}) as reply:
         raw = reply.read().decode()
     events = [event.removeprefix("data: ") for event in raw.split("\n\n") if event.startswith("data: ")]
@@ -137,10 +137,15 @@ def test_fallbacks_can_be_turned_off(http: httpx.Client, fleet: Fleet, extra: di
 def test_a_pinned_model_falls_back_only_when_requested(http: httpx.Client, fleet: Fleet) -> None:
     fleet.good.then(Step(status=503, body=b"down"), Step(status=503, body=b"down"))
     alone = http.post("/v1/chat/completions", json={"model": "good", "messages": ASK})
-    asked = http.post("/v1/chat/completions", json={"model": "good", "messages": ASK, "uniroute": {"fallbacks": True}})
+    with_fallbacks = http.post(
+        "/v1/chat/completions", json={"model": "good", "messages": ASK, "uniroute": {"fallbacks": True}}
+    )
 
-    assert (alone.status_code, asked.status_code) == (503, 200)
-    assert (asked.headers["x-uniroute-model"], asked.headers["x-uniroute-reason"]) == ("fair", "fallback")
+    assert (alone.status_code, with_fallbacks.status_code) == (503, 200)
+    assert (with_fallbacks.headers["x-uniroute-model"], with_fallbacks.headers["x-uniroute-reason"]) == (
+        "fair",
+        "fallback",
+    )
 
 
 def test_when_all_fail_the_last_failure_is_the_response(http: httpx.Client, fleet: Fleet) -> None:
@@ -177,10 +182,10 @@ def test_usage_in_a_chunk_with_choices_is_sent_in_a_chunk_of_its_own(http: httpx
     usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
     whole = {"choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}], "usage": usage}
     fleet.fair.then(Step(events=[whole]), Step(events=[whole]))
-    _, asked = read_stream(http, model="fair", stream_options={"include_usage": True})
+    _, with_usage = read_stream(http, model="fair", stream_options={"include_usage": True})
     _, unasked = read_stream(http, model="fair")
 
-    assert (asked[-2]["choices"], asked[-2]["usage"]) == ([], usage)
+    assert (with_usage[-2]["choices"], with_usage[-2]["usage"]) == ([], usage)
     assert all("usage" not in event for event in unasked[:-1])
 
 
@@ -189,6 +194,6 @@ def test_curl_reads_a_stream(fleet: Fleet) -> None:
 
     body = json.dumps({"model": "gpt-4o", "messages": ASK, "stream": True})
     command = ["curl", "-sN", f"{fleet.base_url}/chat/completions", "-H", "content-type: application/json", "-d", body]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
-    assert said.endswith("data: [DONE]\n\n")
+    assert output.endswith("data: [DONE]\n\n")

@@ -51,7 +51,7 @@ def test_all_attempts_share_one_deadline(asking: httpx.Client, ranked: RankedPro
 
     assert reply.status_code == 504
     assert "request_timeout_s" in reply.json()["error"]["message"]
-    assert ranked.asked == [1, 1, 0, 0]
+    assert ranked.request_counts == [1, 1, 0, 0]
 
 
 def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Client, ranked: RankedProxy) -> None:
@@ -62,7 +62,7 @@ def test_a_request_cannot_raise_a_timeout_above_the_settings(asking: httpx.Clien
 
 
 def test_a_stream_that_falls_silent_ends_with_an_error(asking: httpx.Client, ranked: RankedProxy) -> None:
-    ranked.models[0].then(Step(events=[_said("So")], drip_s=600))
+    ranked.models[0].then(Step(events=[_delta("So")], drip_s=600))
     _, events = read_stream(asking, model="auto")
 
     assert (text_of(events), "[DONE]" in events) == ("So", False)
@@ -107,7 +107,7 @@ def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranke
 
 
 @pytest.mark.parametrize(
-    ("stated", "param"),
+    ("value", "param"),
     [
         (5, "uniroute.timeouts"),
         ({"first_tokens": 1}, "uniroute.timeouts"),
@@ -116,18 +116,18 @@ def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranke
         ({"total_s": "5"}, "uniroute.timeouts.total_s"),
     ],
 )
-def test_invalid_timeouts_are_refused(asking: httpx.Client, stated: Any, param: str) -> None:
-    reply = ask(asking, uniroute={"timeouts": stated})
+def test_invalid_timeouts_are_refused(asking: httpx.Client, value: Any, param: str) -> None:
+    reply = ask(asking, uniroute={"timeouts": value})
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
 
 
-def _said(words: str) -> dict[str, Any]:
+def _delta(words: str) -> dict[str, Any]:
     return {"id": "1", "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": words}}]}
 
 
 @contextlib.contextmanager
 def full_backlog() -> Iterator[int]:
-    """A port that takes no connection up: what waits there already fills its queue."""
+    """Open a port that accepts no connection: its queue is full."""
     with contextlib.ExitStack() as closing:
         listening = closing.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         for _ in range(4):

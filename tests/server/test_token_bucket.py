@@ -1,5 +1,3 @@
-"""One table for both buckets, in Lua and in Python; neither grants more than it may."""
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

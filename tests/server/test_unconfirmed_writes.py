@@ -18,8 +18,8 @@ from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
 
 
-class DeafFront:
-    """Between the proxy and Redis. While `lossy`, what is asked reaches Redis and no answer to a script comes back."""
+class LossyProxy:
+    """Stand between the proxy and Redis. While `lossy`, commands reach Redis and no answer to a script comes back."""
 
     def __init__(self, backend: int) -> None:
         self._backend = backend
@@ -52,17 +52,17 @@ class DeafFront:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._backend)
-        asked = [b""]
+        sent = [b""]
 
         async def ask() -> None:
             while data := await reader.read(65536):
-                asked[0] = data
+                sent[0] = data
                 far_writer.write(data)
             far_writer.transport.abort()
 
         async def answer() -> None:
             while data := await far_reader.read(65536):
-                if not (self.lossy and b"EVAL" in asked[0]):
+                if not (self.lossy and b"EVAL" in sent[0]):
                     writer.write(data)
             writer.transport.abort()
 
@@ -76,12 +76,12 @@ class DeafFront:
 @dataclass(frozen=True)
 class Doubtful:
     proxy: ProxyProcess
-    front: DeafFront
+    front: LossyProxy
     valkey: ValkeyServer
     upstream: ScriptedUpstream
 
     def lost(self, method: str, path: str, body: Any = None) -> str:
-        """What a change is answered whose own answer from Redis is lost."""
+        """Make a change whose answer from Redis is lost, and return the response."""
         assert wait_until(lambda: self.store() == "up")
         self.front.lossy = True
         try:
@@ -113,7 +113,7 @@ class Doubtful:
 @pytest.fixture(scope="module")
 def doubtful(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Doubtful]:
     folder = tmp_path_factory.mktemp("doubt")
-    with ValkeyServer(folder / "valkey") as valkey, DeafFront(valkey.port) as front, ScriptedUpstream() as upstream:
+    with ValkeyServer(folder / "valkey") as valkey, LossyProxy(valkey.port) as front, ScriptedUpstream() as upstream:
         environ = {"MODEL_API_KEY": "sk-x", "UNIROUTE_REDIS_URL": f"redis://127.0.0.1:{front.port}"}
         config = {"model_list": [model_entry("kept", upstream.url)], "uniroute": {"profile": {"on_start": False}}}
         with ProxyProcess(folder / "proxy", embedder_cache, config, environ) as proxy:

@@ -57,15 +57,15 @@ def test_an_unknown_path_gets_an_error_with_what_is_served_and_the_likely_mistak
     http: httpx.Client, fleet: Fleet, method: str, path: str, hint: str
 ) -> None:
     reply = http.request(method, path, headers={"x-request-id": f"lost-{len(path)}-{method}"})
-    asked = f"nothing is served at {method} {path.partition('?')[0]}"
+    message = f"nothing is served at {method} {path.partition('?')[0]}"
 
     assert reply.status_code == 404
     if method != "HEAD":
         error = reply.json()["error"]
         assert error["code"] == "unknown_path"
-        assert asked in error["message"]
+        assert message in error["message"]
         assert hint in error["message"]
-    assert f"request=lost-{len(path)}-{method} status=404: {asked}" in fleet.proxy.log
+    assert f"request=lost-{len(path)}-{method} status=404: {message}" in fleet.proxy.log
 
 
 def test_head_is_served_where_get_is_with_its_length_and_no_body(fleet: Fleet) -> None:

@@ -22,7 +22,7 @@ MODES = pytest.mark.parametrize("mode", ["relay", "translate"])
 
 @asynccontextmanager
 async def added(fleet: Fleet, mode: str, *script: Reply) -> AsyncIterator[tuple[RawUpstream, httpx.AsyncClient]]:
-    """A model "raw" of its own upstream, until the block ends."""
+    """Add a model "raw" of its own upstream, until the block ends."""
     async with RawUpstream(*script) as server, httpx.AsyncClient(base_url=fleet.url, timeout=60) as http:
         body = {**model_entry("raw", server.url, forward=mode), "profile": uniform_profile(0.9)}
         assert (await asyncio.to_thread(fleet.proxy.admin, "POST", "/admin/models", body)).status_code == 201

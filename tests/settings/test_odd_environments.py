@@ -1,5 +1,3 @@
-"""The server and the commands in an environment whose proxies and certificates cannot be used."""
-
 from __future__ import annotations
 
 import json
@@ -26,7 +24,7 @@ ODD = {
 def served(
     tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path
 ) -> Iterator[tuple[ServeCommand, dict[str, str]]]:
-    """One model is near, one is far."""
+    """Serve a model on loopback, and one on a host that does not exist."""
     folder = tmp_path_factory.mktemp("odd")
     kept = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-of-the-arm"}
     environ = environment(folder / "data", embedder_cache, **kept, **ODD)

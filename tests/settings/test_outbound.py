@@ -12,7 +12,7 @@ from proxy.settings.outbound import Outbound, OutboundError, Proxies, ssl_contex
 from proxy.settings.schema import Settings
 from proxy.storage.price_feed import PriceFeedError, fetch_price_map
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import KEY, a_model, failing, streamed, whole
+from tests.support.direct_calls import KEY, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import RawUpstream, plain
 from tests.support.tls import served_by
 
@@ -123,7 +123,7 @@ def test_an_unusable_entry_of_no_proxy_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stated", "environ", "trust"),
+    ("value", "environ", "trust"),
     [
         (None, {}, True),
         (False, {}, False),
@@ -137,14 +137,14 @@ def test_an_unusable_entry_of_no_proxy_is_named() -> None:
         ("/etc", {}, "/etc"),
     ],
 )
-def test_trust_is_configured_per_model_or_for_all(stated: Any, environ: dict[str, str], trust: Any) -> None:
-    assert trust_of(stated, environ) == trust
+def test_trust_is_configured_per_model_or_for_all(value: Any, environ: dict[str, str], trust: Any) -> None:
+    assert trust_of(value, environ) == trust
 
 
-@pytest.mark.parametrize("stated", ["/nowhere.pem", "maybe", 0, 1, [], {}, ""])
-def test_ssl_verify_that_is_neither_boolean_nor_path_is_refused(stated: Any) -> None:
+@pytest.mark.parametrize("value", ["/nowhere.pem", "maybe", 0, 1, [], {}, ""])
+def test_ssl_verify_that_is_neither_boolean_nor_path_is_refused(value: Any) -> None:
     with pytest.raises(OutboundError, match="ssl_verify must be true, false or the path"):
-        trust_of(stated, {})
+        trust_of(value, {})
 
 
 def test_certificates_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ async def test_ssl_verify_of_a_model_counts_in_both_modes_and_for_it_alone(certi
     upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
     async with RawUpstream(plain(), tls=served_by(certificate)) as server:
         for trusted in (False, str(certificate)):
-            assert b'"hi"' in await whole(upstream, a_model(server, ssl_verify=trusted, **way(forward)))
+            assert b'"hi"' in await completion_of(upstream, a_model(server, ssl_verify=trusted, **params_of(forward)))
         for refused in (None, True):
-            await failing(upstream, a_model(server, ssl_verify=refused, **way(forward)), whole)
+            await error_of(upstream, a_model(server, ssl_verify=refused, **params_of(forward)), completion_of)
         assert len(server.bodies) == 2
     await upstream.aclose()
 
@@ -184,9 +184,9 @@ async def test_an_unusable_proxy_fails_only_the_models_that_need_it(
         "environment: ALL_PROXY names a SOCKS proxy, which cannot be used here; give an HTTP proxy"
     ]
     async with RawUpstream(plain()) as near:
-        assert b'"hi"' in await whole(upstream, a_model(near, **way(forward)))
-        for ask in (whole, streamed):
-            failure = await failing(upstream, a_model(near, api_base=FAR, **way(forward)), ask)
+        assert b'"hi"' in await completion_of(upstream, a_model(near, **params_of(forward)))
+        for ask in (completion_of, stream_of):
+            failure = await error_of(upstream, a_model(near, api_base=FAR, **params_of(forward)), ask)
             assert "cannot be reached: ALL_PROXY names a SOCKS proxy" in failure.message
     await upstream.aclose()
 
@@ -198,18 +198,18 @@ async def test_both_modes_use_the_same_proxy_and_no_proxy(forward: str) -> None:
         upstream = UpstreamClient(
             Settings(), {"MODEL_API_KEY": KEY, "HTTP_PROXY": named, "NO_PROXY": "192.0.2.0/24,fd00::/8"}
         )
-        await whole(upstream, a_model(proxy, api_base=FAR, **way(forward)))
+        await completion_of(upstream, a_model(proxy, api_base=FAR, **params_of(forward)))
         assert proxy.heads[0].startswith(b"POST http://far.invalid/v1/chat/completions HTTP/1.1\r\n")
-        assert await goes_direct(upstream, a_model(proxy, api_base="http://192.0.2.7/v1", **way(forward)))
+        assert await goes_direct(upstream, a_model(proxy, api_base="http://192.0.2.7/v1", **params_of(forward)))
         assert len(proxy.heads) == 1
         await upstream.aclose()
 
 
 async def goes_direct(upstream: UpstreamClient, record: Any) -> bool:
-    """Whether it is not answered: nobody is at that address."""
+    """Tell whether the call fails: nothing answers at that address."""
     try:
         async with asyncio.timeout(0.3):
-            await whole(upstream, record)
+            await completion_of(upstream, record)
     except (TimeoutError, UpstreamError):
         return True
     return False
@@ -226,6 +226,6 @@ async def test_the_price_feed_uses_the_same_proxies(monkeypatch: pytest.MonkeyPa
         await fetch_price_map(FAR)
 
 
-def way(forward: str) -> dict[str, Any]:
-    """Parameters by which a model is relayed, or left to litellm."""
+def params_of(forward: str) -> dict[str, Any]:
+    """Return parameters by which a model is called directly or through litellm."""
     return {} if forward == "relay" else {"drop_params": True}

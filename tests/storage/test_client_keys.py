@@ -1,5 +1,3 @@
-"""Fields of a key's record, and records that are refused."""
-
 from __future__ import annotations
 
 import json

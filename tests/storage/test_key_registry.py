@@ -1,5 +1,3 @@
-"""Keys in the store: concurrent changes are all kept, and every change has an audit line."""
-
 from __future__ import annotations
 
 import asyncio
@@ -21,8 +19,6 @@ ANN = Actor("k-ann", "req-1")
 
 
 class Clock:
-    """Unix seconds, moved by hand."""
-
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
 
@@ -39,7 +35,7 @@ def audited(store: Store, folder: Path, *configured: str) -> Registry:
 
 
 async def lines(store: Store) -> list[dict[str, Any]]:
-    """Oldest first."""
+    """Return the audit lines, oldest first."""
     return list(reversed(await AuditTrail(store, ANN).latest(1000)))
 
 
@@ -199,8 +195,8 @@ async def test_every_write_of_an_actor_has_an_audit_line_and_the_service_leaves_
     await registry.remove_model("small")
     seen = await lines(store)
     assert [(line["action"], line["target"]) for line in seen] == [
-        *((f"keys.{what}", key.id) for what in ("create", "change", "rotate", "revoke")),
-        *((f"models.{what}", "small") for what in ("add", "change", "price", "profile", "remove")),
+        *((f"keys.{action}", key.id) for action in ("create", "change", "rotate", "revoke")),
+        *((f"models.{action}", "small") for action in ("add", "change", "price", "profile", "remove")),
     ]
     assert {(line["who"], line["request"], line["outcome"]) for line in seen} == {("k-ann", "req-1", "done")}
 

@@ -1,5 +1,3 @@
-"""The price feed: what it changes, what it leaves alone, and broken feeds."""
-
 from __future__ import annotations
 
 import asyncio
@@ -27,7 +25,7 @@ FEED = {"openai/small": {"litellm_provider": "openai", "input_cost_per_token": 5
 
 @contextmanager
 def a_feed(body: bytes | object, status: int = 200, location: str | None = None) -> Iterator[str]:
-    """A real HTTP server with one answer; its URL."""
+    """Serve one answer over real HTTP, and yield its URL."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
 
     class Handler(BaseHTTPRequestHandler):
@@ -108,7 +106,7 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "what"),
+    ("body", "status", "message"),
     [
         (b"{", 200, "refused"),
         (b"[" * 100_000, 200, "refused"),
@@ -122,8 +120,8 @@ async def test_model_info_yields_to_a_feed_but_not_to_the_bundled_map(store: Sto
         (b" " * (MAX_PRICES_BYTES + 1), 200, "larger than"),
     ],
 )
-async def test_a_broken_feed_changes_no_price(body: object, status: int, what: str) -> None:
-    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=what):
+async def test_a_broken_feed_changes_no_price(body: object, status: int, message: str) -> None:
+    with a_feed(body, status, location="http://127.0.0.1:9/") as url, pytest.raises(PriceFeedError, match=message):
         await fetch_price_map(url)
 
 

@@ -1,5 +1,3 @@
-"""Entries of the bundled price map and their names; broken maps."""
-
 from __future__ import annotations
 
 import subprocess
@@ -136,10 +134,10 @@ def test_the_bundled_map_has_models_with_every_capability() -> None:
 
 def test_model_info_wins_over_the_map_for_every_capability() -> None:
     known = PriceMapEntry("openai", None, Capabilities(**dict.fromkeys(CAPABILITY_NAMES, False)))
-    stated: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
+    capabilities: Any = {name: True for name in ModelInfo.model_fields if name.startswith("supports_")}
 
     assert capabilities_of(ModelInfo(), known) == known.capabilities
-    assert capabilities_of(ModelInfo(**stated), known) == Capabilities(**dict.fromkeys(CAPABILITY_NAMES, True))
+    assert capabilities_of(ModelInfo(**capabilities), known) == Capabilities(**dict.fromkeys(CAPABILITY_NAMES, True))
 
 
 def test_the_bundled_map_knows_the_prices_of_long_prompts() -> None:

@@ -1,5 +1,3 @@
-"""The data folder, and what the embedded store keeps in it, are closed to other users."""
-
 from __future__ import annotations
 
 import os

@@ -1,5 +1,3 @@
-"""Stored entries: round trips, fingerprints, and what is refused."""
-
 from __future__ import annotations
 
 import pytest
@@ -44,10 +42,10 @@ def test_a_price_comes_back_as_it_was_stored() -> None:
 
 
 def test_a_price_with_tiers_comes_back_as_it_was_stored_and_keeps_its_names() -> None:
-    stated = {**dict.fromkeys(PRICE_FIELDS, 1e-6), "cache_read_input_token_cost_above_272k_tokens": 2e-6}
-    fields = CurrentPrice(Price.from_fields(stated), "sync", 1.0).to_fields()
+    members = {**dict.fromkeys(PRICE_FIELDS, 1e-6), "cache_read_input_token_cost_above_272k_tokens": 2e-6}
+    fields = CurrentPrice(Price.from_fields(members), "sync", 1.0).to_fields()
     assert fields["cache_read_input_token_cost_above_272k_tokens"] == "2e-06"
-    assert CurrentPrice.from_fields(fields, seen_at=0).price == Price.from_fields(stated)
+    assert CurrentPrice.from_fields(fields, seen_at=0).price == Price.from_fields(members)
 
 
 def test_a_foreign_price_without_source_or_time_is_external_and_dated_when_read() -> None:

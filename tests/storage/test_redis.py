@@ -1,5 +1,3 @@
-"""The embedded server and its users; operations on a Redis that is away or silent; the state of availability."""
-
 from __future__ import annotations
 
 import asyncio
@@ -47,7 +45,7 @@ def server_of(store: Store) -> EmbeddedValkey:
 
 
 async def another_user(folder: Path) -> asyncio.subprocess.Process:
-    """Another process, with a process group of its own, that started the server of this folder."""
+    """Start another process, with a process group of its own, that starts the server of this folder."""
     command = [sys.executable, "-c", USER, str(folder)]
     user = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, process_group=0)
     assert user.stdout is not None

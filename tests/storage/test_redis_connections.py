@@ -1,5 +1,3 @@
-"""Connections to a Redis of one's own: TLS, client certificates, ACL users, sentinels; servers that are refused."""
-
 from __future__ import annotations
 
 import logging
@@ -16,7 +14,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry, RegistryError
-from tests.support.sentinels import Sentinels, TlsFront, sentinels
+from tests.support.sentinels import Sentinels, TlsProxy, sentinels
 from tests.support.tls import a_certificate, served_by
 from tests.support.valkey import ValkeyServer, free_port, frozen
 
@@ -29,7 +27,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ValkeyServer]:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of the server's, for 127.0.0.1, and of a client's; each is its own authority."""
+    """Write folders of the server's certificate, for 127.0.0.1, and of a client's; each is its own authority."""
     folders = tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("client")
     for folder in folders:
         a_certificate(folder)
@@ -37,8 +35,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def tls(valkey: ValkeyServer, certificates: tuple[Path, Path]) -> Iterator[TlsFront]:
-    with TlsFront(valkey.port, served_by(certificates[0] / "both.pem")) as front:
+def tls(valkey: ValkeyServer, certificates: tuple[Path, Path]) -> Iterator[TlsProxy]:
+    with TlsProxy(valkey.port, served_by(certificates[0] / "both.pem")) as front:
         yield front
 
 
@@ -47,7 +45,7 @@ def settings(folder: Path, url: str, **more: object) -> Settings:
 
 
 async def why_not(folder: Path, url: str, **more: object) -> str:
-    """What the store says that cannot be reached; nothing where it can."""
+    """Return the store's message if it cannot be reached, else nothing."""
     store = await Store.open(settings(folder, url, **more))
     try:
         async with store.operation("look") as client:
@@ -60,7 +58,7 @@ async def why_not(folder: Path, url: str, **more: object) -> str:
 
 
 async def test_a_certificate_is_checked_against_the_configured_authority(
-    tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
+    tmp_path: Path, tls: TlsProxy, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.0.0.1:{tls.port}", certificates[0] / "cert.pem"
     assert await why_not(tmp_path, url, redis_ca_file=authority) == ""
@@ -70,7 +68,7 @@ async def test_a_certificate_is_checked_against_the_configured_authority(
 
 
 async def test_a_certificate_must_name_the_requested_host(
-    tmp_path: Path, tls: TlsFront, certificates: tuple[Path, Path]
+    tmp_path: Path, tls: TlsProxy, certificates: tuple[Path, Path]
 ) -> None:
     url, authority = f"rediss://127.1:{tls.port}", certificates[0] / "cert.pem"
     assert "Hostname mismatch" in await why_not(tmp_path, url, redis_ca_file=authority)
@@ -78,7 +76,7 @@ async def test_a_certificate_must_name_the_requested_host(
 
 
 async def test_certificate_checks_can_be_turned_off_with_a_warning(
-    tmp_path: Path, tls: TlsFront, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, tls: TlsProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert await why_not(tmp_path, f"rediss://127.0.0.1:{tls.port}?ssl_cert_reqs=none") == ""
     assert "ssl_cert_reqs=none" in caplog.text
@@ -91,7 +89,7 @@ async def test_a_server_that_wants_a_client_certificate_gets_the_configured_one(
     context = served_by(server / "both.pem")
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(client / "cert.pem")
-    with TlsFront(valkey.port, context) as front:
+    with TlsProxy(valkey.port, context) as front:
         url, trusted = f"rediss://127.0.0.1:{front.port}", {"redis_ca_file": server / "cert.pem"}
         pair = {"redis_cert_file": client / "cert.pem", "redis_key_file": client / "key.pem"}
         assert await why_not(tmp_path, url, **trusted, **pair) == ""
@@ -185,8 +183,8 @@ async def test_sentinels_lead_to_the_primary_over_tls_with_both_passwords(
         trusted = {"redis_ca_file": certificates[0] / "cert.pem"}
         assert await why_not(tmp_path, group.url("rediss+sentinel"), **trusted) == ""
         apart = group.url("rediss+sentinel").partition("?")[0].replace(":pw@", "")
-        stated = {"redis_password": "pw", "redis_sentinel_password": "spw"}
-        assert await why_not(tmp_path, apart, **trusted, **stated) == ""
+        passwords = {"redis_password": "pw", "redis_sentinel_password": "spw"}
+        assert await why_not(tmp_path, apart, **trusted, **passwords) == ""
         unknown = await why_not(tmp_path, apart, **trusted, redis_password="pw", redis_sentinel_password="x")
         assert "no sentinel knows a primary of 'uniroute'" in unknown
         await a_change_is_with_the_replica_once_it_is_acknowledged(tmp_path, group, trusted, caplog)

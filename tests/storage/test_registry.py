@@ -1,5 +1,3 @@
-"""Writes to the registry are done whole or refused, and raise the version."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,8 +20,8 @@ async def test_each_write_raises_the_version_and_publishes_it(store: Store, tmp_
         assert await registry.put_price("small", Price(1e-6, 1e-6)) == 3
         assert await registry.put_profile(a_record(), a_profile()) == 4
         assert await registry.remove_model("small") == 5
-        heard = [m["data"] async for m in _messages(pubsub, 6)]
-    assert heard == ["1", "2", "3", "small", "4", "5"]
+        published = [m["data"] async for m in _messages(pubsub, 6)]
+    assert published == ["1", "2", "3", "small", "4", "5"]
 
 
 async def test_a_taken_name_is_refused_and_the_same_record_again_changes_nothing(store: Store, tmp_path: Path) -> None:
@@ -79,8 +77,8 @@ async def test_a_feed_replaces_only_prices_of_a_feed(
     store: Store, tmp_path: Path, source: str | None, replaced: bool
 ) -> None:
     registry = a_registry(store, tmp_path, "small")
-    stated = {"input_cost_per_token": "1", "output_cost_per_token": "1"} | ({"source": source} if source else {})
-    await store.client.hset(price_key("small"), items=[word for pair in stated.items() for word in pair])
+    price = {"input_cost_per_token": "1", "output_cost_per_token": "1"} | ({"source": source} if source else {})
+    await store.client.hset(price_key("small"), items=[word for pair in price.items() for word in pair])
     version = await registry.put_price("small", Price(2e-6, 2e-6), "sync")
     assert (version is not None) is replaced
 

@@ -1,5 +1,3 @@
-"""Encoded commands are redis-py's bytes, and a pipeline of them behaves as redis-py's."""
-
 from __future__ import annotations
 
 import asyncio
@@ -37,12 +35,12 @@ async def test_a_connection_that_went_stale_is_opened_again(store: Store, second
 
 
 async def test_a_lost_connection_is_retried(store: Store, second_store: Store) -> None:
-    asked = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
+    waiting = asyncio.create_task(pipeline(store.client, [encode_command(["BLPOP", "queue", "9"])]))
     await _blocked(second_store)
     await pipeline(second_store.client, [encode_command(["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"])])
     await _blocked(second_store)
     await pipeline(second_store.client, [encode_command(["RPUSH", "queue", "found"])])
-    assert await asked == [["queue", "found"]]
+    assert await waiting == [["queue", "found"]]
 
 
 async def test_connections_are_released_to_the_pool(store: Store) -> None:
@@ -63,7 +61,7 @@ async def test_the_reply_of_a_cancelled_call_reaches_no_other_call(store: Store)
 
 
 async def _blocked(store: Store) -> None:
-    """Until somebody waits in Redis."""
+    """Wait until a client blocks in Redis."""
     async with asyncio.timeout(10):
         while not (await pipeline(store.client, [encode_command(("CLIENT", "LIST", "FLAGS", "b"))]))[0]:
             pass

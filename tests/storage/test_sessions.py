@@ -1,5 +1,3 @@
-"""The memory of sessions over a real Valkey: shared, expiring, bounded."""
-
 from __future__ import annotations
 
 import asyncio
@@ -45,7 +43,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def ours(store: Store, clock: Clock) -> SessionStore:
-    """One process's memory, which the test flushes."""
+    """Open one process's memory, which the test flushes."""
     return SessionStore(store, 60, clock=clock)
 
 
@@ -54,8 +52,8 @@ async def theirs(second_store: Store, clock: Clock) -> SessionStore:
     return SessionStore(second_store, 60, clock=clock)
 
 
-async def asked(store: Store) -> int:
-    """How many look-ups Redis has seen."""
+async def lookups(store: Store) -> int:
+    """Count the look-ups that Redis has seen."""
     stats: Any = await store.client.info("commandstats")
     return int(stats.get("cmdstat_mget", {}).get("calls", 0))
 
@@ -72,15 +70,15 @@ async def test_one_process_looks_up_what_another_recorded(ours: SessionStore, th
 
 async def test_a_producer_known_to_this_process_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
     ours.record(["call-1"], "small")
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup(["call-1"], "session") == Lookup("small")
-    assert await asked(store) == before
+    assert await lookups(store) == before
 
 
 async def test_a_request_without_history_and_session_costs_no_round_trip(ours: SessionStore, store: Store) -> None:
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup([], None) == Lookup()
-    assert await asked(store) == before
+    assert await lookups(store) == before
 
 
 async def test_a_producer_found_in_redis_is_not_looked_up_again(
@@ -88,15 +86,15 @@ async def test_a_producer_found_in_redis_is_not_looked_up_again(
 ) -> None:
     ours.record(["call-1"], "small")
     await ours.flush()
-    before = await asked(store)
+    before = await lookups(store)
     assert [await theirs.lookup(["call-1"], None) for _ in range(3)] == [Lookup("small")] * 3
-    assert await asked(store) == before + 1
+    assert await lookups(store) == before + 1
 
 
 async def test_all_fingerprints_and_the_session_cost_one_round_trip(ours: SessionStore, store: Store) -> None:
-    before = await asked(store)
+    before = await lookups(store)
     assert await ours.lookup(["a", "b", "c"], "session") == Lookup()
-    assert await asked(store) == before + 1
+    assert await lookups(store) == before + 1
 
 
 async def test_the_last_turn_of_a_session_is_the_newest_of_any_process(

@@ -1,5 +1,3 @@
-"""Snapshots follow the store within a second in every process, and survive Redis and its broken entries."""
-
 from __future__ import annotations
 
 import asyncio
@@ -203,13 +201,13 @@ async def test_live_traffic_changes_the_pool_but_not_the_profile(store: Store, t
 
 
 class BrokenOnce(TrafficStats):
-    """Figures that cannot be laid out, the first time."""
+    """Fail to lay out figures the first time."""
 
-    asked = 0
+    calls = 0
 
     def blend_into(self, model: str, profile: Profile) -> Profile:
-        self.asked += 1
-        if self.asked == 1:
+        self.calls += 1
+        if self.calls == 1:
             raise OverflowError("int too large to convert")
         return profile
 
@@ -222,5 +220,5 @@ async def test_a_state_that_makes_no_snapshot_does_not_stop_the_watcher(
     async with started_watcher(store, tmp_path, a_record(source="config"), traffic_stats=live) as watcher:
         await registry.put_profile(a_record(), a_profile())
         await until(lambda: watcher.current.model_state("small") == "ready")
-    assert live.asked > 1
+    assert live.calls > 1
     assert "the last one stays in use" in caplog.text

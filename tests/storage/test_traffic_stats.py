@@ -1,5 +1,3 @@
-"""Live traffic changes expected tokens and seconds, and nothing else."""
-
 from __future__ import annotations
 
 import numpy as np
@@ -57,11 +55,11 @@ ANSWERS = st.tuples(
 def test_a_batch_of_answers_adds_up_to_the_same_as_one_by_one(answers: list[tuple]) -> None:  # type: ignore[type-arg]
     live, profile, keep = TrafficStats(4, half_life=10), a_profile(), 0.5**0.1
     sums = np.zeros((3, 4))
-    for (ids, weights), tokens, seconds, asked in answers:
+    for (ids, weights), tokens, seconds, read_between in answers:
         live.observe("m", np.array(ids), np.array(weights, dtype=np.float32), tokens, seconds)
         sums *= keep
         sums[:, ids] += np.outer((tokens, seconds, 1.0), weights)
-        if asked:
+        if read_between:
             live.blend_into("m", profile)
     blended = live.blend_into("m", profile)
     np.testing.assert_allclose(blended.token_sums - profile.token_sums, sums[0], atol=1e-6)

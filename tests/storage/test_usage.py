@@ -1,5 +1,3 @@
-"""Tokens and costs: reports of all vendors are read alike, parts are disjoint, and unknown is unknown."""
-
 from __future__ import annotations
 
 import json
@@ -14,13 +12,9 @@ from proxy.profiling.model_client import cost_of as cost_of_answer
 from proxy.profiling.model_client import read_answer
 from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
 from router_core.types import Price
+from tests.support.usage_reports import openai
 
 PRICE = Price(1e-6, 4e-6, cache_read_input_token_cost=1e-7)
-
-
-def openai(prompt: int, completion: int, total: int | None = None, **more: Any) -> dict[str, Any]:
-    whole = prompt + completion if total is None else total
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": whole, **more}
 
 
 def test_cached_tokens_are_billed_once() -> None:

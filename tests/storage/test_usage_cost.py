@@ -1,5 +1,3 @@
-"""Every report of usage at every price, to the picodollar."""
-
 from __future__ import annotations
 
 from itertools import product
@@ -9,7 +7,7 @@ import pytest
 from proxy.storage.usage import ObservedTraffic, TokenCounts, cost_of, parse_usage, plausible_usage
 from router_core.pricing import picousd
 from router_core.types import Price
-from tests.support.usage_reports import CASES, ON_THE_WAY, PRICES, REPORTS, picodollars
+from tests.support.usage_reports import CASES, PARTIAL_REPORTS, PRICES, REPORTS, picodollars
 
 ANSWERED = ObservedTraffic(prompt_tokens=4, output_bytes=400, unreported_bytes=0)
 
@@ -22,9 +20,9 @@ def test_reported_usage_is_billed_to_the_picodollar(case: tuple[str, str], price
     assert (picousd(cost.usd), cost.estimated) == (picodollars(use, price), False)
 
 
-@pytest.mark.parametrize("told", ON_THE_WAY)
-def test_received_content_is_billed_however_the_answer_ended(told: str) -> None:
-    reports, expected = ON_THE_WAY[told]
+@pytest.mark.parametrize("report", PARTIAL_REPORTS)
+def test_received_content_is_billed_however_the_answer_ended(report: str) -> None:
+    reports, expected = PARTIAL_REPORTS[report]
     counts, reported_bytes = TokenCounts(), 0
     for place, usage in enumerate(reports):
         read = parse_usage(usage)

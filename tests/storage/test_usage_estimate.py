@@ -1,5 +1,3 @@
-"""The cost of a request: reported, else estimated, else zero if no answer began."""
-
 from __future__ import annotations
 
 from typing import Any

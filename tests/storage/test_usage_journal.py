@@ -1,5 +1,3 @@
-"""The journal of usage: records are read in order and once, by the next process too, whatever the disk does."""
-
 from __future__ import annotations
 
 import json
@@ -32,7 +30,7 @@ def a_text(number: int) -> str:
 
 
 def read_all(journal: Journal, most: int = 10) -> list[int]:
-    """The `n` of every record, each batch marked as applied."""
+    """Return the `n` of every record, each batch marked as applied."""
     found: list[int] = []
     while entries := (batch := journal.read(most)).entries:
         found += [entry.fields["n"] for entry in entries]

@@ -1,5 +1,3 @@
-"""Usage in Redis: every record counts once, sums are exact, and nothing is lost while Redis is away."""
-
 from __future__ import annotations
 
 import json

@@ -1,5 +1,3 @@
-"""The embedded store ends with the last process that uses it, also where that was killed."""
-
 from __future__ import annotations
 
 import subprocess
@@ -27,7 +25,7 @@ time.sleep(600)
 
 @contextmanager
 def a_user(data_dir: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has started the store, or joined it. It is killed in the end."""
+    """Start another process that starts the store, or joins it. It is killed at the end."""
     command = [sys.executable, "-c", USER, str(data_dir)]
     with subprocess.Popen(command, env=environment(data_dir), stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -1,5 +1,3 @@
-"""`uniroute` as users run it: a process with a data directory of its own and none of this environment's keys."""
-
 from __future__ import annotations
 
 import os
@@ -18,7 +16,7 @@ _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
 
 
 def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str) -> dict[str, str]:
-    """`embedder_cache`: where the distilled table is already, so that nothing distils it again."""
+    """Return the variables of a command. `embedder_cache`: where the distilled table is already."""
     data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for table in embedder_cache.glob("static-*") if embedder_cache else ():
         if not (data_dir / table.name).exists():
@@ -39,7 +37,7 @@ def run_command(
 
 
 class ServeCommand:
-    """`uniroute serve` on a free port, until the block ends. `log` is what it wrote."""
+    """Run `uniroute serve` on a free port until the block ends. `log` is what it wrote."""
 
     def __init__(
         self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
@@ -75,7 +73,7 @@ class ServeCommand:
         self.stop()
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
-        """The exit status."""
+        """Stop it and return the exit status."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)

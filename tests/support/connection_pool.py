@@ -1,5 +1,3 @@
-"""Requests over a connection pool, and small TCP servers."""
-
 from __future__ import annotations
 
 import asyncio
@@ -17,8 +15,8 @@ def at(server: RawUpstream, proxy: str | None = None, *, tls: bool = False) -> O
     return Origin("127.0.0.1", server.port, tls, proxy)
 
 
-async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
-    """Status and body."""
+async def send_request(connections: ConnectionPool, origin: Origin, body: bytes = b"{}") -> tuple[int | None, bytes]:
+    """Send a request and return status and body."""
     async with asyncio.timeout(60):
         connection = await connections.acquire(origin, 5)
         try:
@@ -32,8 +30,8 @@ async def asked(connections: ConnectionPool, origin: Origin, body: bytes = b"{}"
             connections.release(origin, connection)
 
 
-async def all_places_are_free(connections: ConnectionPool, origin: Origin) -> None:
-    """There are two, and no third."""
+async def all_slots_are_free(connections: ConnectionPool, origin: Origin) -> None:
+    """Check that two slots are free, and no third."""
     both = [await connections.acquire(origin, 1), await connections.acquire(origin, 1)]
     third = asyncio.create_task(connections.acquire(origin, 1))
     await asyncio.sleep(0.01)
@@ -66,8 +64,8 @@ async def served(handle: Handler) -> AsyncIterator[Origin]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def tunnelling(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """For `served`: a small HTTP proxy that knows CONNECT alone."""
+async def serve_connect_proxy(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Serve as a small HTTP proxy that knows CONNECT alone. For `served`."""
     method, authority, _ = head.split(b" ", 2)
     assert method == b"CONNECT"
     host, _, port = authority.decode().rpartition(":")

@@ -1,5 +1,3 @@
-"""Direct calls of a model by the client of upstreams."""
-
 from __future__ import annotations
 
 import asyncio
@@ -21,15 +19,19 @@ BODY: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content"
 
 
 def a_model(server: RawUpstream, **params: Any) -> ModelRecord:
-    stated = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/MODEL_API_KEY"}
-    return replace(a_record("ours"), litellm_params={**stated, **params})
+    all_params = {"model": "openai/theirs", "api_base": server.url, "api_key": "os.environ/MODEL_API_KEY"}
+    return replace(a_record("ours"), litellm_params={**all_params, **params})
 
 
-async def whole(upstream: UpstreamClient, record: ModelRecord) -> bytes:
+def model_in_mode(server: RawUpstream, mode: str, **info: Any) -> ModelRecord:
+    return replace(a_model(server), info=a_record("ours", info={"forward": mode, **info}).info)
+
+
+async def completion_of(upstream: UpstreamClient, record: ModelRecord) -> bytes:
     return (await upstream.complete(record, BODY)).with_model("ours")
 
 
-async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
+async def stream_of(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
     found: list[bytes] = []
     stream: Any = await upstream.stream(record, {**BODY, "stream": True})
     try:
@@ -40,7 +42,7 @@ async def streamed(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]
     return found
 
 
-async def failing(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
+async def error_of(upstream: UpstreamClient, record: ModelRecord, ask: Callable[..., Any]) -> UpstreamError:
     with pytest.raises(UpstreamError) as caught:
         async with asyncio.timeout(60):
             await ask(upstream, record)

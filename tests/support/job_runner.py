@@ -1,4 +1,4 @@
-"""One process that works on jobs until it is killed. Arguments: data directory, address of the model server."""
+"""Run one process that works on jobs until it is killed. Arguments: data directory, address of the model server."""
 
 from __future__ import annotations
 

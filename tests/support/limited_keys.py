@@ -1,5 +1,3 @@
-"""Client keys with limits, put straight into a store, and their use as the store has it."""
-
 from __future__ import annotations
 
 import uuid
@@ -8,14 +6,20 @@ from typing import Any
 
 import redis
 
-from proxy.server.reservations import PREFIX, SETTLE, state_key
+from proxy.server.reservations import PREFIX, SETTLE, ReservationRequest, state_key
 from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
 from proxy.storage.redis import CHANGED, KEYS, VERSION
 from router_core.pricing import PICO
 
+CENT = PICO // 100
+
 
 def a_key(**limits: Any) -> ClientKey:
     return ClientKey(uuid.uuid4().hex[:12], "limited", digest_of("x"), 1.0, limits=KeyLimits(**limits))
+
+
+def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
+    return ReservationRequest(name, tokens, picousd, 600)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class LimitedKey:
 
     @classmethod
     def put(cls, store: redis.Redis, **limits: Any) -> LimitedKey:
-        """Known to running processes within a second."""
+        """Store the key. Running processes know it within a second."""
         secret = new_secret()
         key = ClientKey(uuid.uuid4().hex[:12], "limited", digest_of(secret), 1.0, limits=KeyLimits(**limits))
         store.hset(KEYS, key.id, key.to_json())
@@ -35,7 +39,7 @@ class LimitedKey:
 
     @property
     def spent_usd(self) -> float:
-        """Of the only day that there was."""
+        """Return the USD spent on the only day that there is."""
         days: Any = self.store.keys(f"{PREFIX}{{{self.id}}}:day:*")
         return sum(int(_text(self.store.get(day))) for day in days) / PICO
 
@@ -45,18 +49,18 @@ class LimitedKey:
 
     @property
     def open(self) -> int:
-        """Reservations that are not settled."""
+        """Count the reservations that are not settled."""
         return int(_text(self.store.zcard(f"{PREFIX}{{{self.id}}}:open")))
 
     def let_reservations_end(self) -> None:
-        """As if their time were over."""
+        """Let the reservations expire."""
         name = f"{PREFIX}{{{self.id}}}:open"
         members: Any = self.store.zrange(name, 0, -1)
         for member in members:
             self.store.zadd(name, {member: 0})
 
     def spend(self, usd: float, day: str = "2026-01-31") -> None:
-        """A request of an earlier day."""
+        """Record the cost of a request of an earlier day."""
         arguments = [self.id, "", "", str(round(usd * PICO)), day, day[:7]]
         self.store.eval(SETTLE, 1, state_key(self.id), *arguments)
 

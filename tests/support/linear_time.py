@@ -1,4 +1,4 @@
-"""Texts on which a careless parser takes quadratic time, and a child process with too little CPU time for that."""
+"""Texts on which a careless parser takes quadratic time, and a child process whose CPU time is too short for that."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AROUND = (("", ""), ("The answer", "x"), ("", "\nx"), ("option", "x"), ("```\n"
 
 
 def shapes(units: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """A name and 20,000 characters: each unit over and over, alone and between words that readers look for."""
+    """Yield a name and 20,000 characters: each unit over and over, alone and between words that readers look for."""
     for unit in units:
         for before, after in _AROUND if unit in (" ", "_cost_per_") else _AROUND[:2]:
             middle = CHARACTERS - len(before) - len(after)
@@ -40,7 +40,7 @@ def shapes(units: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 
 
 def stopped_at(module: str, units: str) -> str:
-    """Run `module` under the limit: what it was reading when the kernel killed it; empty where it got through."""
+    """Run `module` under the limit; return what it was reading when the kernel killed it, empty if it ended."""
     command = [sys.executable, "-W", "error", "-m", module, units]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return (
@@ -49,18 +49,18 @@ def stopped_at(module: str, units: str) -> str:
 
 
 def read_all(readers: Mapping[str, Callable[[str], object]], units: str) -> None:
-    """Give every shape of `few` or `many` units to every reader, saying before each which it is."""
+    """Give every shape of `few` or `many` units to every reader, and print the name before each."""
     chosen = FEW if units == "few" else MANY
     for name, read in readers.items():
         for place in range(0, len(chosen), 4):
-            _allow(CPU_S)
+            _limit_cpu(CPU_S)
             for shape, text in shapes(chosen[place : place + 4]):
                 sys.stdout.write(f"{name} {shape}\n")
                 sys.stdout.flush()
                 read(text)
 
 
-def _allow(cpu_s: int) -> None:
-    """From now on so many seconds of CPU time, and what is missing to a whole one."""
+def _limit_cpu(cpu_s: int) -> None:
+    """Allow so many more seconds of CPU time; those used are rounded up."""
     used = math.ceil(sum(os.times()[:2]))
     resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_s, resource.RLIM_INFINITY))

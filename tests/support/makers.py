@@ -1,5 +1,3 @@
-"""Small parts for tests: a cluster map of four corners, records, profiles, a started snapshot watcher."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
@@ -27,8 +25,8 @@ def a_record(
     name: str = "small", *, source: Any = "admin", info: dict[str, Any] | None = None, **params: Any
 ) -> ModelRecord:
     litellm_params = {"model": f"openai/{name}", "api_base": "http://127.0.0.1:9/v1", **params}
-    stated = ModelInfo.model_validate(PRICED if info is None else info)
-    return ModelRecord(name, litellm_params, stated, source, 1_700_000_000.0)
+    model_info = ModelInfo.model_validate(PRICED if info is None else info)
+    return ModelRecord(name, litellm_params, model_info, source, 1_700_000_000.0)
 
 
 def a_profile(errors: Sequence[float] = (0.1, 0.2, 0.3, 0.4), map_id: str = CORNERS.id) -> Profile:
@@ -56,7 +54,7 @@ async def started_watcher(
     traffic_stats: TrafficStats | None = None,
     cluster_map: ClusterMap = CORNERS,
 ) -> AsyncIterator[SnapshotWatcher]:
-    """A started StateHolder: what one more process would see."""
+    """Start a snapshot watcher: what one more process would see."""
     around = snapshot_inputs(*configured, traffic_stats=traffic_stats, cluster_map=cluster_map)
     holder = SnapshotWatcher(store, around, AuthRequiredLatch(folder))
     await holder.start()

@@ -1,5 +1,3 @@
-"""Small outcomes files, and `uniroute evaluate` on them."""
-
 from __future__ import annotations
 
 import json
@@ -28,7 +26,7 @@ def rows(count: int = 120, *models: str) -> list[Row]:
 
 
 def write_files(folder: Path, lines: list[Row], *models: str) -> tuple[str, ...]:
-    """The two options that name the files."""
+    """Write the files and return the two options that name them."""
     outcomes, prices = folder / "outcomes.jsonl", folder / "prices.json"
     outcomes.write_text("".join(json.dumps(line) + "\n" for line in lines))
     costs = {name: PRICES[name] for name in models or PRICES}
@@ -42,17 +40,17 @@ def run(environ: Mapping[str, str], *arguments: str | Path) -> subprocess.Comple
     return run_command("evaluate", *arguments, environ=environ)
 
 
-def found(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
-    """What `--json` prints: all of stdout is parsed."""
+def json_of(environ: Mapping[str, str], *arguments: str | Path) -> dict[str, Any]:
+    """Return what `--json` prints: all of stdout is parsed."""
     ended = run(environ, *arguments, "--json")
     assert ended.returncode == 0, ended.stderr
     document: dict[str, Any] = json.loads(ended.stdout)
     return document
 
 
-def refusal(ended: subprocess.CompletedProcess[str], status: int) -> str:
-    """The one line that is said, beside progress; of bad options the parser's last line."""
+def error_line(ended: subprocess.CompletedProcess[str], status: int) -> str:
+    """Return the one error line, beside progress; of bad options the parser's last line."""
     assert (ended.returncode, ended.stdout, "Traceback" in ended.stderr) == (status, "", False), ended.stderr
-    said = [line for line in ended.stderr.splitlines() if not re.match(r"embedding: |trials: ", line)]
-    assert len(said) == 1 or said[0].startswith("Usage: "), ended.stderr
-    return said[-1]
+    lines = [line for line in ended.stderr.splitlines() if not re.match(r"embedding: |trials: ", line)]
+    assert len(lines) == 1 or lines[0].startswith("Usage: "), ended.stderr
+    return lines[-1]

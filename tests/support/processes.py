@@ -1,5 +1,3 @@
-"""A command in a process group of its own, of which nothing is left; children and connections of processes."""
-
 from __future__ import annotations
 
 import os
@@ -18,7 +16,7 @@ from tests.support.command import ROOT
 
 
 class ProcessGroup:
-    """Whatever it started holds its stdout and stderr open as long as it lives."""
+    """Run a process group. Its descendants hold its stdout and stderr open as long as they live."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout
@@ -29,21 +27,21 @@ class ProcessGroup:
         self._process = process
 
     def interrupt(self) -> None:
-        """Ctrl-C: all of the group get it."""
+        """Send Ctrl-C to all of the group."""
         os.killpg(self.pid, signal.SIGINT)
 
     def end(self) -> tuple[str, str, int]:
-        """Its output and errors, once all of the group have ended, and the exit status."""
+        """Return output, errors and exit status once all of the group have ended."""
         output, errors = self._process.communicate(timeout=60)
         return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:
-        """The ids of the processes that multiprocessing started for it."""
+        """Return the ids of the processes that multiprocessing started for it."""
         return children_of(self.pid)
 
 
 def children_of(pid: int) -> list[int]:
-    """The ids of the processes that multiprocessing started for it."""
+    """Return the ids of the processes that multiprocessing started for it."""
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
     return [int(found_pid) for found_pid in found.stdout.split()]
 

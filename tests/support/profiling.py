@@ -1,5 +1,3 @@
-"""A small validation set over four clusters, a model server that knows some of it, and all that a job needs."""
-
 from __future__ import annotations
 
 import asyncio
@@ -33,7 +31,7 @@ FAST_RETRIES = RetryPolicy(attempts=3, first_wait_s=0.01, max_wait_s=0.05, timeo
 
 
 class CornersEmbedder:
-    """The first word of a text says where it lies."""
+    """Embed a text in the corner that its first word names."""
 
     id = "corners"
     dimension = 4
@@ -47,7 +45,7 @@ class CornersEmbedder:
 
 
 class HttpUpstream:
-    """The smallest provider layer: one POST, errors as the real one raises them."""
+    """Call a model with one POST, and raise errors as the real provider layer does."""
 
     async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> JSONPayload:
         async with httpx.AsyncClient(timeout=60, trust_env=False, verify=False) as client:
@@ -65,7 +63,7 @@ class HttpUpstream:
 
 
 def write_validation_set(path: Path, count: int = 40, **more: Any) -> Path:
-    """Prompt n asks for n, in one of four families."""
+    """Write prompts that ask for their number, in one of four families."""
     lines = [
         {
             "id": f"p{n}",
@@ -82,7 +80,7 @@ def write_validation_set(path: Path, count: int = 40, **more: Any) -> Path:
 
 
 def knows(*families: str) -> Any:
-    """A skill that answers the prompts of these families and is wrong elsewhere."""
+    """Return a skill that answers the prompts of these families and is wrong elsewhere."""
 
     def answer(prompt: str) -> str:
         family, number = prompt.split(" ", 1)[0], prompt.rsplit(" ", 1)[-1]
@@ -99,7 +97,7 @@ def settings_for(folder: Path, **more: Any) -> Settings:
 
 @dataclass(frozen=True)
 class Bench:
-    """One process's worth of what jobs need."""
+    """Hold what jobs need in one process."""
 
     state: SnapshotWatcher
     registry: Registry
@@ -118,16 +116,16 @@ async def a_bench(
     record: ModelRecord,
     *,
     worker: bool = True,
-    patience: RetryPolicy = FAST_RETRIES,
+    retries: RetryPolicy = FAST_RETRIES,
     cluster_map: ClusterMap = CORNERS,
     **more: Any,
 ) -> AsyncIterator[Bench]:
-    """Jobs over the store, the model registered unless it is configured."""
+    """Open jobs over the store, with the model registered unless it is configured."""
     configured = (record,) if record.source == "config" else ()
     async with AsyncExitStack() as closing:
         state = await closing.enter_async_context(started_watcher(store, folder, *configured, cluster_map=cluster_map))
         answerer = UpstreamModelClient(HttpUpstream())
-        jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), patience)
+        jobs = Jobs(store, state, answerer, CornersEmbedder(), settings_for(folder, **more), retries)
         closing.push_async_callback(jobs.close)
         registry = a_registry(store, folder, *(r.name for r in configured))
         if not configured:
@@ -138,7 +136,7 @@ async def a_bench(
 
 
 async def ended(jobs: Jobs, job: Job, timeout_s: float = 60.0) -> Job:
-    """The job once it is over."""
+    """Wait for the end of a job and return it."""
     deadline = time.monotonic() + timeout_s
     while True:
         latest = await jobs.get(job.id)

@@ -1,5 +1,3 @@
-"""The proxy in a process of its own, by uvicorn: a data directory, a YAML file, environment variables."""
-
 from __future__ import annotations
 
 import os
@@ -101,7 +99,7 @@ class ProxyProcess:
         return httpx.request(method, self.url + path, json=body, headers=headers, timeout=60)
 
     def put_profile(self, name: str, error: float, *, output_tokens: float = 20.0) -> None:
-        """A ready profile: the same error rate in every cluster, well supported."""
+        """Store a ready profile: the same error rate in every cluster, well supported."""
         document = uniform_profile(error, output_tokens=output_tokens)
         reply = self.admin("POST", f"/admin/models/{name}/profile", document)
         assert reply.status_code == 200, reply.text
@@ -132,7 +130,7 @@ def uniform_profile(error: float, *, output_tokens: float = 20.0) -> dict[str, A
 
 
 def model_entry(name: str, api_base: str, *, price: float = 1e-6, **info: Any) -> dict[str, Any]:
-    """One entry of model_list."""
+    """Return one entry of model_list."""
     return {
         "model_name": name,
         "litellm_params": {

@@ -1,4 +1,4 @@
-"""Bytes over a socket that no HTTP client would send, and the responses."""
+"""Send bytes over a socket that no HTTP client would send, and read the responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answer:
-    """`status` 0: closed without a word."""
+    """Hold one answer. `status` 0: closed without an answer."""
 
     status: int
     headers: dict[str, str]
@@ -34,10 +34,10 @@ _LAST = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx-request-id: the-last\r\n
 def send(
     address: tuple[str, int], *pieces: bytes, wait_s: float | None = None, timeout_s: float = 60.0
 ) -> list[Answer]:
-    """Every answer, in order.
+    """Send the pieces and return every answer, in order.
 
-    `wait_s`: until the server closes, or has said nothing more for so long. Without it, a request for /healthz follows
-    once the first answer has begun, and what comes before its answer is all there is.
+    With `wait_s`, read until the server closes, or has sent nothing for so long. Without it, a request for /healthz
+    follows once the first answer has begun; the answers before its own are returned.
     """
     with socket.create_connection(address, timeout=60) as connection:
         with suppress(ConnectionError):
@@ -49,7 +49,7 @@ def send(
 
 
 def _received(connection: socket.socket, wait_s: float | None) -> tuple[bytes, bool]:
-    """And whether the server closed the connection by itself."""
+    """Return what was received, and whether the server closed the connection by itself."""
     raw = b""
     with suppress(ConnectionError):
         try:

@@ -1,4 +1,4 @@
-"""A model server on the test's own event loop that sends exactly the given bytes, on connections that stay open."""
+"""Serve exactly the given bytes from the test's own event loop, on connections that stay open."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer, piece by piece, and what becomes of the connection."""
+    """Describe one answer, piece by piece, and what becomes of the connection."""
 
     pieces: tuple[bytes, ...]
     then: Literal["keep", "close", "reset", "hang"] = "keep"
@@ -32,13 +32,13 @@ def plain(body: bytes = JSON, head: bytes = b"content-type: application/json\r\n
 
 
 def chunked(*pieces: bytes, end: bytes = b"0\r\n\r\n") -> tuple[bytes, ...]:
-    """A stream in chunked coding, each piece a chunk."""
+    """Return a stream in chunked coding, each piece a chunk."""
     parts = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
     return (STREAM_HEAD + b"transfer-encoding: chunked\r\n\r\n", *parts, end)
 
 
 class RawUpstream:
-    """`script` holds the next answers; the last is repeated."""
+    """Serve the answers of `script`; the last is repeated."""
 
     def __init__(self, *script: Reply, tls: ssl.SSLContext | None = None) -> None:
         self.script = deque(script)
@@ -83,23 +83,23 @@ class RawUpstream:
                 await writer.wait_closed()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the connection stays."""
+        """Answer one request; tell whether the connection stays."""
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(
             (int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0
         )
         self.bodies.append(await reader.readexactly(length))
         self.heads.append(head)
-        said = self.script.popleft() if len(self.script) > 1 else self.script[0]
-        for piece in said.pieces:
+        reply = self.script.popleft() if len(self.script) > 1 else self.script[0]
+        for piece in reply.pieces:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(0)
-        if said.then == "hang":
+        if reply.then == "hang":
             await reader.read()
             self.left.set()
-        elif said.then == "reset":
+        elif reply.then == "reset":
             await asyncio.sleep(0.01)  # what was written is read first
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
-        return said.then == "keep"
+        return reply.then == "keep"

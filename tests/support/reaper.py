@@ -1,9 +1,9 @@
 """End every process that a test run started once the run itself has ended, however it ended.
 
-A run that is killed closes nothing. So each run bears a mark that all it starts inherit, and holds the only writing end
-of a pipe. A small process reads the other end and, once that is closed, kills whatever bears the mark. Process groups
-would not do, as the embedded store leaves them; nor variables of the environment, which Valkey overwrites. The mark is
-the soft limit of RLIMIT_RTTIME, a number without effect on processes that are not scheduled in real time. Linux alone.
+A run that is killed closes nothing. So each run sets a mark that all its processes inherit, and holds the only writing
+end of a pipe. A small process reads the other end. Once that is closed, it kills every process with the mark. Process
+groups would not do, as the embedded store leaves them; nor would environment variables, which Valkey overwrites. The
+mark is the soft limit of RLIMIT_RTTIME, which has no effect on processes that are not scheduled in real time. Linux.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINE = "Max realtime timeout"
 
 
 class Reaper:
-    """One for each process that runs tests. `close` ends the marked processes before this one has ended."""
+    """Reap for one process that runs tests. `close` ends the marked processes before this one has ended."""
 
     def __init__(self) -> None:
         mark = int.from_bytes(os.urandom(7), "big") + 1

@@ -1,5 +1,3 @@
-"""What a scripted model server responds: OpenAI completions, stream chunks and errors as JSON."""
-
 from __future__ import annotations
 
 import json
@@ -25,7 +23,7 @@ Skill = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Step:
-    """One scripted answer. Whatever is None comes from the server's skill."""
+    """Describe one scripted answer. Whatever is None comes from the server's skill."""
 
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +89,7 @@ def completion(body: Mapping[str, Any], step: Step, words: str) -> Json:
 
 
 def chunks(body: Mapping[str, Any], step: Step, words: str) -> Iterator[Json]:
-    """Chunks of one answer, in the order in which OpenAI sends them."""
+    """Return the chunks of one answer, in the order in which OpenAI sends them."""
     base = {
         "id": "chatcmpl-scripted",
         "object": "chat.completion.chunk",

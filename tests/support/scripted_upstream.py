@@ -1,4 +1,4 @@
-"""A scripted model server: real HTTP on loopback, OpenAI's chat-completions format, a queue and a history."""
+"""Serve a scripted model: real HTTP on loopback, OpenAI's chat completions, a queue of responses and a history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.scripted_answers import Json, Skill, Step, chunks, completion
 
 @dataclass
 class Received:
-    """One request as the server saw it."""
+    """Hold one request as the server saw it."""
 
     path: str
     headers: dict[str, str]
@@ -30,7 +30,7 @@ class Received:
 
 
 class ScriptedUpstream:
-    """`script` holds the next answers; when it is empty `skill` answers. One request a connection."""
+    """Serve the answers of `script`; when it is empty `skill` answers. One request a connection."""
 
     def __init__(self, skill: Skill = lambda _: "Hello from the scripted model.", *, slow_s: float = 0.0) -> None:
         self.skill = skill
@@ -54,7 +54,7 @@ class ScriptedUpstream:
         self.script.extend(steps)
 
     def reset(self) -> None:
-        """Forget what was asked and what was still to be answered."""
+        """Clear the history and the script."""
         self.script.clear()
         self.history.clear()
         self.always = None

@@ -1,5 +1,3 @@
-"""A snapshot of three models, the selection among them, and an embedder that can be blocked."""
-
 from __future__ import annotations
 
 import threading
@@ -26,7 +24,7 @@ LIMITED_KEY = ClientKey("k1", "limited", "digest", 0.0, ("dear",))
 
 
 class Corners:
-    """Every text lies in the first corner. `hold` keeps it from answering."""
+    """Embed every text in the first corner. `hold` keeps it from answering."""
 
     id = "corners"
     dimension = 4
@@ -43,7 +41,7 @@ class Corners:
 
 
 def a_state(**abilities: Any) -> RoutingSnapshot:
-    """cheap: 30 % errors at a five-hundredth of the price; dear: 10 %; unmeasured: neither."""
+    """Build three models. cheap: 30 % errors at a five-hundredth of the price; dear: 10 %; unmeasured: neither."""
     prices = {"cheap": 1e-7, "dear": 5e-5, "unmeasured": 1e-7}
     records = {
         name: a_record(

@@ -1,4 +1,4 @@
-"""A primary, a replica and three sentinels on loopback, as a team would run them; and TLS in front of servers."""
+"""Run a primary, a replica and three sentinels on loopback, as a team would, and TLS in front of servers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FOUND_S = 120.0
 _TLS_HELLO = b"\x16"
 
 
-class TlsFront:
-    """A port that speaks TLS to clients that begin with it, else passes bytes on: Valkey's binary has no TLS."""
+class TlsProxy:
+    """Accept TLS from clients that begin with it, else pass bytes on: Valkey's binary has no TLS."""
 
     def __init__(self, backend: int, context: ssl.SSLContext) -> None:
         self._backend = backend
@@ -103,7 +103,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 @dataclass
 class Sentinels:
-    """`servers`: whichever is the primary now, the other is the replica."""
+    """Run two servers and three sentinels. `servers`: whichever is the primary now, the other is the replica."""
 
     servers: list[ValkeyServer]
     ports: list[int]
@@ -122,7 +122,7 @@ class Sentinels:
         return f"{scheme}://{login}{hosts}/{SERVICE}/0{f'?{query}' if query else ''}"
 
     def primary(self) -> ValkeyServer | None:
-        """The server that a sentinel names."""
+        """Return the server that a sentinel names."""
         for port in self.ports:
             client = redis.Redis(port=port, password=self.sentinel_password, decode_responses=True, socket_timeout=2)
             with contextlib.suppress(redis.RedisError), client:
@@ -133,7 +133,7 @@ class Sentinels:
         return redis.Redis(port=server.port, password=self.password, decode_responses=True)
 
     def replicates(self) -> bool:
-        """The primary has a replica that is up to date, and all sentinels know of it and of each other."""
+        """Tell whether the primary has a current replica, and all sentinels know of it and of each other."""
         primary = self.primary()
         if primary is None:
             return False
@@ -158,11 +158,11 @@ def sentinels(
     password: str | None = None,
     sentinel_password: str | None = None,
 ) -> Iterator[Sentinels]:
-    """`tls`: clients may speak TLS to the announced ports, of servers and sentinels alike."""
+    """Start sentinels. `tls`: clients may speak TLS to the announced ports, of servers and sentinels alike."""
     with contextlib.ExitStack() as stack:
 
         def announce(port: int) -> int:
-            return port if tls is None else stack.enter_context(TlsFront(port, tls)).port
+            return port if tls is None else stack.enter_context(TlsProxy(port, tls)).port
 
         login = {} if password is None else {"requirepass": password, "masterauth": password}
         fast = {"repl-diskless-sync-delay": "0", "repl-ping-replica-period": "1"}
@@ -211,7 +211,7 @@ def _a_sentinel(folder: Path, port: int, primary: int, group: Sentinels) -> subp
 
 
 def _state(client: redis.Redis) -> dict[str, Any]:
-    """The service as a sentinel sees it."""
+    """Return the service as a sentinel sees it."""
     known: Any = client.sentinel_masters()
     state: dict[str, Any] = known[SERVICE]
     return state

@@ -1,5 +1,3 @@
-"""A self-signed certificate, a server's side of TLS with it, and one context for all clients."""
-
 from __future__ import annotations
 
 import functools
@@ -11,7 +9,7 @@ from typing import Any
 
 
 def a_certificate(folder: Path) -> Path:
-    """For 127.0.0.1; with its key in one file."""
+    """Write a certificate for 127.0.0.1, with its key in one file."""
     made = folder / "both.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
@@ -28,6 +26,6 @@ def served_by(certificate: Path) -> ssl.SSLContext:
 
 
 def share_tls_contexts() -> None:
-    """Read the authorities of Mozilla once. By itself each client does, for 20 ms of processor time, TLS or not."""
+    """Read Mozilla's authorities once. Otherwise each client does, for 20 ms of processor time, TLS or not."""
     transports: Any = importlib.import_module("httpx._transports.default")
     transports.create_ssl_context = functools.cache(transports.create_ssl_context)

@@ -1,5 +1,3 @@
-"""A second map over the four corners, and a model that was profiled on the first."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,7 +20,7 @@ HALVES = ClusterMap(
 
 
 async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, prompts: int = 24) -> Profile:
-    """The model registered, and its profile on the first map, whose process then ends."""
+    """Register the model and store its profile on the first map; then end that process."""
     async with a_bench(store, folder, record) as bench:
         job = await ended(bench.jobs, await bench.jobs.submit(record.name, prompts, 1.0))
         assert job.state == "ready", job.error
@@ -30,7 +28,7 @@ async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, p
 
 
 async def profile_in_use(bench: Bench, timeout_s: float = 8.0) -> Profile:
-    """Once there is one on the map of this process."""
+    """Return the profile once there is one on the map of this process."""
     await until(lambda: bench.record.name in bench.state.current.profiles, timeout_s)
     return bench.state.current.profiles[bench.record.name]
 

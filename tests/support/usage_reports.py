@@ -147,9 +147,9 @@ CASES = [(use, vendor) for use, reports in REPORTS.items() for vendor in reports
 # Three pieces of 40 bytes, which are estimated as 10 tokens each, of a prompt that is estimated as 4.
 PIECES = 3
 _ZERO = openai(0, 0)
-_TOLD = openai(1000, 100)
+_REPORTED = openai(1000, 100)
 # Usage on each piece, and the cost in picodollars at the flat price, however the stream ends after them.
-ON_THE_WAY: dict[str, tuple[list[Usage | None], int]] = {
+PARTIAL_REPORTS: dict[str, tuple[list[Usage | None], int]] = {
     # 4 x 1 + 30 x 10 microdollars
     "nothing": ([None, None, None], 304_000_000),
     "zeros on each": ([_ZERO, _ZERO, _ZERO], 304_000_000),
@@ -160,8 +160,8 @@ ON_THE_WAY: dict[str, tuple[list[Usage | None], int]] = {
     # 1000 x 1 + 20 x 10 were reported; of 120 bytes 30 tokens are estimated
     "two of three": ([openai(1000, 10), openai(1000, 20), None], 1_300_000_000),
     # 1000 x 1 + 100 x 10: more was reported than received
-    "all at first": ([_TOLD, None, None], 2_000_000_000),
-    "all with the last piece": ([None, None, _TOLD], 2_000_000_000),
+    "all at first": ([_REPORTED, None, None], 2_000_000_000),
+    "all with the last piece": ([None, None, _REPORTED], 2_000_000_000),
     # 1000 x 1 + 3 x 10: a report that comes with the last bytes is right, however few tokens it counts
     "few at last": ([_ZERO, _ZERO, openai(1000, 3)], 1_030_000_000),
 }

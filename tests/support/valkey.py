@@ -1,5 +1,3 @@
-"""A Valkey server apart from the proxy, as a team would run one: on a TCP port, to be frozen or killed."""
-
 from __future__ import annotations
 
 import contextlib

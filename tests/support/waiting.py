@@ -1,5 +1,3 @@
-"""Wait for what must happen soon, with time enough for a busy machine."""
-
 from __future__ import annotations
 
 import asyncio

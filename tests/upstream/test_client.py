@@ -1,5 +1,3 @@
-"""Which key goes where, and which client each provider gets: real calls to a scripted server."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -16,6 +14,7 @@ from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm
 from proxy.upstream.litellm_transport import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -28,14 +27,12 @@ BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {"OPENAI_API_KEY": OPENAI_KEY})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"OPENAI_API_KEY": OPENAI_KEY}) as opened:
+        yield opened
 
 
 def resolved(record: ModelRecord, forward: Any) -> ModelRecord:
-    """As it is stored once litellm was asked."""
+    """Return the provider as it is stored once litellm was asked."""
     params = record.litellm_params
     found = resolve_static(params, forward) or resolve_with_litellm(import_litellm(), cache_query(params), forward)
     return replace(record, resolved=found)

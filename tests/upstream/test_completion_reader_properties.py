@@ -1,5 +1,3 @@
-"""The fast ways to read a stream give the same as a slow reference, for every split of its bytes."""
-
 from __future__ import annotations
 
 import asyncio
@@ -16,7 +14,7 @@ from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.litellm_transport import read_chunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
 
-SAID: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
+CONTENT_CHUNK: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
 ODD: list[Any] = [
     *({"choices": None}, {"choices": [{"delta": None}]}, {"choices": 5}, {"choices": [None]}, {"choices": []}, {}),
@@ -29,8 +27,18 @@ ODD: list[Any] = [
 ]
 LINES = st.sampled_from(
     [
-        *(b"data: " + json.dumps(each, ensure_ascii=False).encode() for each in [SAID, SAID, SAID, END, *ODD]),
-        *(b"data:" + json.dumps(SAID).encode(), b"data: [DONE]", b"data:[DONE]", b"data:", b"data: ", b"data:  7"),
+        *(
+            b"data: " + json.dumps(each, ensure_ascii=False).encode()
+            for each in [CONTENT_CHUNK, CONTENT_CHUNK, CONTENT_CHUNK, END, *ODD]
+        ),
+        *(
+            b"data:" + json.dumps(CONTENT_CHUNK).encode(),
+            b"data: [DONE]",
+            b"data:[DONE]",
+            b"data:",
+            b"data: ",
+            b"data:  7",
+        ),
         *(b"data: NaN", b'data: {"choices": [], "x": NaN}', b'data: {"choices": [], "x": "\\ud83d"}', b"data: {"),
         *(
             b": ping",
@@ -51,7 +59,7 @@ LINES = st.sampled_from(
             b'{"error": {"code": 429}}',
             b"{",
         ),
-        json.dumps(SAID).encode(),
+        json.dumps(CONTENT_CHUNK).encode(),
     ]
 )
 ENDS = st.sampled_from([b"\n\n", b"\n\n", b"\n\n", b"\n", b"\r\n\r\n", b"\n\n\n", b"\r\n", b"\n\r\n", b""])
@@ -67,7 +75,7 @@ def pieces(draw: st.DrawFn, raw: bytes) -> list[bytes]:
 
 
 class Slow(SSEDecoder):
-    """By lines alone."""
+    """Read a stream by lines alone."""
 
     def feed(self, piece: bytes) -> list[bytes]:
         return self._decode_lines(piece)
@@ -95,7 +103,7 @@ def test_the_fast_decoder_gives_the_same_events_as_decoding_by_lines(raw: bytes,
 
 
 def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
-    """What a stream says, event by event of its lines: its chunks, and what is wrong with it."""
+    """Return the chunks of a stream and its error, event by event of its lines."""
     found: list[Any] = []
     begun, ended = set[int](), set[int]()
     cutter = Slow()
@@ -109,13 +117,13 @@ def spelled_out(raw: bytes) -> tuple[list[Any], tuple[Any, ...] | None]:
             if not (whole and "not JSON" in failure.message):  # half an event behind the end of the answer
                 raise
     except UpstreamError as failure:
-        return found, told(failure)
+        return found, fields_of(failure)
     whole = bool(begun) and (done or begun == ended)
-    return found, None if whole else told(UpstreamError("the model's stream ended before its answer did"))
+    return found, None if whole else fields_of(UpstreamError("the model's stream ended before its answer did"))
 
 
 def read_all(events: list[bytes], found: list[Any], begun: set[int], ended: set[int]) -> bool:
-    """Whether [DONE] came."""
+    """Read all and tell whether [DONE] came."""
     while events:
         event = events.pop(0)
         data = bytes(event).strip()
@@ -146,12 +154,16 @@ def or_text(data: bytes) -> Any:
         return data
 
 
-def an_error(said: Any, *, status: int) -> UpstreamError:
-    if isinstance(said, bytes):
-        said = said.decode("utf-8", "replace")
-    inner = said.get("error", said) if isinstance(said, dict) else said
+def an_error(reported: Any, *, status: int) -> UpstreamError:
+    if isinstance(reported, bytes):
+        reported = reported.decode("utf-8", "replace")
+    inner = reported.get("error", reported) if isinstance(reported, dict) else reported
     status = inner.get("code", status) if isinstance(inner, dict) else status
-    body = said if isinstance(said, dict) and (said.get("error") or said.get("object") == "error") else {"error": said}
+    body = (
+        reported
+        if isinstance(reported, dict) and (reported.get("error") or reported.get("object") == "error")
+        else {"error": reported}
+    )
     return UpstreamError("the model reported an error within its stream", status=status, body=body)
 
 
@@ -192,13 +204,13 @@ def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | Non
             async for chunk in read_chunks(httpx.Response(200, content=body())):
                 found.append(chunk)
         except UpstreamError as failure:
-            return found, told(failure)
+            return found, fields_of(failure)
         return found, None
 
     return asyncio.run(read())
 
 
-def told(failure: UpstreamError) -> tuple[Any, ...]:
+def fields_of(failure: UpstreamError) -> tuple[Any, ...]:
     return failure.message, failure.status, failure.body, failure.connection_lost, failure.retryable
 
 
@@ -210,11 +222,11 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
         events = [chunk.with_model("m") for chunk in block]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
-    return found, None if reader.final_error is None else told(reader.final_error)
+    return found, None if reader.final_error is None else fields_of(reader.final_error)
 
 
-def as_shown(chunks: list[Any]) -> list[Any]:
-    """NaN is no JSON: it is shown as null."""
+def nan_as_null(chunks: list[Any]) -> list[Any]:
+    """Replace NaN by null, as the proxy does: NaN is no JSON."""
     return [json.loads(json.dumps({**chunk, "model": "m"}).replace("NaN", "null")) for chunk in chunks]
 
 
@@ -226,6 +238,6 @@ def test_a_stream_is_read_as_the_reference_reads_it(raw: bytes, data: st.DataObj
     parts = [raw] if data is None else data.draw(pieces(raw))
     chunks, failure = spelled_out(raw)
 
-    assert relayed(parts) == (as_shown(chunks), failure)
+    assert relayed(parts) == (nan_as_null(chunks), failure)
     found, fault = translated(parts)
-    assert (as_shown(found), fault) == (as_shown(chunks), failure)
+    assert (nan_as_null(found), fault) == (nan_as_null(chunks), failure)

@@ -1,5 +1,3 @@
-"""Status, message and meaning of an upstream's error, however the server reports it."""
-
 from __future__ import annotations
 
 import json
@@ -13,11 +11,11 @@ from proxy.upstream.circuit_breaker import FailureKind, classify_failure
 from proxy.upstream.errors import error_from_body, error_from_response, find_error, not_a_completion
 
 
-def http_error(status: int, said: Any, **headers: str) -> UpstreamError:
-    return error_from_response(status, json.dumps(said).encode(), headers, "small")
+def http_error(status: int, body: Any, **headers: str) -> UpstreamError:
+    return error_from_response(status, json.dumps(body).encode(), headers, "small")
 
 
-def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
+def rendered(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
     status, body, _ = render_error(failure)
     error = body["error"]
     assert all(error[name] is None or isinstance(error[name], str) for name in ("message", "type", "code"))
@@ -25,7 +23,7 @@ def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("body", "words"),
     [
         ([{"error": {"code": 400, "message": "Unknown name", "status": "INVALID_ARGUMENT"}}], "Unknown name"),
         ({"success": False, "errors": [{"code": 5006, "message": "oneOf not met"}], "messages": []}, "oneOf not met"),
@@ -40,41 +38,41 @@ def shown(failure: UpstreamError) -> tuple[int, dict[str, Any]]:
         ("only a text", "only a text"),
     ],
 )
-def test_the_first_text_in_an_error_is_its_message(said: Any, words: str) -> None:
-    assert shown(http_error(400, said))[1]["message"] == words
+def test_the_first_text_in_an_error_is_its_message(body: Any, words: str) -> None:
+    assert rendered(http_error(400, body))[1]["message"] == words
 
 
 def test_an_error_without_a_message_is_passed_on_shortened() -> None:
-    assert shown(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
-    assert len(shown(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
-    assert shown(error_from_response(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
+    assert rendered(http_error(400, {"fault": 7}))[1]["message"] == 'small answered with status 400: {"fault": 7}'
+    assert len(rendered(http_error(400, {"fault": list(range(999))}))[1]["message"]) < 600
+    assert rendered(error_from_response(500, b"", {}, "small"))[1]["message"] == "small answered with status 500"
 
 
 def test_members_beside_a_flat_message_belong_to_the_error() -> None:
-    said = {"object": "error", "message": "too warm", "type": "BadRequestError", "param": "temperature", "code": 400}
-    _, error = shown(http_error(400, said))
+    body = {"object": "error", "message": "too warm", "type": "BadRequestError", "param": "temperature", "code": 400}
+    _, error = rendered(http_error(400, body))
     assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "temperature", "400")
 
 
-@pytest.mark.parametrize("stated", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
-def test_an_error_has_the_status_that_it_states(stated: dict[str, Any]) -> None:
-    said = {"error": {"message": "slow down", **stated}}
+@pytest.mark.parametrize("members", [{"code": 429}, {"code": "429"}, {"status": 429}, {"status_code": 429}])
+def test_an_error_has_the_status_that_it_states(members: dict[str, Any]) -> None:
+    body = {"error": {"message": "slow down", **members}}
     assert (
-        http_error(500, said).status
-        == error_from_body("x", said).status
-        == not_a_completion("small", said).status
+        http_error(500, body).status
+        == error_from_body("x", body).status
+        == not_a_completion("small", body).status
         == 429
     )
 
 
-@pytest.mark.parametrize("stated", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
-def test_other_numbers_are_no_status_of_an_error(stated: dict[str, Any]) -> None:
-    said = {"error": {"message": "no", **stated}}
-    assert (http_error(418, said).status, error_from_body("x", said).status) == (418, 502)
+@pytest.mark.parametrize("members", [{"code": 200}, {"code": 5006}, {"code": True}, {"code": "4290"}, {"status": "x"}])
+def test_other_numbers_are_no_status_of_an_error(members: dict[str, Any]) -> None:
+    body = {"error": {"message": "no", **members}}
+    assert (http_error(418, body).status, error_from_body("x", body).status) == (418, 502)
 
 
 @pytest.mark.parametrize(
-    ("said", "status"),
+    ("body", "status"),
     [
         ({"error": {"type": "rate_limit_error", "message": "no"}}, 429),
         ({"error": {"status": "RESOURCE_EXHAUSTED", "message": "no"}}, 429),
@@ -84,8 +82,8 @@ def test_other_numbers_are_no_status_of_an_error(stated: dict[str, Any]) -> None
         ({"error": {}}, 502),
     ],
 )
-def test_an_error_without_a_number_gets_its_status_by_its_name_or_message(said: dict[str, Any], status: int) -> None:
-    assert error_from_body("x", find_error(said)).status == status
+def test_an_error_without_a_number_gets_its_status_by_its_name_or_message(body: dict[str, Any], status: int) -> None:
+    assert error_from_body("x", find_error(body)).status == status
 
 
 OVERFLOWS = [
@@ -112,14 +110,14 @@ OVERFLOWS = [
 
 @pytest.mark.parametrize("words", OVERFLOWS)
 def test_a_prompt_beyond_the_context_window_is_status_400_wherever_the_server_says_so(words: str) -> None:
-    said = {"error": {"code": 500, "message": words, "type": "server_error"}}
+    body = {"error": {"code": 500, "message": words, "type": "server_error"}}
     for failure in (
-        http_error(500, said),
-        http_error(400, said["error"]),
-        error_from_body("x", said),
+        http_error(500, body),
+        http_error(400, body["error"]),
+        error_from_body("x", body),
         error_from_body("x", words),
     ):
-        status, error = shown(failure)
+        status, error = rendered(failure)
         assert (status, error["code"], failure.retryable) == (400, "context_length_exceeded", True)
         assert classify_failure(failure, 0.0).kind is FailureKind.CALLER_ERROR
 
@@ -146,7 +144,7 @@ def test_the_code_for_a_prompt_beyond_the_context_window_is_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "members",
     [
         {"retry_after": 7},
         {"retry_after_seconds": 6.5},
@@ -154,15 +152,15 @@ def test_the_code_for_a_prompt_beyond_the_context_window_is_enough() -> None:
         {"metadata": {"headers": {"Retry-After": "7"}}},
     ],
 )
-def test_a_wait_stated_in_the_body_counts_if_no_header_states_one(told: dict[str, Any]) -> None:
-    said = {"error": {"code": 429, "message": "slow", **told}}
-    assert error_from_body("x", said).headers == {"retry-after": "7"}
-    assert http_error(429, said, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
-    assert classify_failure(error_from_body("x", said), 0.0).wait_s == 7.0
+def test_a_wait_stated_in_the_body_counts_if_no_header_states_one(members: dict[str, Any]) -> None:
+    body = {"error": {"code": 429, "message": "slow", **members}}
+    assert error_from_body("x", body).headers == {"retry-after": "7"}
+    assert http_error(429, body, **{"Retry-After": "3"}).headers == {"retry-after": "3"}
+    assert classify_failure(error_from_body("x", body), 0.0).wait_s == 7.0
 
 
 @pytest.mark.parametrize(
-    "said",
+    "body",
     [
         *({"error": {}}, {"error": ""}, {"error": []}, {"error": "boom"}, {"choices": [], "error": {"code": 5}}),
         *({"object": "error", "message": "boom"}, {"type": "error"}, {"errors": ["boom"]}, [{"error": {}}]),
@@ -170,40 +168,45 @@ def test_a_wait_stated_in_the_body_counts_if_no_header_states_one(told: dict[str
         *({"base_resp": {"status_code": 1000}}, {"success": False}, {"status": "error"}, {"detail": "boom"}),
     ],
 )
-def test_every_way_to_report_an_error_is_recognised(said: Any) -> None:
-    assert find_error(said) is not None
+def test_every_way_to_report_an_error_is_recognised(body: Any) -> None:
+    assert find_error(body) is not None
 
 
 @pytest.mark.parametrize(
-    "said",
+    "body",
     [
         *({"error": None, "choices": []}, {"error": False, "choices": []}, {"errors": [], "choices": []}, {}, [], 5),
         *({"choices": [{"error": None, "finish_reason": "stop"}]}, {"base_resp": {"status_code": 0}}),
         *({"choices": [{"delta": {"content": "error"}}], "detail": "x", "status": "failed"}, {"type": "ping"}),
     ],
 )
-def test_a_body_that_reports_no_error_is_none(said: Any) -> None:
-    assert find_error(said) is None
+def test_a_body_that_reports_no_error_is_none(body: Any) -> None:
+    assert find_error(body) is None
 
 
 def test_members_of_a_completion_are_left_out_of_its_error() -> None:
-    said = {"choices": [{"message": {"content": "half"}}], "usage": {}, "error": {"message": "gone"}, "request_id": "r"}
-    _, body, _ = render_error(not_a_completion("small", said))
+    answer = {
+        "choices": [{"message": {"content": "half"}}],
+        "usage": {},
+        "error": {"message": "gone"},
+        "request_id": "r",
+    }
+    _, body, _ = render_error(not_a_completion("small", answer))
     assert set(body) == {"error", "request_id"}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "answer",
     [
         {"choices": [], "usage": {"prompt_tokens": 3}, "error": {"message": "gone"}},
         {"choices": [{"delta": {}, "finish_reason": "error"}], "usage": {"prompt_tokens": 3}},
     ],
 )
-def test_the_usage_of_a_failed_answer_is_kept(said: dict[str, Any]) -> None:
-    body: Any = not_a_completion("small", said).body
+def test_the_usage_of_a_failed_answer_is_kept(answer: dict[str, Any]) -> None:
+    body: Any = not_a_completion("small", answer).body
     assert body["usage"] == {"prompt_tokens": 3}
 
 
 def test_the_message_of_a_long_error_within_a_success_is_kept() -> None:
-    said = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
-    assert not_a_completion("small", said).body == {"error": {"message": "gone", "code": 503}}
+    body = {"error": {"message": "gone", "code": 503}, "more": ["x"] * 9999}
+    assert not_a_completion("small", body).body == {"error": {"message": "gone", "code": 503}}

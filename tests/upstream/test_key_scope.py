@@ -16,6 +16,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.endpoint import check_secrets_stay, is_own_address
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -46,10 +47,8 @@ def model(name: str, **params: Any) -> ModelRecord:
 async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[LiteLLMClient]:
     for name in [*SECRETS, *(f"{provider.upper()}_API_KEY" for provider in PROVIDERS)]:
         monkeypatch.setenv(name, CANARY)
-    opened = LiteLLMClient(Settings(), {"OLLAMA_API_KEY": CANARY})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client({"OLLAMA_API_KEY": CANARY}) as opened:
+        yield opened
 
 
 async def test_no_key_of_the_environment_is_sent_to_another_address(upstream: LiteLLMClient) -> None:
@@ -131,7 +130,7 @@ def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
 
 
 @pytest.mark.parametrize(
-    ("after", "stated", "refused"),
+    ("after", "changes", "refused"),
     [
         (resolved("gpt-5-mini", "openai", api_key="os.environ/A_API_KEY"), {}, False),
         (resolved("claude", "anthropic", api_key="os.environ/A_API_KEY"), {}, True),
@@ -147,11 +146,11 @@ def resolved(name: str, provider: str, **params: Any) -> ModelRecord:
     ],
 )
 def test_a_change_of_provider_or_address_needs_its_secrets_stated_again(
-    after: ModelRecord, stated: Mapping[str, Any], *, refused: bool
+    after: ModelRecord, changes: Mapping[str, Any], *, refused: bool
 ) -> None:
     before = resolved("gpt-5", "openai", api_key="os.environ/A_API_KEY")
     if not refused:
-        check_secrets_stay(before, after, stated)
+        check_secrets_stay(before, after, changes)
         return
     with pytest.raises(BadRequest, match=r"again in the same change, or null to drop it"):
-        check_secrets_stay(before, after, stated)
+        check_secrets_stay(before, after, changes)

@@ -1,5 +1,3 @@
-"""From a record and a body to a litellm call: the model's parameters, the caller's, and which wins."""
-
 from __future__ import annotations
 
 from typing import Any
@@ -22,10 +20,13 @@ def test_the_callers_value_wins_over_the_models() -> None:
     assert body == {"messages": ASK, "temperature": 0.9, "top_k": 4, "min_p": 0.1}
 
 
-@pytest.mark.parametrize("stated", ["max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("requested", ["max_tokens", "max_completion_tokens"])
 @pytest.mark.parametrize("fixed", ["max_tokens", "max_completion_tokens"])
-def test_one_limit_under_two_names_is_one_limit(stated: str, fixed: str) -> None:
-    assert merge_model_params({"model": "m", fixed: 10}, {"messages": ASK, stated: 99}) == {"messages": ASK, stated: 99}
+def test_one_limit_under_two_names_is_one_limit(requested: str, fixed: str) -> None:
+    assert merge_model_params({"model": "m", fixed: 10}, {"messages": ASK, requested: 99}) == {
+        "messages": ASK,
+        requested: 99,
+    }
 
 
 THINKING: dict[str, Any] = {
@@ -36,30 +37,30 @@ THINKING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("stated", THINKING)
+@pytest.mark.parametrize("requested", THINKING)
 @pytest.mark.parametrize("fixed", THINKING)
-def test_all_names_of_the_reasoning_effort_are_synonyms(fixed: str, stated: str) -> None:
+def test_all_names_of_the_reasoning_effort_are_synonyms(fixed: str, requested: str) -> None:
     params = {"model": "m", "extra_body": {fixed: "the arm's", "thinking_budget": 1}}
 
-    assert merge_model_params(params, {"messages": ASK, stated: THINKING[stated]}) == {
+    assert merge_model_params(params, {"messages": ASK, requested: THINKING[requested]}) == {
         "messages": ASK,
-        stated: THINKING[stated],
+        requested: THINKING[requested],
     }
 
 
-@pytest.mark.parametrize(("fixed", "stated"), [("tools", "functions"), ("tool_choice", "function_call")])
-def test_the_callers_tools_replace_the_models_under_the_older_name_too(fixed: str, stated: str) -> None:
-    assert merge_model_params({"model": "m", fixed: ["arm"]}, {"messages": ASK, stated: []}) == {
+@pytest.mark.parametrize(("fixed", "requested"), [("tools", "functions"), ("tool_choice", "function_call")])
+def test_the_callers_tools_replace_the_models_under_the_older_name_too(fixed: str, requested: str) -> None:
+    assert merge_model_params({"model": "m", fixed: ["arm"]}, {"messages": ASK, requested: []}) == {
         "messages": ASK,
-        stated: [],
+        requested: [],
     }
 
 
 def test_an_object_of_the_caller_is_not_merged_with_the_models() -> None:
     params = {"model": "m", "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
-    stated = {"messages": ASK, "chat_template_kwargs": {"other": 1}}
+    body = {"messages": ASK, "chat_template_kwargs": {"other": 1}}
 
-    assert merge_model_params(params, stated) == stated
+    assert merge_model_params(params, body) == body
 
 
 @pytest.mark.parametrize("name", ["temperature", "stop", "seed"])
@@ -81,8 +82,8 @@ def test_an_empty_value_counts_as_stated(value: object) -> None:
 
 def test_a_models_parameters_cannot_replace_the_callers_messages_or_model() -> None:
     fixed = {"messages": [], "model": "other", "stream": True}
-    asked = {"model": "auto", "messages": ASK}
-    arguments = call_arguments(LOCAL, merge_model_params({"model": "m", "extra_body": fixed}, asked), stream=False)
+    body = {"model": "auto", "messages": ASK}
+    arguments = call_arguments(LOCAL, merge_model_params({"model": "m", "extra_body": fixed}, body), stream=False)
 
     assert arguments["extra_body"] == {"messages": ASK}
     assert arguments["stream"] is False

@@ -22,7 +22,7 @@ from tests.support.waiting import until
 
 
 class Broken:
-    """Among the finders of modules: litellm begins, and then one of its parts cannot be read."""
+    """Break a part of litellm's import, as one of the finders of modules."""
 
     tries = 0
 

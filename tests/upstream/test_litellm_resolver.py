@@ -1,4 +1,4 @@
-"""litellm in a process of its own: without any key, once per model, and what happens if that fails."""
+"""Run litellm in a process of its own: without any key, once per model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEAR = "http://127.0.0.1:9/v1"
 CANARY = "sk-canary-of-the-environment"
 
 
-def stated(**params: Any) -> ModelRecord:
+def a_model(**params: Any) -> ModelRecord:
     return replace(a_record("m"), litellm_params=params, info=ModelInfo(free=True))
 
 
@@ -36,8 +36,8 @@ def command_of(pid: int) -> str:
 
 
 @pytest.fixture
-def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of Python: it writes its environment to a file and goes on as it is told by another."""
+def scripted_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Replace Python by a script that writes its environment to a file and then runs another."""
     script = tmp_path / "python"
     script.write_text(f"#!/bin/sh\nenv > {tmp_path}/environ\necho >> {tmp_path}/asked\n. {tmp_path}/then\n")
     script.chmod(0o755)
@@ -46,42 +46,44 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def answering(folder: Path, answer: Any) -> None:
-    """The same to each question."""
+    """Give the same answer to each query."""
     (folder / "answer").write_text(json.dumps(answer) + "\n")
     (folder / "then").write_text(f"while read question; do cat {folder}/answer; done")
 
 
-ONE = stated(model="groq/x", api_base=NEAR)
+ONE = a_model(model="groq/x", api_base=NEAR)
 DYING = ["exit 3", "kill -9 $$", "exec sleep 60"]
-DYING += [f"read question; echo '{said}'" for said in ("nonsense", "[]", "7", "{}", '{"resolved": {}}')]
+DYING += [f"read question; echo '{line}'" for line in ("nonsense", "[]", "7", "{}", '{"resolved": {}}')]
 DYING += ['read question; printf \'{"refused": "no"}\'', "head -c 3000000 /dev/zero", "exec cat"]
 FOUND = ResolvedProvider("relay", "x", "groq", NEAR, "GROQ_API_KEY")
 ANSWER = {"resolved": FOUND.to_json()}
 
 
-async def test_no_key_is_in_the_environment_of_the_child(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_key_is_in_the_environment_of_the_child(
+    scripted_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GROQ_API_KEY", CANARY)
     monkeypatch.setenv("SOME_SECRET", CANARY)
-    answering(asked, ANSWER)
+    answering(scripted_python, ANSWER)
     environ = {"GROQ_API_KEY": CANARY, "GROQ_API_BASE": "http://base", "UNIROUTE_ADMIN_KEY": CANARY}
-    await Resolver(asked / "data", environ).resolve(
-        stated(model="groq/x", api_base=NEAR, api_key="os.environ/GROQ_API_KEY")
+    await Resolver(scripted_python / "data", environ).resolve(
+        a_model(model="groq/x", api_base=NEAR, api_key="os.environ/GROQ_API_KEY")
     )
-    seen = (asked / "environ").read_text()
+    seen = (scripted_python / "environ").read_text()
 
     assert "GROQ_API_BASE=http://base\n" in seen
     assert "LITELLM_MODE=PRODUCTION\n" in seen  # else it reads a .env file
     assert CANARY not in seen
 
 
-async def test_a_resolved_provider_is_cached(asked: Path) -> None:
-    answering(asked, ANSWER)
-    first = await Resolver(asked / "data", {}).resolve(ONE)
-    again = await Resolver(asked / "data", {}).resolve(ONE)
-    assert (first.resolved, (asked / "asked").read_text()) == (again.resolved, "\n")
+async def test_a_resolved_provider_is_cached(scripted_python: Path) -> None:
+    answering(scripted_python, ANSWER)
+    first = await Resolver(scripted_python / "data", {}).resolve(ONE)
+    again = await Resolver(scripted_python / "data", {}).resolve(ONE)
+    assert (first.resolved, (scripted_python / "asked").read_text()) == (again.resolved, "\n")
 
-    await Resolver(asked / "data", {"GROQ_API_BASE": "http://other"}).resolve(ONE)
-    assert (asked / "asked").read_text() == "\n\n"
+    await Resolver(scripted_python / "data", {"GROQ_API_BASE": "http://other"}).resolve(ONE)
+    assert (scripted_python / "asked").read_text() == "\n\n"
 
 
 @pytest.mark.parametrize(
@@ -89,65 +91,69 @@ async def test_a_resolved_provider_is_cached(asked: Path) -> None:
     ["", "{", "[]", "7", "null", "\x00", '{"%s": 7}', '{"%s": {}}', '{"%s": {"resolved": {"way": "relay"}}}',
      '{"%s": {"resolved": {"way": "astray"}}}', '{"%s": {"refused": 5}}'],
 )  # fmt: skip
-async def test_a_broken_cache_file_is_ignored(asked: Path, broken: str) -> None:
-    answering(asked, ANSWER)
-    await Resolver(asked / "data", {}).resolve(ONE)
-    (mark,) = json.loads((asked / "data" / CACHE_FILE).read_text())
-    (asked / "data" / CACHE_FILE).write_text(broken.replace("%s", mark))
+async def test_a_broken_cache_file_is_ignored(scripted_python: Path, broken: str) -> None:
+    answering(scripted_python, ANSWER)
+    await Resolver(scripted_python / "data", {}).resolve(ONE)
+    (mark,) = json.loads((scripted_python / "data" / CACHE_FILE).read_text())
+    (scripted_python / "data" / CACHE_FILE).write_text(broken.replace("%s", mark))
 
-    assert (await Resolver(asked / "data", {}).resolve(ONE)).resolved == FOUND
-    assert json.loads((asked / "data" / CACHE_FILE).read_text()) == {mark: ANSWER}
+    assert (await Resolver(scripted_python / "data", {}).resolve(ONE)).resolved == FOUND
+    assert json.loads((scripted_python / "data" / CACHE_FILE).read_text()) == {mark: ANSWER}
 
 
-async def test_several_resolvers_at_once_write_one_file(asked: Path) -> None:
-    answering(asked, ANSWER)
-    records = [stated(model=f"groq/{number}", api_base=NEAR) for number in range(12)]
-    one, other = Resolver(asked / "data", {}), Resolver(asked / "data", {})
+async def test_several_resolvers_at_once_write_one_file(scripted_python: Path) -> None:
+    answering(scripted_python, ANSWER)
+    records = [a_model(model=f"groq/{number}", api_base=NEAR) for number in range(12)]
+    one, other = Resolver(scripted_python / "data", {}), Resolver(scripted_python / "data", {})
     asking = [resolver.resolve(record) for record in records for resolver in (one, other)]
     assert all(record.resolved == FOUND for record in await asyncio.gather(*asking))
 
-    assert (asked / "asked").read_text() == "\n"
-    assert len(json.loads((asked / "data" / CACHE_FILE).read_text())) == 12
-    assert {path.name for path in (asked / "data").iterdir()} == {CACHE_FILE, "providers.lock", "providers.turn"}
+    assert (scripted_python / "asked").read_text() == "\n"
+    assert len(json.loads((scripted_python / "data" / CACHE_FILE).read_text())) == 12
+    assert {path.name for path in (scripted_python / "data").iterdir()} == {
+        CACHE_FILE,
+        "providers.lock",
+        "providers.turn",
+    }
     await one.aclose()
 
 
 async def test_eight_models_at_once_are_resolved_by_one_child_that_ends_when_idle(
-    asked: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    scripted_python: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lookup, "IDLE_S", 0.05)
     caplog.set_level("INFO")
-    answering(asked, ANSWER)
-    resolver = Resolver(asked / "data", {})
-    asking = [asyncio.create_task(resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR))) for n in range(8)]
+    answering(scripted_python, ANSWER)
+    resolver = Resolver(scripted_python / "data", {})
+    asking = [asyncio.create_task(resolver.resolve(a_model(model=f"groq/{n}", api_base=NEAR))) for n in range(8)]
     await asyncio.sleep(0)
     waiting = resolver.waiting
     await asyncio.gather(*asking)
 
-    assert (waiting, resolver.waiting, (asked / "asked").read_text()) == (8, 0, "\n")
+    assert (waiting, resolver.waiting, (scripted_python / "asked").read_text()) == (8, 0, "\n")
     assert "looked up after those of 7 other models" in caplog.text
     await until(lambda: "litellm said who serves 8 models" in caplog.text)
-    await resolver.resolve(stated(model="groq/later", api_base=NEAR))
-    assert (asked / "asked").read_text() == "\n\n"
+    await resolver.resolve(a_model(model="groq/later", api_base=NEAR))
+    assert (scripted_python / "asked").read_text() == "\n\n"
     await resolver.aclose()
 
 
-async def test_a_child_that_ends_without_an_answer_fails_all_queries_at_once(asked: Path) -> None:
-    (asked / "then").write_text("exit 3")
-    resolver = Resolver(asked / "data", {})
-    asking = [resolver.resolve(stated(model=f"groq/{n}", api_base=NEAR)) for n in range(8)]
+async def test_a_child_that_ends_without_an_answer_fails_all_queries_at_once(scripted_python: Path) -> None:
+    (scripted_python / "then").write_text("exit 3")
+    resolver = Resolver(scripted_python / "data", {})
+    asking = [resolver.resolve(a_model(model=f"groq/{n}", api_base=NEAR)) for n in range(8)]
     ended = await asyncio.gather(*asking, return_exceptions=True)
 
     assert {type(each) for each in ended} == {ServiceUnavailable}
-    assert (asked / "asked").read_text() == "\n"
+    assert (scripted_python / "asked").read_text() == "\n"
 
 
-async def test_a_query_that_kills_the_child_fails_no_other_query(asked: Path) -> None:
-    answering(asked, ANSWER)
-    dying = f"while read question; do case $question in *deadly*) exit 1;; esac; cat {asked}/answer; done"
-    (asked / "then").write_text(dying)
-    resolver = Resolver(asked / "data", {})
-    asking = [resolver.resolve(stated(model=f"groq/{name}", api_base=NEAR)) for name in ("a", "deadly", "b")]
+async def test_a_query_that_kills_the_child_fails_no_other_query(scripted_python: Path) -> None:
+    answering(scripted_python, ANSWER)
+    dying = f"while read question; do case $question in *deadly*) exit 1;; esac; cat {scripted_python}/answer; done"
+    (scripted_python / "then").write_text(dying)
+    resolver = Resolver(scripted_python / "data", {})
+    asking = [resolver.resolve(a_model(model=f"groq/{name}", api_base=NEAR)) for name in ("a", "deadly", "b")]
     first, deadly, last = await asyncio.gather(*asking, return_exceptions=True)
 
     assert isinstance(deadly, ServiceUnavailable)
@@ -157,24 +163,24 @@ async def test_a_query_that_kills_the_child_fails_no_other_query(asked: Path) ->
     await resolver.aclose()
 
 
-async def test_a_cancelled_query_does_not_disturb_the_others(asked: Path) -> None:
-    answering(asked, ANSWER)
-    resolver = Resolver(asked / "data", {})
+async def test_a_cancelled_query_does_not_disturb_the_others(scripted_python: Path) -> None:
+    answering(scripted_python, ANSWER)
+    resolver = Resolver(scripted_python / "data", {})
     leaving = asyncio.create_task(resolver.resolve(ONE))
     await asyncio.sleep(0)
-    staying = asyncio.create_task(resolver.resolve(stated(model="groq/y", api_base=NEAR)))
+    staying = asyncio.create_task(resolver.resolve(a_model(model="groq/y", api_base=NEAR)))
     leaving.cancel()
 
     assert (await staying).resolved == FOUND
-    assert (asked / "asked").read_text() == "\n"
+    assert (scripted_python / "asked").read_text() == "\n"
     await resolver.aclose()
 
 
-async def test_closing_the_resolver_ends_the_child(asked: Path) -> None:
-    (asked / "then").write_text("exec sleep 60")
-    resolver = Resolver(asked / "data", {})
+async def test_closing_the_resolver_ends_the_child(scripted_python: Path) -> None:
+    (scripted_python / "then").write_text("exec sleep 60")
+    resolver = Resolver(scripted_python / "data", {})
     asking = asyncio.create_task(resolver.resolve(ONE))
-    await until(lambda: (asked / "asked").exists())
+    await until(lambda: (scripted_python / "asked").exists())
     await resolver.aclose()
 
     with pytest.raises(ServiceUnavailable, match="this process ends"):
@@ -182,11 +188,11 @@ async def test_closing_the_resolver_ends_the_child(asked: Path) -> None:
     assert not children_of(os.getpid())
 
 
-async def test_too_many_queries_are_rejected(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_too_many_queries_are_rejected(scripted_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "MAX_WAITING", 1)
-    answering(asked, ANSWER)
-    resolver = Resolver(asked / "data", {})
-    records = [stated(model=f"groq/{n}", api_base=NEAR) for n in range(2)]
+    answering(scripted_python, ANSWER)
+    resolver = Resolver(scripted_python / "data", {})
+    records = [a_model(model=f"groq/{n}", api_base=NEAR) for n in range(2)]
     ended = await asyncio.gather(*map(resolver.resolve, records), return_exceptions=True)
 
     assert "1 others wait for it" in str(ended[1])
@@ -218,28 +224,28 @@ async def test_two_processes_at_once_write_one_file(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / CACHE_FILE).read_text())) == 400
 
 
-async def test_a_provider_is_resolved_without_a_writable_folder(asked: Path) -> None:
-    answering(asked, ANSWER)
-    (asked / "data").write_text("a file")
+async def test_a_provider_is_resolved_without_a_writable_folder(scripted_python: Path) -> None:
+    answering(scripted_python, ANSWER)
+    (scripted_python / "data").write_text("a file")
 
-    assert (await Resolver(asked / "data", {}).resolve(ONE)).resolved is not None
+    assert (await Resolver(scripted_python / "data", {}).resolve(ONE)).resolved is not None
 
 
 @pytest.mark.parametrize("then", DYING)
 async def test_a_failed_lookup_is_a_503_and_at_start_means_litellm(
-    asked: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
+    scripted_python: Path, monkeypatch: pytest.MonkeyPatch, then: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lookup, "START_TIMEOUT_S", 0.3)
-    (asked / "then").write_text(then)
-    resolver = Resolver(asked / "data", {})
+    (scripted_python / "then").write_text(then)
+    resolver = Resolver(scripted_python / "data", {})
     with pytest.raises(ServiceUnavailable, match="provider of m could not be looked up"):
         await resolver.resolve(ONE)
-    odd, plain = await resolver.resolve_all([ONE, stated(model="openai/x", api_base=NEAR)])
+    odd, plain = await resolver.resolve_all([ONE, a_model(model="openai/x", api_base=NEAR)])
 
     assert (odd, is_direct(odd)) == (ONE, None)
     assert plain.resolved == ResolvedProvider("relay", "x", "openai", NEAR)
     assert "models are translated" in caplog.text
-    assert not (asked / "data" / CACHE_FILE).exists()
+    assert not (scripted_python / "data" / CACHE_FILE).exists()
     assert not [pid for pid in children_of(os.getpid()) if "sleep" in command_of(pid)]
 
 

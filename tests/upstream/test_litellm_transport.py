@@ -1,5 +1,3 @@
-"""Connections of the pool for litellm are closed in time, even if no further request comes."""
-
 from __future__ import annotations
 
 import asyncio
@@ -57,9 +55,9 @@ async def test_an_idle_connection_is_closed_in_time_without_a_further_request() 
         assert server.connections == 2
 
 
-@pytest.mark.parametrize(("call", "said"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
-async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(call: Any, said: Reply) -> None:
-    async with RawUpstream(said) as server, tidied(open_pool(5, Outbound({}))) as pool:
+@pytest.mark.parametrize(("call", "reply"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
+async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(call: Any, reply: Reply) -> None:
+    async with RawUpstream(reply) as server, tidied(open_pool(5, Outbound({}))) as pool:
         for steps in range(MAX_STEPS):
             calling = asyncio.create_task(call(pool, server.url))
             for _ in range(steps):

@@ -1,5 +1,3 @@
-"""A model that answers with a huge error or a flood of values delays no other request."""
-
 from __future__ import annotations
 
 import asyncio
@@ -11,8 +9,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -26,14 +24,12 @@ MAX_BLOCKED_CPU_S = 2.0
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client() as opened:
+        yield opened
 
 
 async def failing(upstream: LiteLLMClient, step: Step, model: str) -> tuple[UpstreamError, float]:
-    """And how much processor time the loop spent at most before another task could run."""
+    """Return the failure, and the most CPU time that the loop spent before another task could run."""
     longest_s = 0.0
 
     async def tick() -> None:
@@ -84,12 +80,12 @@ async def test_a_long_response_that_is_no_completion_delays_no_other_request(
 
 
 async def test_the_start_of_a_long_error_is_passed_on(upstream: LiteLLMClient) -> None:
-    said = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
-    short, _ = await failing(upstream, Step(status=503, body=said), "openai/x")
+    body = {"error": {"message": "x" * (MAX_ERROR_BYTES - 100)}}
+    short, _ = await failing(upstream, Step(status=503, body=body), "openai/x")
     long, _ = await failing(upstream, Step(status=503, body={"error": {"message": WORDS}}), "openai/x")
 
     assert isinstance(short.body, bytes)
-    assert json.loads(short.body) == said
+    assert json.loads(short.body) == body
     assert isinstance(long.body, bytes)
     assert len(long.body) == MAX_ERROR_BYTES
     assert long.status == 503

@@ -1,5 +1,3 @@
-"""What a model is sent when its own parameters and the caller's meet: real calls to a scripted server."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
@@ -7,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from proxy.settings.schema import Settings
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
 ASK: Any = {"role": "user", "content": "hi"}
-ARM: dict[str, Any] = {
+MODEL_PARAMS: dict[str, Any] = {
     "temperature": 0.1,
     "max_tokens": 50,
     "stop": ["###"],
@@ -26,15 +24,13 @@ ARM: dict[str, Any] = {
 
 @pytest.fixture
 async def upstream() -> AsyncIterator[LiteLLMClient]:
-    opened = LiteLLMClient(Settings(), {})
-    await opened.prepare()
-    yield opened
-    await opened.aclose()
+    async with open_litellm_client() as opened:
+        yield opened
 
 
 async def arriving(upstream: LiteLLMClient, body: dict[str, Any], *, stream: bool = False) -> dict[str, Any]:
     with ScriptedUpstream() as server:
-        record = a_record(model="openai/m", api_base=server.url, api_key="k", **ARM)
+        record = a_record(model="openai/m", api_base=server.url, api_key="k", **MODEL_PARAMS)
         if stream:
             async for _ in await upstream.stream(record, {"model": "auto", **body}):
                 pass
@@ -62,7 +58,7 @@ async def test_the_models_parameters_are_sent_if_the_caller_states_none(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_callers_parameters_replace_the_models(upstream: LiteLLMClient, *, stream: bool) -> None:
-    stated: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "messages": [{"role": "developer", "content": "Mine."}, ASK],
         "temperature": 0,
         "max_completion_tokens": 900,
@@ -71,9 +67,9 @@ async def test_the_callers_parameters_replace_the_models(upstream: LiteLLMClient
         "min_p": 0.5,
         "chat_template_kwargs": {"custom": True},
     }
-    sent = await arriving(upstream, stated, stream=stream)
+    sent = await arriving(upstream, requested, stream=stream)
 
-    assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**stated, "model": "m"}
+    assert {name: value for name, value in sent.items() if not name.startswith("stream")} == {**requested, "model": "m"}
 
 
 async def test_nulls_of_the_caller_leave_the_models_values(upstream: LiteLLMClient) -> None:
@@ -92,8 +88,8 @@ async def test_the_callers_limit_system_and_reasoning_are_sent_in_another_format
             "thinking": {"type": "enabled", "budget_tokens": 2000},
         }
         record = a_record(model="anthropic/claude-sonnet-4-5", api_base=server.url, api_key="k", **fixed)
-        stated = {"messages": [{"role": "system", "content": "Mine."}, ASK], "max_completion_tokens": 9000}
-        await upstream.complete(record, {"model": "auto", **stated, "reasoning_effort": "low"})
+        requested = {"messages": [{"role": "system", "content": "Mine."}, ASK], "max_completion_tokens": 9000}
+        await upstream.complete(record, {"model": "auto", **requested, "reasoning_effort": "low"})
         sent = server.last.body
 
     assert sent["max_tokens"] == 9000

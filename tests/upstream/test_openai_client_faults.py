@@ -1,5 +1,3 @@
-"""The direct client over upstreams that break, lie and answer oddly: real sockets, and the errors they become."""
-
 from __future__ import annotations
 
 import gzip
@@ -9,13 +7,13 @@ import pytest
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.pool import MAX_HEADER_VALUE_BYTES
-from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, failing, streamed, whole
+from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
 
 
 @pytest.mark.parametrize(
-    ("said", "lost"),
+    ("reply", "lost"),
     [
         (Reply((), "reset"), True),
         (Reply((), "close"), True),
@@ -36,16 +34,16 @@ from tests.support.waiting import until
     ],
 )
 async def test_a_response_without_a_completion_is_one_request_and_an_error(
-    upstream: UpstreamClient, said: Reply, lost: bool
+    upstream: UpstreamClient, reply: Reply, lost: bool
 ) -> None:
     """`lost`: nothing was answered, so that the model may be asked once more; else it has done its work."""
-    async with RawUpstream(said) as server:
-        failure = await failing(upstream, a_model(server), whole)
+    async with RawUpstream(reply) as server:
+        failure = await error_of(upstream, a_model(server), completion_of)
         assert (failure.connection_lost, len(server.bodies)) == (lost, 1)
 
 
 @pytest.mark.parametrize(
-    ("said", "lost", "chunks"),
+    ("reply", "lost", "chunks"),
     [
         (Reply((STREAM_HEAD + b"\r\n",), "reset"), True, 0),
         (Reply((STREAM_HEAD + b"\r\n",), "close"), False, 0),
@@ -63,7 +61,7 @@ async def test_a_response_without_a_completion_is_one_request_and_an_error(
     ],
 )
 async def test_a_stream_that_ends_before_its_answer_is_an_error(
-    upstream: UpstreamClient, said: Reply, lost: bool, chunks: int
+    upstream: UpstreamClient, reply: Reply, lost: bool, chunks: int
 ) -> None:
     seen = []
 
@@ -71,8 +69,8 @@ async def test_a_stream_that_ends_before_its_answer_is_an_error(
         async for block in await upstream.stream(record, {**BODY, "stream": True}):
             seen.extend(block)
 
-    async with RawUpstream(said) as server:
-        failure = await failing(upstream, a_model(server), ask)
+    async with RawUpstream(reply) as server:
+        failure = await error_of(upstream, a_model(server), ask)
         assert (failure.connection_lost, len(seen), len(server.bodies)) == (lost, chunks, 1)
 
 
@@ -81,15 +79,15 @@ async def test_no_redirect_is_followed(upstream: UpstreamClient, status: bytes) 
     async with RawUpstream(WHOLE) as elsewhere, RawUpstream() as server:
         location = f"location: {elsewhere.url}\r\n".encode()
         server.script.append(plain(b"", head=location, status=status))
-        for ask in (whole, streamed):
-            assert "redirect" in (await failing(upstream, a_model(server), ask)).message
+        for ask in (completion_of, stream_of):
+            assert "redirect" in (await error_of(upstream, a_model(server), ask)).message
         assert elsewhere.connections == 0
 
 
 async def test_a_huge_error_is_shortened_and_its_connection_closed(upstream: UpstreamClient) -> None:
     async with RawUpstream(plain(b'{"error": "' + b"x" * 2**20, status=b"400 Bad")) as server:
-        for ask in (whole, streamed):
-            failure = await failing(upstream, a_model(server), ask)
+        for ask in (completion_of, stream_of):
+            failure = await error_of(upstream, a_model(server), ask)
             assert (failure.status, len(failure.body or b"")) == (400, 16 * 2**10)
         await until(lambda: server.open == 0)
 
@@ -98,13 +96,13 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
     async with RawUpstream(
         plain(b"{}", head=b"Retry-After: 7\r\nRETRY-AFTER-MS: 7000\r\n", status=b"429 No")
     ) as server:
-        failure = await failing(upstream, a_model(server), whole)
+        failure = await error_of(upstream, a_model(server), completion_of)
 
     assert failure.headers == {"retry-after": "7", "retry-after-ms": "7000"}
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         Reply((b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + JSON,), "close"),
         plain(gzip.compress(JSON), head=b"content-encoding: gzip\r\n"),
@@ -114,13 +112,13 @@ async def test_retry_after_is_kept_however_it_is_spelt(upstream: UpstreamClient)
         Reply(tuple(bytes((byte,)) for byte in plain().pieces[0])),
     ],
 )
-async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
-    async with RawUpstream(said) as server:
-        assert await whole(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
+async def test_unusual_but_complete_responses_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
+    async with RawUpstream(reply) as server:
+        assert await completion_of(upstream, a_model(server)) == JSON.replace(b"theirs", b"ours")
 
 
 @pytest.mark.parametrize(
-    "said",
+    "reply",
     [
         Reply((b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\n", CHUNK, END), "close"),
         Reply((STREAM_HEAD + b"content-encoding: gzip\r\n\r\n", gzip.compress(CHUNK + END)), "close"),
@@ -130,9 +128,9 @@ async def test_unusual_but_complete_responses_arrive_unchanged(upstream: Upstrea
         Reply(chunked(b": ping\n\nevent: x\nid: 3\n\n", CHUNK, b"retry: 1\n\n", END[:-2])),
     ],
 )
-async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, said: Reply) -> None:
-    async with RawUpstream(said) as server:
-        found = await streamed(upstream, a_model(server))
+async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamClient, reply: Reply) -> None:
+    async with RawUpstream(reply) as server:
+        found = await stream_of(upstream, a_model(server))
 
     whole_events = [each[6:].strip().replace(b"theirs", b"ours") for each in (CHUNK, END)]
     assert found == whole_events[: len(found)]

@@ -1,5 +1,3 @@
-"""The connection pool on uvloop: how many connections, for how long, and which responses are rejected."""
-
 from __future__ import annotations
 
 import asyncio
@@ -22,7 +20,7 @@ from proxy.upstream.pool import (
     ProxyError,
     RemoteProtocolError,
 )
-from tests.support.connection_pool import HEAD, all_places_are_free, asked, at, served, tunnelling
+from tests.support.connection_pool import HEAD, all_slots_are_free, at, send_request, serve_connect_proxy, served
 from tests.support.raw_upstream import JSON, RawUpstream, Reply, plain
 from tests.support.tls import a_certificate, served_by
 from tests.support.waiting import until
@@ -30,7 +28,7 @@ from tests.support.waiting import until
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n"
 PACKED = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\n"
 OTHER = plain(b"other").pieces[0]
-WAY = b"HTTP/1.1 200 OK\r\n\r\n"
+TUNNEL_OPENED = b"HTTP/1.1 200 OK\r\n\r\n"
 MIB = 2**20
 pytestmark = pytest.mark.filterwarnings("ignore:Overriding the .event_loop_policy:DeprecationWarning")
 
@@ -42,7 +40,7 @@ def event_loop_policy() -> Any:
 
 @pytest.fixture
 async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
-    """Two at once."""
+    """Allow two connections at once."""
     assert isinstance(asyncio.get_running_loop(), uvloop.Loop)
     opened = ConnectionPool(2, lambda _: ssl.create_default_context(cafile=certificate))
     yield opened
@@ -51,14 +49,14 @@ async def connections(certificate: Path) -> AsyncIterator[ConnectionPool]:
 
 async def test_ten_requests_share_two_connections_though_some_are_cancelled(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as server:
-        asking = [asyncio.create_task(asked(connections, at(server))) for _ in range(10)]
+        asking = [asyncio.create_task(send_request(connections, at(server))) for _ in range(10)]
         await asyncio.sleep(0)
         for waiting in asking[3:9:2]:
             waiting.cancel()
         found = await asyncio.gather(*asking, return_exceptions=True)
         assert found.count((200, JSON)) == 7
         assert server.connections == 2
-        await all_places_are_free(connections, at(server))
+        await all_slots_are_free(connections, at(server))
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -68,13 +66,13 @@ async def test_a_cancelled_request_releases_its_slot_at_any_moment(
     async with RawUpstream(plain(), tls=served_by(certificate) if tls else None) as server:
         origin = at(server, tls=tls)
         for turns in range(25):
-            asking = [asyncio.create_task(asked(connections, origin)) for _ in range(4)]
+            asking = [asyncio.create_task(send_request(connections, origin)) for _ in range(4)]
             for _ in range(turns):
                 await asyncio.sleep(0)
             for one in asking[::-1] if turns % 2 else asking:
                 one.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-        await all_places_are_free(connections, origin)
+        await all_slots_are_free(connections, origin)
         await connections.aclose()
         await until(lambda: server.open == 0)
 
@@ -86,7 +84,7 @@ async def test_requests_get_slots_in_order_of_arrival(certificate: Path) -> None
         await first.send(HEAD, b"{}")
         await first.wait_for_head()
         await until(lambda: first.ended)
-        waiting = asyncio.create_task(asked(connections, at(server)))
+        waiting = asyncio.create_task(send_request(connections, at(server)))
         await asyncio.sleep(0)
         connections.release(at(server), first)
         connections.discard(await connections.acquire(at(server), 1))
@@ -96,7 +94,7 @@ async def test_requests_get_slots_in_order_of_arrival(certificate: Path) -> None
 async def test_an_idle_connection_of_another_origin_is_closed_to_free_a_slot(connections: ConnectionPool) -> None:
     async with RawUpstream(plain()) as one, RawUpstream(plain()) as two, RawUpstream(plain()) as three:
         for server in (one, two, three):
-            await asked(connections, at(server))
+            await send_request(connections, at(server))
         await until(lambda: (one.open, two.open, three.open) == (0, 1, 1))
 
 
@@ -107,7 +105,7 @@ async def test_an_idle_connection_is_closed_in_time(
     monkeypatch.setattr(pool, "SWEEP_INTERVAL_S", 0.02)
     async with RawUpstream(plain()) as server:
         for _ in range(2):
-            await asked(connections, at(server))
+            await send_request(connections, at(server))
             await until(lambda: server.open == 0)
         assert server.connections == 2
 
@@ -123,8 +121,8 @@ async def test_a_connection_released_after_the_pool_closed_is_closed(connections
 
 
 @pytest.mark.parametrize("seen", [True, False])
-@pytest.mark.parametrize("said", [OTHER, b"H", b"\r\n"])
-async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool, said: bytes, seen: bool) -> None:
+@pytest.mark.parametrize("extra", [OTHER, b"H", b"\r\n"])
+async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool, extra: bytes, seen: bool) -> None:
     writers = []
 
     async def handle(_: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -133,11 +131,11 @@ async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool,
         await reader.read()
 
     async with served(handle) as origin:
-        assert await asked(connections, origin) == (200, JSON)
-        os.write(writers[0].get_extra_info("socket").fileno(), said)  # at once
+        assert await send_request(connections, origin) == (200, JSON)
+        os.write(writers[0].get_extra_info("socket").fileno(), extra)  # at once
         if seen:
             await asyncio.sleep(0.02)
-        assert await asked(connections, origin) == (200, JSON)
+        assert await send_request(connections, origin) == (200, JSON)
         assert len(writers) == 2
 
 
@@ -145,12 +143,12 @@ async def test_bytes_on_an_idle_connection_close_it(connections: ConnectionPool,
 async def test_bytes_after_a_response_are_not_the_next_response(connections: ConnectionPool, more: bytes) -> None:
     async with RawUpstream(Reply((plain().pieces[0] + more,)), plain()) as server:
         for _ in range(2):
-            assert await asked(connections, at(server)) == (200, JSON)
+            assert await send_request(connections, at(server)) == (200, JSON)
         assert server.connections == 2
 
 
 @pytest.mark.parametrize(
-    "said",
+    "head",
     [
         CHUNKED + b"content-length: 2\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nhi!",
@@ -162,17 +160,17 @@ async def test_bytes_after_a_response_are_not_the_next_response(connections: Con
         PACKED + b"\r\n" + gzip.compress(b"hi", mtime=0) + b"more",
     ],
 )
-async def test_a_response_of_ambiguous_length_is_rejected(connections: ConnectionPool, said: bytes) -> None:
-    async with RawUpstream(Reply((said,), "hang")) as server:
+async def test_a_response_of_ambiguous_length_is_rejected(connections: ConnectionPool, head: bytes) -> None:
+    async with RawUpstream(Reply((head,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
-            await asked(connections, at(server))
+            await send_request(connections, at(server))
         await until(lambda: server.open == 0)
 
 
 async def test_a_body_without_length_that_is_reset_is_incomplete(connections: ConnectionPool) -> None:
     async with RawUpstream(Reply((b"HTTP/1.1 200 OK\r\n\r\nhalf",), "reset")) as server:
         with pytest.raises(IncompleteResponse):
-            await asked(connections, at(server))
+            await send_request(connections, at(server))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +197,7 @@ async def test_an_endless_response_without_a_body_is_rejected(
 
     async with served(handle) as origin:
         with pytest.raises(RemoteProtocolError):
-            await asked(connections, origin)
+            await send_request(connections, origin)
 
 
 @pytest.mark.parametrize("chunk", [2000, MIB])
@@ -211,7 +209,7 @@ async def test_a_small_response_that_decompresses_to_a_huge_one_is_rejected(
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
     async with RawUpstream(Reply((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
         with pytest.raises(RemoteProtocolError):
-            await asked(connections, at(server))
+            await send_request(connections, at(server))
 
 
 async def test_a_large_body_is_read_only_as_fast_as_its_reader(connections: ConnectionPool) -> None:
@@ -245,8 +243,8 @@ async def test_a_response_before_the_request_was_sent_is_read(
     over = asyncio.Event()
     heads = []
 
-    async def handle(asked: bytes, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        heads.append(asked)
+    async def handle(request_head: bytes, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(request_head)
         await asyncio.sleep(0.05)  # until all that fits is on the way
         writer.write(b"HTTP/1.1 %d Early\r\n%s\r\nlarge" % (status, head))
         if not head:
@@ -255,7 +253,7 @@ async def test_a_response_before_the_request_was_sent_is_read(
 
     async with served(handle) as origin:
         for _ in range(2):
-            assert await asked(connections, origin, bytes(30 * MIB)) == (status, b"large")
+            assert await send_request(connections, origin, bytes(30 * MIB)) == (status, b"large")
         over.set()
         assert len(heads) == 2
 
@@ -265,12 +263,12 @@ async def test_a_tunnel_through_a_proxy_is_reused(connections: ConnectionPool, c
 
     async def handle(head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         heads.append(head)
-        await tunnelling(head, reader, writer)
+        await serve_connect_proxy(head, reader, writer)
 
     async with RawUpstream(plain(), tls=served_by(certificate)) as server, served(handle) as proxy:
         origin = at(server, f"http://me:p%40ss@127.0.0.1:{proxy.port}", tls=True)
         for _ in range(2):
-            assert await asked(connections, origin) == (200, JSON)
+            assert await send_request(connections, origin) == (200, JSON)
         assert heads == [
             b"CONNECT 127.0.0.1:%d HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nproxy-authorization: Basic bWU6cEBzcw==\r\n\r\n"
             % (server.port, server.port)
@@ -282,31 +280,31 @@ async def test_a_tunnel_to_another_server_is_rejected_by_its_certificate(
     connections: ConnectionPool, tmp_path: Path
 ) -> None:
     other = served_by(a_certificate(tmp_path))
-    async with RawUpstream(plain(), tls=other) as server, served(tunnelling) as proxy:
+    async with RawUpstream(plain(), tls=other) as server, served(serve_connect_proxy) as proxy:
         with pytest.raises(ssl.SSLCertVerificationError):
-            await asked(connections, at(server, f"http://127.0.0.1:{proxy.port}", tls=True))
+            await send_request(connections, at(server, f"http://127.0.0.1:{proxy.port}", tls=True))
         assert server.heads == []
 
 
 @pytest.mark.parametrize(
-    ("said", "fault"),
+    ("reply", "fault"),
     [
         (Reply((b"HTTP/1.1 503 Busy\r\ncontent-length: 0\r\n\r\n",), "hang"), ProxyError),
         (Reply((b"220 mail ready\r\n",), "hang"), ProxyError),
-        (Reply((WAY + b"and more",), "hang"), ProxyError),
+        (Reply((TUNNEL_OPENED + b"and more",), "hang"), ProxyError),
         (Reply((), "close"), ConnectionClosed),
         (Reply((), "hang"), TimeoutError),
-        (Reply((WAY,), "hang"), TimeoutError),
-        (Reply((WAY,), "close"), OSError),
+        (Reply((TUNNEL_OPENED,), "hang"), TimeoutError),
+        (Reply((TUNNEL_OPENED,), "close"), OSError),
     ],
     ids=["refusal", "nonsense", "more than the way", "end", "silence", "silence on the way", "end on the way"],
 )
 async def test_a_proxy_that_opens_no_tunnel_is_an_error(
-    connections: ConnectionPool, said: Reply, fault: type[Exception]
+    connections: ConnectionPool, reply: Reply, fault: type[Exception]
 ) -> None:
-    async with RawUpstream(said) as proxy, RawUpstream(plain()) as server:
+    async with RawUpstream(reply) as proxy, RawUpstream(plain()) as server:
         for _ in range(3):
             with pytest.raises(fault):
                 await connections.acquire(Origin("far.invalid", 443, True, f"http://127.0.0.1:{proxy.port}"), 0.1)
         await until(lambda: proxy.open == 0)
-        await all_places_are_free(connections, at(server))
+        await all_slots_are_free(connections, at(server))

@@ -1,5 +1,3 @@
-"""How each provider is called, as litellm itself says, and which key goes there."""
-
 from __future__ import annotations
 
 import asyncio
@@ -30,7 +28,7 @@ BODY: Any = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
 RENAMED = {"max_completion_tokens": "max_tokens"}
 
 
-def stated(forward: Any = "auto", **params: Any) -> ModelRecord:
+def a_model(forward: Any = "auto", **params: Any) -> ModelRecord:
     info = ModelInfo.model_validate({"free": True, "forward": forward})
     return replace(a_record("m"), litellm_params=params, info=info)
 
@@ -44,116 +42,116 @@ def translate(provider: str, model: str = "x", base: str | None = None) -> Resol
 
 
 FOUND: list[tuple[ModelRecord, ResolvedProvider | str]] = [
-    (stated(model="openai/gpt-4o"), relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY")),
-    (stated(model="gpt-4o-mini"), relay("openai", "gpt-4o-mini", "https://api.openai.com/v1", "OPENAI_API_KEY")),
+    (a_model(model="openai/gpt-4o"), relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY")),
+    (a_model(model="gpt-4o-mini"), relay("openai", "gpt-4o-mini", "https://api.openai.com/v1", "OPENAI_API_KEY")),
     (
-        stated(model="openai/o3"),
+        a_model(model="openai/o3"),
         relay("openai", "o3", "https://api.openai.com/v1", "OPENAI_API_KEY", {"max_tokens": "max_completion_tokens"}),
     ),
     (
-        stated(model="openai/gpt-4o", api_base="https://api.openai.com/v1"),
+        a_model(model="openai/gpt-4o", api_base="https://api.openai.com/v1"),
         relay("openai", "gpt-4o", "https://api.openai.com/v1", "OPENAI_API_KEY"),
     ),
-    (stated(model="gpt-4o-mini", api_base=NEAR), relay("openai", "gpt-4o-mini", NEAR)),  # no key to others
-    (stated(model="custom_openai/x"), translate("custom_openai")),
+    (a_model(model="gpt-4o-mini", api_base=NEAR), relay("openai", "gpt-4o-mini", NEAR)),  # no key to others
+    (a_model(model="custom_openai/x"), translate("custom_openai")),
     (
-        stated(model="azure/x", api_base=f"{AZURE}/openai/v1"),
+        a_model(model="azure/x", api_base=f"{AZURE}/openai/v1"),
         relay("azure", "x", f"{AZURE}/openai/v1"),
     ),
-    (stated(model="azure/x", api_base=AZURE, api_version="2024-10-21"), translate("azure")),
-    (stated(model="deepseek/x"), relay("deepseek", "x", "https://api.deepseek.com/beta", "DEEPSEEK_API_KEY")),
-    (stated(model="groq/a/b"), relay("groq", "a/b", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED)),
-    (stated(model="groq/x", api_base=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
-    (stated(model="groq/x", base_url=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
+    (a_model(model="azure/x", api_base=AZURE, api_version="2024-10-21"), translate("azure")),
+    (a_model(model="deepseek/x"), relay("deepseek", "x", "https://api.deepseek.com/beta", "DEEPSEEK_API_KEY")),
+    (a_model(model="groq/a/b"), relay("groq", "a/b", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED)),
+    (a_model(model="groq/x", api_base=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
+    (a_model(model="groq/x", base_url=NEAR), relay("groq", "x", NEAR, None, RENAMED)),
     (
-        stated(model="x", custom_llm_provider="groq"),
+        a_model(model="x", custom_llm_provider="groq"),
         relay("groq", "x", "https://api.groq.com/openai/v1", "GROQ_API_KEY", RENAMED),
     ),
-    (stated(model="mistral/x"), relay("mistral", "x", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", RENAMED)),
-    (stated(model="openrouter/a/b"), relay("openrouter", "a/b", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY")),
-    (stated(model="together_ai/x"), relay("together_ai", "x", "https://api.together.ai/v1", "TOGETHERAI_API_KEY")),
+    (a_model(model="mistral/x"), relay("mistral", "x", "https://api.mistral.ai/v1", "MISTRAL_API_KEY", RENAMED)),
+    (a_model(model="openrouter/a/b"), relay("openrouter", "a/b", "https://openrouter.ai/api/v1", "OPENROUTER_API_KEY")),
+    (a_model(model="together_ai/x"), relay("together_ai", "x", "https://api.together.ai/v1", "TOGETHERAI_API_KEY")),
     (
-        stated(model="fireworks_ai/x"),
+        a_model(model="fireworks_ai/x"),
         relay("fireworks_ai", "x", "https://api.fireworks.ai/inference/v1", "FIREWORKS_AI_API_KEY", RENAMED),
     ),
-    (stated(model="xai/x"), relay("xai", "x", "https://api.x.ai/v1", "XAI_API_KEY", RENAMED)),
-    (stated(model="groq/x", api_base=NEAR, ssl_verify=False), relay("groq", "x", NEAR, None, RENAMED)),
-    (stated(model="groq/x", api_base=NEAR, drop_params=True), translate("groq")),
-    (stated("translate", model="groq/x", api_base=NEAR), translate("groq")),
+    (a_model(model="xai/x"), relay("xai", "x", "https://api.x.ai/v1", "XAI_API_KEY", RENAMED)),
+    (a_model(model="groq/x", api_base=NEAR, ssl_verify=False), relay("groq", "x", NEAR, None, RENAMED)),
+    (a_model(model="groq/x", api_base=NEAR, drop_params=True), translate("groq")),
+    (a_model("translate", model="groq/x", api_base=NEAR), translate("groq")),
     *[
-        (stated(model=f"{name}/x", api_base=NEAR), translate(name))
+        (a_model(model=f"{name}/x", api_base=NEAR), translate(name))
         for name in ("anthropic", "gemini", "ollama", "ollama_chat", "bedrock", "cohere_chat", "vertex_ai")
     ],
-    (stated("relay", model="anthropic/x", api_base=NEAR), relay("anthropic", "x", NEAR, None, RENAMED)),
-    (stated("relay", model="gemini/x", api_base=NEAR), relay("gemini", "x", NEAR)),
-    (stated("relay", model="bedrock/x", api_base=NEAR), relay("bedrock", "x", NEAR, None, RENAMED)),
-    (stated("relay", model="ollama/x", api_base=NEAR), relay("ollama", "x", NEAR)),
+    (a_model("relay", model="anthropic/x", api_base=NEAR), relay("anthropic", "x", NEAR, None, RENAMED)),
+    (a_model("relay", model="gemini/x", api_base=NEAR), relay("gemini", "x", NEAR)),
+    (a_model("relay", model="bedrock/x", api_base=NEAR), relay("bedrock", "x", NEAR, None, RENAMED)),
+    (a_model("relay", model="ollama/x", api_base=NEAR), relay("ollama", "x", NEAR)),
     *[
-        (stated("relay", model=f"{name}/x"), "forward: relay needs api_base")
+        (a_model("relay", model=f"{name}/x"), "forward: relay needs api_base")
         for name in ("anthropic", "gemini", "ollama", "bedrock", "azure", "hosted_vllm")
     ],
     *[
-        (stated(forward, **params), "no provider is known by its name")
+        (a_model(forward, **params), "no provider is known by its name")
         for forward in ("auto", "relay", "translate")
         for params in ({"model": "nonsense/x", "api_base": NEAR}, {"model": "nonsense"}, {"model": "nonsense/x"})
     ],
     *[
-        (stated("relay", model=model, api_base=NEAR, drop_params=True), "no place for litellm_params.drop_params")
+        (a_model("relay", model=model, api_base=NEAR, drop_params=True), "no place for litellm_params.drop_params")
         for model in ("groq/x", "openai/x")
     ],
-    (stated(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
+    (a_model(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
 ]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[ModelRecord | str]:
-    """One process is asked for all of them."""
+    """Resolve all of them in one process."""
     resolver = Resolver(tmp_path_factory.mktemp("resolving"), {})
 
     async def each() -> list[ModelRecord | str]:
         await resolver.resolve_all([record for record, _ in FOUND])
-        told: list[ModelRecord | str] = []
+        outcomes: list[ModelRecord | str] = []
         for record, _ in FOUND:
             try:
-                told.append(await resolver.resolve(record))
+                outcomes.append(await resolver.resolve(record))
             except BadRequest as error:
-                told.append(f"{error.param}: {error.message}")
-        return told
+                outcomes.append(f"{error.param}: {error.message}")
+        return outcomes
 
     return asyncio.run(each())
 
 
 @pytest.mark.parametrize("place", range(len(FOUND)), ids=[f"{r.info.forward}-{r.litellm_params}" for r, _ in FOUND])
 def test_each_provider_is_called_directly_or_through_litellm(found: list[ModelRecord | str], place: int) -> None:
-    told, expected = found[place], FOUND[place][1]
+    outcome, expected = found[place], FOUND[place][1]
     if isinstance(expected, str):
-        assert isinstance(told, str)
-        assert told.startswith("litellm_params.model: m: ")
-        assert expected in told
+        assert isinstance(outcome, str)
+        assert outcome.startswith("litellm_params.model: m: ")
+        assert expected in outcome
     else:
-        assert isinstance(told, ModelRecord)
-        assert told.resolved == expected
-        assert (is_direct(told) is not None) == (expected.mode == "relay")
+        assert isinstance(outcome, ModelRecord)
+        assert outcome.resolved == expected
+        assert (is_direct(outcome) is not None) == (expected.mode == "relay")
 
 
 @pytest.mark.parametrize(
     ("record", "expected"),
     [
-        (stated(model="openai/a/b", api_base=NEAR), relay("openai", "a/b", NEAR)),
-        (stated(model="hosted_vllm/x", base_url=NEAR, api_base="http://no"), relay("hosted_vllm", "x", NEAR)),
-        (stated(model="a/b", custom_llm_provider="openai", api_base=NEAR), relay("openai", "a/b", NEAR)),
-        (stated(model="openai/x", custom_llm_provider="openai", api_base=NEAR), relay("openai", "x", NEAR)),
+        (a_model(model="openai/a/b", api_base=NEAR), relay("openai", "a/b", NEAR)),
+        (a_model(model="hosted_vllm/x", base_url=NEAR, api_base="http://no"), relay("hosted_vllm", "x", NEAR)),
+        (a_model(model="a/b", custom_llm_provider="openai", api_base=NEAR), relay("openai", "a/b", NEAR)),
+        (a_model(model="openai/x", custom_llm_provider="openai", api_base=NEAR), relay("openai", "x", NEAR)),
         (
-            stated(model="openai/x", api_base=NEAR, api_key="k", headers={}, organization="o"),
+            a_model(model="openai/x", api_base=NEAR, api_key="k", headers={}, organization="o"),
             relay("openai", "x", NEAR),
         ),
-        (stated("translate", model="openai/x", api_base=NEAR), translate("openai", base=NEAR)),
-        (stated(model="openai/x", api_base=NEAR, drop_params=True), translate("openai", base=NEAR)),
-        (stated("relay", model="openai/x", api_base=NEAR, temperature=1), relay("openai", "x", NEAR)),
-        (stated(model="openai/x"), None),
-        (stated(model="openai/x", api_base="https://api.openai.com/v1"), None),
-        (stated(model="groq/x", api_base=NEAR), None),
-        (stated(model="openai", api_base=NEAR), None),
+        (a_model("translate", model="openai/x", api_base=NEAR), translate("openai", base=NEAR)),
+        (a_model(model="openai/x", api_base=NEAR, drop_params=True), translate("openai", base=NEAR)),
+        (a_model("relay", model="openai/x", api_base=NEAR, temperature=1), relay("openai", "x", NEAR)),
+        (a_model(model="openai/x"), None),
+        (a_model(model="openai/x", api_base="https://api.openai.com/v1"), None),
+        (a_model(model="groq/x", api_base=NEAR), None),
+        (a_model(model="openai", api_base=NEAR), None),
     ],
 )
 def test_servers_of_openais_format_are_resolved_without_litellm(
@@ -197,7 +195,7 @@ async def test_a_key_of_the_environment_is_sent_and_not_stored(tmp_path: Path) -
     environ = {"MISTRAL_API_KEY": CANARY}
     with ScriptedUpstream() as server:
         environ["MISTRAL_API_BASE"] = server.url
-        record = await Resolver(tmp_path, environ).resolve(stated(model="mistral/x", api_base=server.url))
+        record = await Resolver(tmp_path, environ).resolve(a_model(model="mistral/x", api_base=server.url))
         upstream = UpstreamClient(Settings(), environ)
         body = {**BODY, "max_completion_tokens": 7}
         await upstream.complete(record, body, raw=json.dumps(body).encode())
@@ -223,7 +221,7 @@ def test_a_record_that_names_another_variable_gets_no_key(variable: str) -> None
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])
 async def test_a_model_that_an_older_version_stored_still_answers(forward: str) -> None:
     with ScriptedUpstream() as server:
-        record = stated(forward, model="openai/x", api_base=server.url, api_key="sk-of-the-arm")
+        record = a_model(forward, model="openai/x", api_base=server.url, api_key="sk-of-the-arm")
         stored = ModelRecord.from_json("m", record.to_json())
         upstream = UpstreamClient(Settings(), {})
         answer = await upstream.complete(stored, BODY)
@@ -235,7 +233,7 @@ async def test_a_model_that_an_older_version_stored_still_answers(forward: str) 
 
 @pytest.mark.parametrize("resolved", [relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED), translate("anthropic")])
 def test_the_resolved_provider_is_stored_with_the_model(resolved: ResolvedProvider) -> None:
-    record = stated(model="groq/x", api_base=NEAR)
+    record = a_model(model="groq/x", api_base=NEAR)
     kept = replace(record, resolved=resolved)
 
     assert ModelRecord.from_json("m", kept.to_json()).resolved == resolved

@@ -1,5 +1,3 @@
-"""Replacing `model` in the bytes of bodies and responses changes nothing else, however they are written."""
-
 from __future__ import annotations
 
 import json
@@ -57,14 +55,14 @@ TOOLS: Any = [{"type": "function", "function": {"name": "f", "parameters": SCHEM
 
 @st.composite
 def written(draw: st.DrawFn, value: Any) -> str:
-    """JSON as somebody might write it: spaces anywhere, characters escaped or not, numbers in odd spellings."""
+    """Draw JSON in any style: spaces anywhere, characters escaped or not, numbers in odd spellings."""
     space = draw(st.sampled_from(["", "", " ", "\n\t", "\r\n "]))
     escaping = draw(st.sampled_from(["none", "ascii", "some"]))
 
-    def text(said: str) -> str:
-        plain = json.dumps(said, ensure_ascii=escaping != "none")
-        if escaping == "some" and said[:1].isalpha() and said[:1].isascii():
-            plain = f'"\\u{ord(said[0]):04x}' + json.dumps(said[1:])[1:]
+    def text(string: str) -> str:
+        plain = json.dumps(string, ensure_ascii=escaping != "none")
+        if escaping == "some" and string[:1].isalpha() and string[:1].isascii():
+            plain = f'"\\u{ord(string[0]):04x}' + json.dumps(string[1:])[1:]
         return plain.replace("/", "\\/") if escaping == "some" else plain
 
     def write(value: Any) -> str:
@@ -90,13 +88,13 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         body["tools"] = TOOLS
     body.pop("stream", None)
-    stated: dict[str, Any] = draw(st.sampled_from([{}, {"stream": True}, {"stream": False}, {"stream": None}]))
+    stream: dict[str, Any] = draw(st.sampled_from([{}, {"stream": True}, {"stream": False}, {"stream": None}]))
     options = draw(st.sampled_from(OPTIONS))
-    return draw(shuffled({**body, **stated, **options}))
+    return draw(shuffled({**body, **stream, **options}))
 
 
 def exact(raw: bytes) -> str:
-    """So that a key given twice shows, and 1 is neither 1.0 nor true."""
+    """Parse so that a key given twice shows, and 1 is neither 1.0 nor true."""
     return repr(json.loads(raw, object_pairs_hook=lambda pairs: sorted(pairs, key=lambda pair: pair[0])))
 
 
@@ -131,9 +129,9 @@ def test_all_bytes_but_the_model_are_the_callers(model: str, space: str, front: 
     raw = "{" + space + (f"{named},{rest}" if front else f"{rest},{named}") + space + "}"
     request = parse_chat(raw.encode(), [])
     sent = build_body(request.raw, request.body, model, stream=stream).decode()
-    told = sent.replace('"stream_options":{"include_usage":true},', "", 1) if stream else sent
+    without_options = sent.replace('"stream_options":{"include_usage":true},', "", 1) if stream else sent
 
-    assert told == raw.replace('"auto"', json.dumps(model, ensure_ascii=False))
+    assert without_options == raw.replace('"auto"', json.dumps(model, ensure_ascii=False))
 
 
 @given(st.dictionaries(NAMES, VALUES, max_size=5), st.none() | MODELS, MODELS, st.data())
@@ -142,9 +140,9 @@ def test_all_bytes_but_the_model_are_the_callers(model: str, space: str, front: 
 @example({"choices": [{"model": "theirs"}], "big": 10**40}, "theirs", "ours", None)
 @example({"big": 10**40}, None, "ours", None)
 def test_only_the_model_of_a_response_is_replaced(
-    body: dict[str, Any], stated: str | None, model: str, data: st.DataObject | None
+    body: dict[str, Any], named: str | None, model: str, data: st.DataObject | None
 ) -> None:
-    body = {name: value for name, value in body.items() if name != "model"} | ({"model": stated} if stated else {})
+    body = {name: value for name, value in body.items() if name != "model"} | ({"model": named} if named else {})
     raw = (json.dumps(body) if data is None else data.draw(written(data.draw(shuffled(body)))).strip()).encode()
     read, kept = parse(raw)
 

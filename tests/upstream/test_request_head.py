@@ -1,5 +1,3 @@
-"""Request heads: what an address and its headers may hold, and what would become a second request."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""The fast path for chunks of text alone gives the same as the general one, and is taken where it should be."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,7 +41,7 @@ REASONING = {"delta": {"reasoning_content": "Let me see. " * 30}}
 
 
 def in_general(chunk: dict[str, Any]) -> dict[str, Any]:
-    """The same chunk as mappings that the quick way does not take."""
+    """Return the same chunk as mappings that the fast path does not take."""
     choices = chunk["choices"]
     return chunk if choices is None else {**chunk, "choices": [MappingProxyType(choice) for choice in choices]}
 

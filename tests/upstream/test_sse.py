@@ -1,5 +1,3 @@
-"""Event streams, however the bytes are split."""
-
 from __future__ import annotations
 
 import json

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
-from proxy.settings.model_config import ModelInfo
-from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
-from tests.support.direct_calls import BODY, a_model, failing, streamed
+from tests.support.direct_calls import BODY, error_of, model_in_mode, stream_of
 from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain
 
-pytestmark = pytest.mark.parametrize("way", ["relay", "translate"])
-
-
-def model(server: RawUpstream, way: str, **info: Any) -> ModelRecord:
-    return replace(a_model(server), info=ModelInfo.model_validate({"forward": way, **info}))
+pytestmark = pytest.mark.parametrize("mode", ["relay", "translate"])
 
 
 def text_of(found: list[bytes]) -> str:
@@ -30,51 +22,52 @@ REFUSAL = b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_opti
 
 @pytest.mark.parametrize("status", [b"400 Bad", b"422 No", b"500 Oh"])
 async def test_a_model_that_refuses_stream_options_is_asked_without_them_from_then_on(
-    upstream: UpstreamClient, way: str, status: bytes
+    upstream: UpstreamClient, mode: str, status: bytes
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=status), Reply(chunked(CHUNK, END))) as server:
-        record = model(server, way)
+        record = model_in_mode(server, mode)
         for _ in range(2):
-            assert text_of(await streamed(upstream, record)) == "hi"
+            assert text_of(await stream_of(upstream, record)) == "hi"
         sent = [json.loads(body) for body in server.bodies]
     assert ["stream_options" in body for body in sent] == [True, False, False]
     assert {name: value for name, value in sent[0].items() if name != "stream_options"} == sent[1] == sent[2]
 
 
-async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, way: str) -> None:
+async def test_a_changed_model_is_sent_stream_options_again(upstream: UpstreamClient, mode: str) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
-        await streamed(upstream, model(server, way))
-        await streamed(upstream, model(server, way))
+        await stream_of(upstream, model_in_mode(server, mode))
+        await stream_of(upstream, model_in_mode(server, mode))
         assert ["stream_options" in json.loads(body) for body in server.bodies] == [True, False, True]
 
 
-async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, way: str) -> None:
+async def test_other_errors_and_a_second_refusal_are_reported(upstream: UpstreamClient, mode: str) -> None:
     other = plain(b'{"error": {"message": "no such field: stream_option"}}', status=b"400 Bad")
     async with RawUpstream(other) as server:
-        await failing(upstream, model(server, way), streamed)
+        await error_of(upstream, model_in_mode(server, mode), stream_of)
         assert len(server.bodies) == 1
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
-        record = model(server, way)
-        assert (await failing(upstream, record, streamed)).status == 422
+        record = model_in_mode(server, mode)
+        assert (await error_of(upstream, record, stream_of)).status == 422
         assert len(server.bodies) == 2
-        await failing(upstream, record, streamed)  # nothing was learnt of it
+        await error_of(upstream, record, stream_of)  # nothing was learnt of it
         assert b"stream_options" in server.bodies[2]
 
 
-@pytest.mark.parametrize(("stated", "sent"), [(True, [True]), (False, [False])])
+@pytest.mark.parametrize(("supported", "sent"), [(True, [True]), (False, [False])])
 async def test_supports_stream_options_is_obeyed(
-    upstream: UpstreamClient, way: str, stated: bool, sent: list[bool]
+    upstream: UpstreamClient, mode: str, supported: bool, sent: list[bool]
 ) -> None:
     async with RawUpstream(plain(REFUSAL, status=b"422 No")) as server:
-        await failing(upstream, model(server, way, supports_stream_options=stated), streamed)
+        await error_of(upstream, model_in_mode(server, mode, supports_stream_options=supported), stream_of)
         assert ["stream_options" in json.loads(body) for body in server.bodies] == sent
 
 
-async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: UpstreamClient, way: str) -> None:
-    asked = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
+async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: UpstreamClient, mode: str) -> None:
+    body = {**BODY, "stream": True, "stream_options": {"include_usage": True}}
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         blocks = [
-            block async for block in await upstream.stream(model(server, way), asked, raw=json.dumps(asked).encode())
+            block
+            async for block in await upstream.stream(model_in_mode(server, mode), body, raw=json.dumps(body).encode())
         ]
         assert len(blocks) >= 1
         assert "stream_options" not in json.loads(server.bodies[1])

@@ -1,9 +1,9 @@
-"""What the proxy costs, on one core, beside others: `python -m tests.bench.overhead [--quick | --peers]`.
+"""Measure what the proxy costs on one core, beside others: `python -m tests.bench.overhead [--quick | --peers]`.
 
-The gateway has one core to itself; the load and a loopback upstream that costs next to nothing have another. Rounds are
-interleaved, so that what the machine does meanwhile hits all alike: medians over rounds, in brackets the least and the
-most. --quick: ours and the direct path, two minutes. Without: also FastAPI over litellm's SDK, what any gateway on it
-pays, ten minutes. --peers: also LiteLLM's proxy and Portkey, installed on first use, twenty-five. Linux, two cores.
+The gateway has one core to itself; the load and a cheap loopback upstream have another. Rounds are interleaved, so that
+what the machine does meanwhile hits all alike: medians over rounds, in brackets the least and the most.
+--quick: ours and the direct path, two minutes. Without: also FastAPI over litellm's SDK, which any gateway on it pays,
+ten minutes. --peers: also LiteLLM's proxy and Portkey, installed on first use, twenty-five. Linux, two cores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.bench.overhead import peers
 from tests.bench.overhead.bodies import KINDS
 from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program
 from tests.bench.overhead.contenders import (
-    CHOOSES_ITS_WAY,
+    HAS_FORWARD_MODES,
     PINNED,
     ROUTED,
     TRANSLATED,
@@ -106,7 +106,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 def _servers(arguments: argparse.Namespace, folder: Path, url: str) -> Sequence[Server]:
     table = arguments.table
     servers = [ours(folder / "ours", url, {ROUTED: "auto", PINNED: "model-0"}, embedder_cache=table)]
-    if CHOOSES_ITS_WAY:
+    if HAS_FORWARD_MODES:
         info = {"forward": "translate"}
         servers.append(ours(folder / "translated", url, {TRANSLATED: "auto"}, embedder_cache=table, info=info))
     if not arguments.quick:

@@ -1,7 +1,7 @@
-"""Requests of the kinds that gateways see, no two alike, so that no cache flatters anybody.
+"""Write requests of the kinds that gateways see, no two alike, so that no cache helps anybody.
 
-One word in twenty is a mark (`MARK`), which the load generator replaces by eight letters that it uses once: a text that
-was sent before never comes again, and neither do all its words.
+One word in twenty is `PLACEHOLDER`, which the load generator replaces by eight letters that it uses once: no
+text is sent twice, and neither are all its words.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from typing import Any
 from tests.bench.prompts import generated_prompts
 
 Body = dict[str, Any]
-MARK = "@" * 8
-MARKED = 20
+PLACEHOLDER = "@" * 8
+WORDS_PER_PLACEHOLDER = 20
 # Tokens that each request asks for.
 LIMIT = 64
 
 
 def short(words: Iterator[str], _: Random) -> Body:
-    """200 characters."""
-    return _asked(words, 200)
+    """Write 200 characters."""
+    return _user_body(words, 200)
 
 
 def medium(words: Iterator[str], _: Random) -> Body:
-    """2 KB of the newest turn."""
-    return _asked(words, 2_000)
+    """Write 2 KB of the newest turn."""
+    return _user_body(words, 2_000)
 
 
 def mixed(words: Iterator[str], rng: Random) -> Body:
-    """Up to 2 KB, as chats are."""
-    return _asked(words, rng.choice((60, 200, 500, 1_000, 2_000)))
+    """Write up to 2 KB, as chats are."""
+    return _user_body(words, rng.choice((60, 200, 500, 1_000, 2_000)))
 
 
 def large(words: Iterator[str], _: Random) -> Body:
-    """100 KB in one turn."""
-    return _asked(words, 100_000)
+    """Write 100 KB in one turn."""
+    return _user_body(words, 100_000)
 
 
 def agent(words: Iterator[str], rng: Random) -> Body:
-    """60 turns with tool calls and results, and 40 tools."""
+    """Write 60 turns with tool calls and results, and 40 tools."""
     parameters = {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}}
     described = [{"name": f"tool_{n}", "description": _text(words, 200), "parameters": parameters} for n in range(40)]
     messages: list[Body] = [{"role": "system", "content": _text(words, 2_000)}]
@@ -61,7 +61,7 @@ def agent(words: Iterator[str], rng: Random) -> Body:
 
 
 def sized(characters: int) -> Callable[[Iterator[str], Random], Body]:
-    return lambda words, _: _asked(words, characters)
+    return lambda words, _: _user_body(words, characters)
 
 
 Make = Callable[[Iterator[str], Random], Body]
@@ -77,7 +77,7 @@ FEWEST, LARGEST_FILE = 2, 20_000_000
 
 
 def kind_of(name: str) -> tuple[Make, int]:
-    """Of `KINDS`, or as many characters as the name says."""
+    """Return one of `KINDS`, or one for as many characters as the name says."""
     if not name.isdecimal():
         return KINDS[name]
     size = int(name)
@@ -93,12 +93,12 @@ def write_requests(
     pace_ms: int = 0,
     headers: Mapping[str, str] | None = None,
 ) -> Path:
-    """A file of records: a 32-bit length, then a whole HTTP request. `pace_ms`: between the events of its stream."""
+    """Write a file of records: a 32-bit length, then a whole request. `pace_ms`: between the events of its stream."""
     make, count = kind
     words, rng = _words(count), Random(count)
     more = {"stream": stream, **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
-    stated = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in stated.items())
+    all_headers = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
     with path.open("wb") as file:
         for _ in range(count):
             content = {"model": model, **make(words, rng), "max_tokens": LIMIT, **more}
@@ -109,7 +109,7 @@ def write_requests(
 
 
 def write_record(file: Any, record: bytes) -> None:
-    """In this machine's byte order, as the C programs read it."""
+    """Write a record in this machine's byte order, as the C programs read it."""
     file.write(len(record).to_bytes(4, sys.byteorder) + record)
 
 
@@ -126,16 +126,16 @@ def _words(seed: int) -> Iterator[str]:
     rng = Random(seed)
     for prompt in generated_prompts(10**9, seed):
         for word in prompt.split():
-            yield MARK if rng.randrange(MARKED) == 0 else word
+            yield PLACEHOLDER if rng.randrange(WORDS_PER_PLACEHOLDER) == 0 else word
 
 
-def _asked(words: Iterator[str], characters: int) -> Body:
+def _user_body(words: Iterator[str], characters: int) -> Body:
     return {"messages": [{"role": "user", "content": _text(words, characters)}]}
 
 
 def _text(words: Iterator[str], characters: int) -> str:
-    """Begins with a mark. A mark that is cut off at its end is none."""
-    found, length = [MARK], len(MARK)
+    """Return a text that begins with a placeholder. One that is cut off at the end does not count."""
+    found, length = [PLACEHOLDER], len(PLACEHOLDER)
     while length < characters:
         found.append(next(words))
         length += 1 + len(found[-1])

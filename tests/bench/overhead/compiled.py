@@ -1,4 +1,4 @@
-"""The load generator and the upstream as programs: C, compiled on the spot, or Python where there is no compiler."""
+"""Run the load generator and the upstream as C programs, or as Python where there is no compiler."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOST_S = 120.0
 
 @cache
 def program(name: str, *, compiler: str | None = "cc") -> tuple[str, ...]:
-    """The command, without arguments."""
+    """Return the command, without arguments."""
     found = shutil.which(compiler) if compiler else None
     if found is None:
         return (sys.executable, "-m", f"tests.bench.overhead.{name}")
@@ -44,7 +44,7 @@ def program(name: str, *, compiler: str | None = "cc") -> tuple[str, ...]:
 
 
 class Upstream:
-    """The model server on a core."""
+    """Run the model server on a core."""
 
     def __init__(self, folder: Path, core: int, command: tuple[str, ...] | None = None) -> None:
         self._command = [*(command or program(UPSTREAM)), str(write_answers(folder / "answers"))]
@@ -81,7 +81,7 @@ class Upstream:
 
 @contextmanager
 def begun(job: Job, core: int) -> Iterator[None]:
-    """Load while the block lasts; what it measures is lost."""
+    """Send load while the block lasts; its measurements are dropped."""
     process = subprocess.Popen(
         [*program(LOAD), *job.arguments],
         cwd=ROOT,
@@ -96,7 +96,7 @@ def begun(job: Job, core: int) -> Iterator[None]:
 
 
 def run(job: Job, core: int, command: tuple[str, ...] | None = None) -> tuple[Measured, float]:
-    """What it measured, and the seconds of CPU that it took itself. Raises CalledProcessError: it could not connect."""
+    """Return the measurements, and the CPU seconds that it took itself. Raises CalledProcessError: no connection."""
     before = os.times()
     done = subprocess.run(
         [*(command or program(LOAD)), *job.arguments],

@@ -1,4 +1,4 @@
-"""What stands between the load and the upstream: how each server is started and asked. Measures nothing."""
+"""Start and ask each server that stands between the load and the upstream."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 MODELS = 2
 BATCH_SIZE = 8
 # Whether a model says if it is relayed or translated. Else there is one way, and one row for it.
-CHOOSES_ITS_WAY = "forward" in ModelInfo.model_fields
+HAS_FORWARD_MODES = "forward" in ModelInfo.model_fields
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"
 
 
 @dataclass(frozen=True)
 class Server:
-    """One program; its rows differ in the model that is asked for."""
+    """Describe one program; its rows differ in the model that is requested."""
 
     rows: Mapping[str, str]
     command: Sequence[object]
@@ -89,12 +89,12 @@ def ours(
     info: Mapping[str, object] | None = None,
     **settings: object,
 ) -> Server:
-    """`cluster_map`: a folder, else the built-in one; `info`: more of each model; `settings`: of our own section."""
+    """Describe our server. `cluster_map`: a folder, else the built-in one; `info`: more of each model."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{n}" for n in range(models)]
-    arms = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
+    model_list = [model_entry(name, upstream_url, price=1e-7 * (n + 1), **(info or {})) for n, name in enumerate(names)]
     mapped = {"map": str(cluster_map)} if cluster_map else {}
-    config = {"model_list": arms, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
+    config = {"model_list": model_list, "uniroute": {"profile": {"on_start": False}, **mapped, **settings}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     environ = environment(folder / "data", embedder_cache, MODEL_API_KEY="sk-bench", UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     port = free_port()
@@ -104,7 +104,6 @@ def ours(
 
 
 def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
-    """The same error in every cluster."""
     if folder is None:
         return uniform_profile(error)
     fitted = load_map(folder)
@@ -114,7 +113,7 @@ def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
 
 @contextmanager
 def profiled(server: Server, core: int) -> Iterator[Running]:
-    """Started, and its models measured. Not timed: this start may also have made the embedding table."""
+    """Start a server and measure its models. Not timed: this start may also have made the embedding table."""
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
         ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
         with ThreadPoolExecutor(BATCH_SIZE) as pool:

@@ -1,4 +1,4 @@
-"""FastAPI before litellm's SDK, nothing else: what any gateway on it pays. Arguments: the upstream's URL, its port."""
+"""Serve FastAPI over litellm's SDK alone: any gateway on it pays this. Arguments: the upstream's URL, its port."""
 
 from __future__ import annotations
 

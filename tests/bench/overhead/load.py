@@ -1,6 +1,6 @@
-"""A load generator that costs little: prepared requests over kept-alive connections, times of every answer.
+"""Generate load cheaply: prepared requests over kept-alive connections, and the times of every answer.
 
-`run` measures with load.c where there is a compiler, else with the Python one below, which does the same for more CPU.
+`run` measures with load.c where there is a compiler, else with the Python version below, which takes more CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
-from tests.bench.overhead.bodies import MARK, read_records
+from tests.bench.overhead.bodies import PLACEHOLDER, read_records
 
 GRACE_S = 20.0
 CHUNKED, UNTIL_CLOSED = -1.0, math.inf
@@ -45,7 +45,6 @@ class Job:
 
     @property
     def arguments(self) -> list[str]:
-        """As both programs take them."""
         values = (self.port, self.requests, self.connections, self.seconds, self.warm_s, self.rate, self.most)
         return [str(value) for value in (*values, self.fewest_events, self.seed)]
 
@@ -71,14 +70,14 @@ class Measured:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time. Pieces are kept as they come, and read when the last one seems to be there."""
+    """Send one request at a time. Pieces are kept as they come, and read when the last one seems to be there."""
 
     def __init__(self) -> None:
         self._transport: Any = None
         self._pieces: list[bytes] = []
         self._received = 0
         self._needed: float | None = None
-        self._asked: asyncio.Future[bytes | None] | None = None
+        self._response: asyncio.Future[bytes | None] | None = None
         self._first = b""
         self.first_at = 0.0
 
@@ -86,12 +85,12 @@ class Connection(asyncio.Protocol):
         self._transport = transport
 
     async def ask(self, request: bytes, first: bytes) -> bytes | None:
-        """The answer as it came, None if it was broken off. `first`: what its first byte or event begins with."""
+        """Return the raw answer, None if it was broken off. `first`: what its first byte or event begins with."""
         self._pieces, self._received, self._needed = [], 0, None
         self.first_at, self._first = 0.0, first
-        self._asked = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._transport.write(request)
-        return await self._asked
+        return await self._response
 
     def data_received(self, data: bytes) -> None:
         self._pieces.append(data)
@@ -111,8 +110,8 @@ class Connection(asyncio.Protocol):
         self._end(b"".join(self._pieces) if self._needed == UNTIL_CLOSED and exc is None else None)
 
     def _end(self, received: bytes | None) -> None:
-        if self._asked and not self._asked.done():
-            self._asked.set_result(received)
+        if self._response and not self._response.done():
+            self._response.set_result(received)
 
     @property
     def closed(self) -> bool:
@@ -120,7 +119,7 @@ class Connection(asyncio.Protocol):
 
 
 def length_of(received: bytes) -> float | None:
-    """Of the whole answer, head included, or how its end is known. None while its head is not there."""
+    """Return the length of the answer with its head, or how its end is known. None while the head is incomplete."""
     head, parted, _ = received.partition(b"\r\n\r\n")
     if not parted:
         return None
@@ -132,7 +131,7 @@ def length_of(received: bytes) -> float | None:
 
 
 def body_of(received: bytes) -> bytes:
-    """Without framing."""
+    """Return the body without framing."""
     head, _, body = received.partition(b"\r\n\r\n")
     if b"\r\ntransfer-encoding:" not in head.lower():
         return body
@@ -172,7 +171,7 @@ class Load:
             connection = await self._one(connection, self.clock())
 
     async def _open_loop(self, free: list[Connection]) -> None:
-        """Connections are taken from those that are free, so that a slow answer delays no other request."""
+        """Use the connections that are free, so that a slow answer delays no other request."""
         running: set[asyncio.Task[None]] = set()
 
         async def one(due: float) -> None:
@@ -193,7 +192,7 @@ class Load:
         return 0 < self.job.most <= self.measured.requests
 
     async def _one(self, connection: Connection, since: float) -> Connection:
-        """The connection to use next."""
+        """Send one request and return the connection to use next."""
         self.measured.requests += 1
         answer = await connection.ask(next(self._requests), b"\ndata:" if self.job.fewest_events else b"\r\n\r\n")
         self._note(answer, since, connection.first_at, self.clock())
@@ -215,7 +214,7 @@ class Load:
         return None
 
     def _events(self, answer: bytes) -> int:
-        """0 without [DONE]. Chunks seldom cut an event: they are put together only where something is missing."""
+        """Count events, 0 without [DONE]. Chunks seldom cut an event: they are joined only if something is missing."""
         return self._counted(answer) or self._counted(b"\n" + body_of(answer))
 
     def _counted(self, text: bytes) -> int:
@@ -229,7 +228,7 @@ class Load:
 
 
 def _marked(requests: list[bytes], seed: int) -> Iterator[bytes]:
-    parted = [request.split(MARK.encode()) for request in requests]
+    parted = [request.split(PLACEHOLDER.encode()) for request in requests]
     words = map(_letters, count(seed))
     for pieces in islice(cycle(parted), seed % len(parted), None):
         between = [b"", *islice(words, len(pieces) - 1)]
@@ -237,8 +236,8 @@ def _marked(requests: list[bytes], seed: int) -> Iterator[bytes]:
 
 
 def _letters(number: int) -> bytes:
-    scattered, found = number * 92821000003 % 26 ** len(MARK), bytearray()
-    for _ in MARK:
+    scattered, found = number * 92821000003 % 26 ** len(PLACEHOLDER), bytearray()
+    for _ in PLACEHOLDER:
         scattered, digit = divmod(scattered, 26)
         found.append(_LETTERS[digit])
     return bytes(found)

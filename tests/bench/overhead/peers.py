@@ -1,4 +1,4 @@
-"""Gateways of others, installed into environments of their own: LiteLLM's proxy from PyPI, Portkey from npm."""
+"""Install other gateways into environments of their own: LiteLLM's proxy from PyPI, Portkey from npm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _version(home: Path, package: str) -> str:
 
 
 def versions(folder: Path) -> dict[str, str]:
-    """As installed; LiteLLM's may be another than would be installed now."""
+    """Return the installed versions; LiteLLM's may be another than would be installed now."""
     found = next((folder / "litellm").glob("lib/python*/site-packages/litellm-*.dist-info"), None)
     litellm = found.name.removeprefix("litellm-").removesuffix(".dist-info") if found else "?"
     return {"LiteLLM proxy": litellm, "Portkey": _version(folder / "portkey", PORTKEY)}

@@ -1,5 +1,3 @@
-"""A process and its children as /proc shows them: CPU, memory, descriptors. Starts each on the cores it is given."""
-
 from __future__ import annotations
 
 import os
@@ -16,7 +14,7 @@ START_S = 120.0
 
 
 def tree(pid: int) -> list[int]:
-    """The process and all that it started, those of its children included."""
+    """Return the process and all its descendants."""
     found, waiting = [], [pid]
     while waiting:
         current = waiting.pop()
@@ -27,7 +25,7 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """User and system seconds of the whole tree."""
+    """Return user and system seconds of the whole tree."""
     total = 0
     for one in tree(pid):
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
@@ -37,7 +35,7 @@ def cpu_s(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Memory:
-    """MiB of the whole tree. What processes share counts once in the proportional size, and in each one's resident."""
+    """Hold MiB of the whole tree. Shared pages count once in the proportional size, and in each one's resident size."""
 
     rss: float
     pss: float
@@ -54,7 +52,7 @@ def memory(pid: int) -> Memory:
 
 
 def core_busy_s(core: int) -> float:
-    """Seconds that a core has worked for anybody, those taken by other guests of the machine included."""
+    """Return the seconds that a core was busy, other guests of the machine included."""
     for line in Path("/proc/stat").read_text().splitlines():
         name, *fields = line.split()
         if name == f"cpu{core}":
@@ -78,7 +76,7 @@ def started(
     log: Path,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own on one core, ended with all that it started."""
+    """Start a process in a group of its own on one core, and end it with all its descendants."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*map(str, command)],
@@ -103,7 +101,7 @@ def started(
 def until_it_answers(
     ask: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, limit_s: float = START_S
 ) -> float:
-    """Seconds until `ask` is true; it may raise OSError meanwhile. SystemExit with the log's end where it never is."""
+    """Return the seconds until `ask` is true; it may raise OSError. SystemExit with the log's end if it never is."""
     began = time.monotonic()
     while time.monotonic() - began < limit_s and process.poll() is None:
         try:

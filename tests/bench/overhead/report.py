@@ -1,5 +1,3 @@
-"""The tables of a run, on a terminal, as Markdown and as JSON: medians over rounds, with the least and the most."""
-
 from __future__ import annotations
 
 import math
@@ -101,13 +99,13 @@ def _of_kind(kind: str) -> Sequence[Column]:
 
 def _table(results: Results, columns: Sequence[Column], title: str) -> None:
     rows = [(row, *(spread(column.of(results, row), column.form) for column in columns)) for row in results.rows]
-    shown = [cells for cells in rows if any(cells[1:])]
-    if shown:
-        console.table(("", *(column.title for column in columns)), shown, title=f"\n{title}")
+    filled = [cells for cells in rows if any(cells[1:])]
+    if filled:
+        console.table(("", *(column.title for column in columns)), filled, title=f"\n{title}")
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Empty where nothing was measured."""
+    """Format the spread; empty if nothing was measured."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return ""
@@ -116,7 +114,7 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def _print_ratios(results: Results) -> None:
-    """Nothing is better than itself, and the direct path is no gateway."""
+    """Print the ratios. Nothing is compared with itself, and the direct path is no gateway."""
     others = [row for row in results.rows if row not in (DIRECT, ROUTED)]
     rows = [(row, *(_times(ratio(results, column, row)) for column in SHORT)) for row in others]
     if rows and ROUTED in results.rows:
@@ -146,7 +144,7 @@ def _print_trust(results: Results) -> None:
 
 
 def markdown(results: Results) -> str:
-    """The short table: medians alone, and what failed where something did."""
+    """Return the short table: medians alone, and failures if there are any."""
     header = ["", *(column.title for column in SHORT)]
     lines = ["| " + " | ".join(header) + " |", "|---" + "|--:" * len(SHORT) + "|"]
     for row in results.rows:
@@ -157,7 +155,7 @@ def markdown(results: Results) -> str:
 
 
 def as_json(results: Results) -> Mapping[str, Any]:
-    """Every figure of every round."""
+    """Return every figure of every round."""
     return {
         "about": results.about,
         "rows": list(results.rows),

@@ -1,5 +1,3 @@
-"""What a run has found: figures by case, row and round, and the columns that are made of them. Measures nothing."""
-
 from __future__ import annotations
 
 import math
@@ -29,7 +27,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Worked:
-    """After so many requests, alone on the machine, from a fresh start."""
+    """Hold the memory after so many requests, alone on the machine, from a fresh start."""
 
     requests: int
     memory: Memory
@@ -54,21 +52,21 @@ class Results:
         return [outcome.figures.get(figure, math.nan) for outcome in self.outcomes.get((case, row), [])]
 
     def added(self, case: str, row: str, figure: str) -> list[float]:
-        """Over the direct path, round by round."""
+        """Return what was added to the direct path, round by round."""
         beside = [outcome.figures[figure] for outcome in self.beside.get((case, row), [])]
         return [mine - direct for mine, direct in zip(self.series(case, row, figure), beside, strict=True)]
 
     def failures(self) -> list[str]:
         found = []
         for (case, row), outcomes in [*self.outcomes.items(), *self.beside.items()]:
-            failed, asked = sum(o.failed for o in outcomes), sum(o.requests for o in outcomes)
+            failed, requests = sum(o.failed for o in outcomes), sum(o.requests for o in outcomes)
             if failed:
                 why = next(outcome.why for outcome in outcomes if outcome.failed)
-                found.append(f"{row}, {case}: {failed:,} of {asked:,} requests failed: {why}")
+                found.append(f"{row}, {case}: {failed:,} of {requests:,} requests failed: {why}")
         return found
 
     def doubts(self) -> list[str]:
-        """Where what was measured may be something else than the gateway."""
+        """Return where something else than the gateway may have been measured."""
         found = []
         for (case, row), outcomes in self.outcomes.items():
             load, upstream = (median([o.figures[core] for o in outcomes]) for core in ("load_core", "upstream_core"))
@@ -79,12 +77,12 @@ class Results:
         return found
 
     def upstream_alone(self, case: str, figure: str) -> float:
-        """What it would do with its core for itself: by the CPU that it took."""
+        """Estimate the upstream's rate with its core for itself, by the CPU that it took."""
         rates, shares = self.series(case, DIRECT, figure), self.series(case, DIRECT, "upstream_core")
         return median([rate / share for rate, share in zip(rates, shares, strict=True) if share])
 
     def disturbance(self) -> tuple[float, float]:
-        """What others took of the gateway's core while it was measured: median and most, as shares."""
+        """Return what others took of the gateway's core during measurements: median and most, as shares."""
         shares = [o.figures["others"] for (_, row), found in self.outcomes.items() if row != DIRECT for o in found]
         return (median(shares), max(shares)) if shares else (math.nan, math.nan)
 
@@ -132,7 +130,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def ratio(results: Results, column: Column, row: str, base: str = ROUTED) -> float:
-    """How many times better `base` is than `row`: of medians of the same run."""
+    """Return how many times better `base` is than `row`: of medians of the same run."""
     mine, other = median(column.of(results, base)), median(column.of(results, row))
     if math.isnan(mine) or math.isnan(other) or min(mine, other) <= 0:
         return math.nan

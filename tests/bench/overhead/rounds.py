@@ -1,5 +1,3 @@
-"""One round of one case against one row: load sent, times and CPU taken. Starts no server and prints nothing."""
-
 from __future__ import annotations
 
 import math
@@ -27,7 +25,7 @@ class Cores:
 
 @dataclass(frozen=True)
 class Case:
-    """A load. `rate`: requests a second whatever is answered, else each connection sends when it was answered."""
+    """Describe a load. `rate`: requests a second whatever is answered; else each connection sends after each answer."""
 
     name: str
     kind: str = "mixed"
@@ -39,7 +37,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the tables: a server, or the upstream itself, and the model that it is asked for."""
+    """Describe a line of the tables: a server, or the upstream itself, and the model that is requested."""
 
     name: str
     model: str
@@ -58,7 +56,7 @@ class Outcome:
 
 @dataclass
 class Bench:
-    """Where rounds run. Each gets texts of its own: `_seed` moves on by more than one can use."""
+    """Run rounds. Each gets texts of its own: `_seed` moves on by more than one can use."""
 
     folder: Path
     cores: Cores
@@ -117,7 +115,7 @@ def latencies(measured: Measured) -> dict[str, float]:
 
 
 def rates(measured: Measured, case: Case, gateway_s: float) -> dict[str, float]:
-    """A stream counts for its fifty chunks, however many events a gateway makes of them."""
+    """Return rates. A stream counts for its fifty chunks, however many events a gateway makes of them."""
     per_s = measured.counted / measured.seconds
     cpu_ms = gateway_s * 1000 / measured.requests if measured.requests else math.nan
     found = {"per_s": per_s, "cpu_ms": cpu_ms}

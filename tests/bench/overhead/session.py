@@ -1,4 +1,4 @@
-"""A run: every server started alone and timed, then all at once for interleaved rounds, then each alone again."""
+"""Run the bench: start and time every server alone, then all at once for interleaved rounds, then each alone again."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def name_of(server: Server) -> str:
 
 
 def _time_starts(plan: Plan, bench: Bench, servers: Sequence[Server], results: Results) -> None:
-    """Alone, so that nothing that a process shares with others makes its memory look less."""
+    """Start each server alone, so that shared pages do not make its memory look smaller."""
     for number, server in product(range(plan.rounds), servers):
         console.echo_err(f"start {number + 1} of {plan.rounds}: {name_of(server)}")
         with running(server, bench.cores.gateway) as started:
@@ -109,7 +109,7 @@ def rows_of(server: Server, started: Running) -> list[Row]:
 
 
 def _find_rates(bench: Bench, rows: Sequence[Row], results: Results) -> None:
-    """Half of what ours does when it is asked all the time; for who does less, half of that. Warms everybody up."""
+    """Find the rates: half of what ours does at full load; for slower servers, half of that. Warms all of them up."""
     for case, saturating in RATES.items():
         most: dict[str, float] = {}
         for row in rows[1:]:

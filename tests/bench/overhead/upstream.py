@@ -1,7 +1,7 @@
-"""A model server that costs next to nothing: OpenAI's format from prepared bytes. The Python one of two.
+"""Serve OpenAI's format from prepared bytes, at next to no cost.
 
-`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed, as
-upstream.c does, which takes its place where there is a compiler. `write_answers` makes the records for both.
+`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed. upstream.c does
+the same and is used where there is a compiler. `write_answers` makes the records for both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-
 
 
 def plain() -> bytes:
-    """Fifty words."""
+    """Return an answer of fifty words."""
     message = {"role": "assistant", "content": "word " * CHUNKS}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
     body = json.dumps({**_BASE, "object": "chat.completion", "choices": [choice], "usage": USAGE}).encode()
@@ -30,20 +30,20 @@ def plain() -> bytes:
 
 
 def events(chunks: int = CHUNKS) -> list[bytes]:
-    """As OpenAI sends them: the role, the words, the end, the usage, [DONE]."""
+    """Return events as OpenAI sends them: the role, the words, the end, the usage, [DONE]."""
     base = {**_BASE, "object": "chat.completion.chunk"}
     deltas: list[dict[str, Any]] = [
         {"role": "assistant", "content": ""},
         *({"content": "word "} for _ in range(chunks)),
     ]
-    shown = [{**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-    shown.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-    shown.append({**base, "choices": [], "usage": USAGE})
-    return [b"data: %s\n\n" % json.dumps(event).encode() for event in shown] + [b"data: [DONE]\n\n"]
+    parts = [{**base, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    parts.append({**base, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    parts.append({**base, "choices": [], "usage": USAGE})
+    return [b"data: %s\n\n" % json.dumps(event).encode() for event in parts] + [b"data: [DONE]\n\n"]
 
 
 def write_answers(path: Path) -> Path:
-    """The plain answer, then the writes of a stream: the first with its head, the last with its end."""
+    """Write the plain answer, then the writes of a stream: the first with its head, the last with its end."""
     first, *others = [b"%x\r\n%s\r\n" % (len(event), event) for event in events()]
     with path.open("wb") as file:
         for record in (plain(), _STREAM_HEAD + first, *others[:-1], others[-1] + b"0\r\n\r\n"):
@@ -52,7 +52,7 @@ def write_answers(path: Path) -> Path:
 
 
 class Answering(asyncio.Protocol):
-    """Requests one after another on a kept-alive connection; of a body only what decides the answer is looked at."""
+    """Answer requests one after another on a kept-alive connection. Only what decides the answer is read of a body."""
 
     def __init__(self, records: list[bytes]) -> None:
         self._plain, *self._events = records
@@ -92,8 +92,8 @@ class Answering(asyncio.Protocol):
 
 
 def _pace_s(body: bytes) -> float:
-    stated = re.search(rb'"pace-(\d+)', body)
-    return int(stated[1]) / 1000 if stated else 0.0
+    pace = re.search(rb'"pace-(\d+)', body)
+    return int(pace[1]) / 1000 if pace else 0.0
 
 
 async def serve(records: list[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""Results to show: of a real study of toys, and by hand what such a study rarely has."""
+"""Results for the report: those of a study of toys, and by hand what such a study rarely has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def studied() -> Results:
 
 @pytest.fixture
 def partly(studied: Results) -> Results:
-    """Area is defined in two of the three trials."""
+    """Return results whose area is defined in two of the three trials."""
 
     def less(figures: MethodMetrics) -> MethodMetrics:
         return replace(figures, area=replace(figures.area, trials=2))
@@ -33,7 +33,7 @@ def partly(studied: Results) -> Results:
 
 @pytest.fixture
 def undefined(studied: Results) -> Results:
-    """The best model was the cheapest, in every trial, and nobody reached its quality."""
+    """Return results without an area: the best model was the cheapest in every trial."""
 
     def nothing(figures: MethodMetrics) -> MethodMetrics:
         nowhere = Curve(np.full(BUDGETS, NAN), np.full(BUDGETS, NAN))
@@ -50,7 +50,7 @@ def undefined(studied: Results) -> Results:
 
 @pytest.fixture
 def deployed(studied: Results) -> Results:
-    """What `evaluate_deployed` makes: one N, fewer methods, nothing chosen."""
+    """Return what `evaluate_deployed` makes: one N, fewer methods, nothing chosen."""
     kept = ("cheapest", "best_single", "random_mix", "ours", "oracle")
     return replace(
         studied,
@@ -64,7 +64,7 @@ def deployed(studied: Results) -> Results:
 
 @pytest.fixture
 def named_badly(studied: Results) -> Results:
-    """By somebody who would like to run a script in the reader's browser."""
+    """Return results whose names try to run a script in the reader's browser."""
     heat_map = studied.heat_map
     clusters = ("</script><script>alert(2)</script>", *heat_map.clusters[1:])
     return replace(

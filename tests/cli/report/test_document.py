@@ -1,5 +1,3 @@
-"""What a script reads of a study."""
-
 from __future__ import annotations
 
 import json
@@ -16,7 +14,7 @@ BOUNDED = ("area", "paper_area", "paper_area_half", "peak", "qnc", "perf_gain", 
 
 
 def read(results: Results, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """As it comes out of the command."""
+    """Return the document as the command prints it."""
     emit_json(document(results))
     return dict(json.loads(capsys.readouterr().out))
 
@@ -30,10 +28,10 @@ def test_every_method_has_every_figure_at_every_n(studied: Results, capsys: pyte
 
 
 def test_qualities_are_a_hundredfold_and_shares_are_not(studied: Results, capsys: pytest.CaptureFixture[str]) -> None:
-    shown, figures = read(studied, capsys)["methods"]["ours"]["20"], studied.methods["ours"][20]
-    assert shown["area"] == pytest.approx(100 * figures.area.mean)
-    assert shown["peak_high"] == pytest.approx(100 * figures.peak.high)
-    assert (shown["qnc"], shown["reached"]) == pytest.approx((figures.qnc.mean, figures.reached))
+    printed, figures = read(studied, capsys)["methods"]["ours"]["20"], studied.methods["ours"][20]
+    assert printed["area"] == pytest.approx(100 * figures.area.mean)
+    assert printed["peak_high"] == pytest.approx(100 * figures.peak.high)
+    assert (printed["qnc"], printed["reached"]) == pytest.approx((figures.qnc.mean, figures.reached))
 
 
 def test_differences_and_choices_are_areas_too(studied: Results, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,3 @@
-"""The page of a study."""
-
 from __future__ import annotations
 
 import json
@@ -14,12 +12,12 @@ from router_core.evaluation.study import Results
 
 
 class Page(HTMLParser):
-    """What a browser would make of it."""
+    """Parse the page as a browser would."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self.figures: dict[str, Any] = {}
         self.feed(text)
 
@@ -33,7 +31,7 @@ class Page(HTMLParser):
         if attributes.get("id") == "figures":
             self.figures = json.loads(data)
         elif tag not in {"script", "style"}:
-            self.said.append(data.strip())
+            self.texts.append(data.strip())
 
 
 def opened(results: Results, folder: Path) -> Page:
@@ -66,7 +64,7 @@ def test_names_from_files_are_shown_and_never_run(named_badly: Results, tmp_path
     page = opened(named_badly, tmp_path)
     assert [tag for tag, _ in page.tags].count("script") == 3
     assert "img" not in {tag for tag, _ in page.tags}
-    assert any("<img src=x" in text for text in page.said)
+    assert any("<img src=x" in text for text in page.texts)
     axes = page.figures["heat"][""]["layout"]
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in axes["xaxis"]["ticktext"]
     assert "&lt;/script&gt;&lt;script&gt;alert(2)&lt;/script&gt;" in axes["yaxis"]["ticktext"]
@@ -83,7 +81,7 @@ def test_the_heat_map_puts_the_best_model_and_the_hardest_cluster_first(studied:
 
 def test_without_an_area_in_any_trial_the_page_says_so_and_draws_no_line(undefined: Results, tmp_path: Path) -> None:
     page = opened(undefined, tmp_path)
-    assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in page.said
+    assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in page.texts
     assert list(page.figures) == ["heat"]
 
 

@@ -1,5 +1,3 @@
-"""The picture of a study."""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -14,7 +12,7 @@ TEXT = "{http://www.w3.org/2000/svg}text"
 
 
 def texts(path: Path) -> list[str]:
-    """Of a file that is an XML document."""
+    """Return the texts of an SVG file."""
     return ["".join(element.itertext()).strip() for element in ElementTree.parse(path).iter(TEXT)]
 
 
@@ -30,8 +28,8 @@ def test_the_same_results_make_the_same_bytes(studied: Results, tmp_path: Path) 
 
 
 def test_it_is_small_and_names_what_it_shows(studied: Results, tmp_path: Path) -> None:
-    said = drawn(studied, tmp_path / "it.svg")
-    assert {"ours", "K-means, raw (UniRoute)", "best single model", "Area ×100"} <= set(said)
+    drawn_texts = drawn(studied, tmp_path / "it.svg")
+    assert {"ours", "K-means, raw (UniRoute)", "best single model", "Area ×100"} <= set(drawn_texts)
     assert (tmp_path / "it.svg").stat().st_size < 100_000
 
 

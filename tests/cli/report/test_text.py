@@ -1,5 +1,3 @@
-"""What a study says in the terminal."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -13,34 +11,34 @@ from router_core.evaluation.study import ESTIMATED, METHODS, Estimate, Results
 
 
 @pytest.fixture
-def told(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> list[str]:
-    """The lines that are said of the results which the test names."""
+def printed(capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest) -> list[str]:
+    """Return the printed lines of the results that the test names."""
     print_summary(request.getfixturevalue(request.param))
     return capsys.readouterr().out.splitlines()
 
 
 def of(results: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("told", [results], indirect=True)
+    return pytest.mark.parametrize("printed", [results], indirect=True)
 
 
-def row(told: list[str], first: str) -> str:
-    """The first row that begins so."""
-    return next(line for line in told if line.strip().startswith(first))
+def row(printed: list[str], first: str) -> str:
+    """Return the first row that begins so."""
+    return next(line for line in printed if line.strip().startswith(first))
 
 
 @of("studied")
-def test_what_was_run_is_said_first(told: list[str]) -> None:
-    assert told[:3] == [
+def test_what_was_run_is_said_first(printed: list[str]) -> None:
+    assert printed[:3] == [
         "toy.jsonl: 60 prompts, 2 models.",
         "In each of 3 trials (seed 0) all 2 models are new, and none is known.",
         "A new model is seen through its answers to N prompts; 18 others are routed, among the new models.",
     ]
-    assert told[3] == "The file has no lengths of answers: the prompt alone is billed."
+    assert printed[3] == "The file has no lengths of answers: the prompt alone is billed."
 
 
 @of("studied")
-def test_every_method_has_its_area_at_every_n(told: list[str]) -> None:
-    assert [row(told, look.label).count("[") for look in LOOKS.values()] == [3] * len(LOOKS)
+def test_every_method_has_its_area_at_every_n(printed: list[str]) -> None:
+    assert [row(printed, look.label).count("[") for look in LOOKS.values()] == [3] * len(LOOKS)
 
 
 def test_every_method_of_a_study_has_a_name_in_the_same_order() -> None:
@@ -56,7 +54,7 @@ def test_a_figure_is_shown_a_hundredfold_with_its_interval(
 
 
 def where_ridge_is_close(studied: Results, *, by: float = -0.002) -> Results:
-    """Only the estimating rivals are behind by more, and a single model is far behind."""
+    """Return results where only the estimating rivals are behind by more, and a single model is far behind."""
     apart = {method: dict.fromkeys((10, 20, 40), Difference(0.01, 0.0, 0.02)) for method in studied.differences}
     return replace(studied, differences=apart | {"ridge": dict.fromkeys((10, 20, 40), Difference(by, -0.01, 0.01))})
 
@@ -65,10 +63,10 @@ def test_the_best_rival_is_the_one_that_ours_is_least_ahead_of(
     studied: Results, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print_summary(where_ridge_is_close(studied))
-    said = capsys.readouterr().out.splitlines()
-    assert row(said, "* the best rival").split()[4:] == ["ridge"] * 3
-    assert row(said, "less the best rival").count("-0.20 [-1.00, +1.00]") == 3
-    assert [line.count("*") for line in said if line.strip().startswith("less ")].count(3) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert row(lines, "* the best rival").split()[4:] == ["ridge"] * 3
+    assert row(lines, "less the best rival").count("-0.20 [-1.00, +1.00]") == 3
+    assert [line.count("*") for line in lines if line.strip().startswith("less ")].count(3) == 1
 
 
 def test_only_a_method_that_estimates_errors_can_be_the_best_rival(studied: Results) -> None:
@@ -86,27 +84,29 @@ def test_the_finding_is_of_the_n_in_the_middle(studied: Results) -> None:
 
 
 @of("partly")
-def test_trials_without_an_area_are_counted(told: list[str]) -> None:
-    assert "Area is undefined in 1 of 3 trials: the best new model was the cheapest. The others are averaged." in told
+def test_trials_without_an_area_are_counted(printed: list[str]) -> None:
+    assert (
+        "Area is undefined in 1 of 3 trials: the best new model was the cheapest. The others are averaged." in printed
+    )
 
 
 @of("undefined")
-def test_what_no_trial_defines_is_a_dash(told: list[str]) -> None:
-    assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in told
-    assert row(told, "ours ").split()[1:] == ["–"] * 3
-    assert "nan" not in "\n".join(told)
+def test_what_no_trial_defines_is_a_dash(printed: list[str]) -> None:
+    assert "Area is undefined in 3 of 3 trials: the best new model was the cheapest." in printed
+    assert row(printed, "ours ").split()[1:] == ["–"] * 3
+    assert "nan" not in "\n".join(printed)
 
 
 @of("studied")
-def test_chosen_prompts_stand_beside_random_ones(told: list[str]) -> None:
-    assert row(told, "N  ").split() == ["N", "chosen", "random", "chosen", "less", "random"]
-    assert [line.count("[") for line in told[-3:]] == [3, 3, 3]
+def test_chosen_prompts_stand_beside_random_ones(printed: list[str]) -> None:
+    assert row(printed, "N  ").split() == ["N", "chosen", "random", "chosen", "less", "random"]
+    assert [line.count("[") for line in printed[-3:]] == [3, 3, 3]
 
 
 @of("deployed")
-def test_of_deployed_profiles_no_trial_is_told_and_no_choice(told: list[str]) -> None:
-    assert "500 bootstrap draws" in told[3]
-    assert [line for line in told if "trial" in line or "chosen" in line or "best rival" in line] == []
+def test_of_deployed_profiles_no_trial_is_told_and_no_choice(printed: list[str]) -> None:
+    assert "500 bootstrap draws" in printed[3]
+    assert [line for line in printed if "trial" in line or "chosen" in line or "best rival" in line] == []
 
 
 def test_the_table_for_one_n_is_of_the_n_that_is_asked_for(

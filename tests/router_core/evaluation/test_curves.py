@@ -23,7 +23,7 @@ from router_core.evaluation.curves import (
 
 
 def a_curve(*points: tuple[float, float]) -> Curve:
-    """(cost, quality) in order of λ."""
+    """Build (cost, quality) pairs in order of λ."""
     costs, qualities = zip(*points, strict=True)
     return Curve(np.array(costs, dtype=float), np.array(qualities, dtype=float))
 
@@ -38,7 +38,7 @@ def within(curve: Curve, *budgets: float) -> list[float]:
 
 
 def literally(curve: Curve, budget: float) -> float:
-    """The definition, one point after the other."""
+    """Apply the definition, one point after the other."""
     points = list(zip(curve.costs.tolist(), curve.qualities.tolist(), strict=True))
     for number, (cost, quality) in enumerate(points):
         if cost <= budget * (1 + 1e-12):

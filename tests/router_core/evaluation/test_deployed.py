@@ -18,7 +18,7 @@ from router_core.pool import Pool
 from router_core.types import Price
 from tests.router_core.makers import a_candidate, a_pool, an_assignment
 
-CHEAP, DEAR = Price(0.0, 1e-4), Price(0.0, 11e-4)
+CHEAP, EXPENSIVE = Price(0.0, 1e-4), Price(0.0, 11e-4)
 LENGTHS = {"cheap": 100, "dear": 100}
 RIGHT = {"cheap": 1.0, "dear": 1.0}
 HARD = {"cheap": 0.0, "dear": 1.0}
@@ -26,15 +26,15 @@ HARD = {"cheap": 0.0, "dear": 1.0}
 
 def the_pool(*more: Any) -> Pool:
     cheap = a_candidate("cheap", (0.0, 1.0, 0.5), CHEAP)
-    return a_pool(cheap, a_candidate("dear", (0.0, 0.0, 0.0), DEAR), *more)
+    return a_pool(cheap, a_candidate("dear", (0.0, 0.0, 0.0), EXPENSIVE), *more)
 
 
 def the_outcomes(*scores: Mapping[str, float], lengths: bool = True) -> Outcomes:
     rows = [
-        {"prompt": f"p{number}", "scores": asked, "output_tokens": {name: 100 for name in asked if lengths}}
-        for number, asked in enumerate(scores or (RIGHT, RIGHT, HARD, HARD))
+        {"prompt": f"p{number}", "scores": scored, "output_tokens": {name: 100 for name in scored if lengths}}
+        for number, scored in enumerate(scores or (RIGHT, RIGHT, HARD, HARD))
     ]
-    prices = {"cheap": CHEAP, "dear": DEAR, "other": CHEAP}
+    prices = {"cheap": CHEAP, "dear": EXPENSIVE, "other": CHEAP}
     names = {name for row in rows for name in row["scores"]}
     return outcomes_from_rows([("a line", row) for row in rows], {name: prices[name] for name in names})
 
@@ -94,7 +94,7 @@ def test_models_that_only_one_side_has_are_ignored_or_reported(tmp_path: Path) -
     path.write_text("\n".join(map(json.dumps, lines)))
     outcomes, common = read_deployed(path, the_pool(a_candidate("new"), a_candidate("unpriced", price=None)))
     assert (common.models, common.only_scored, common.only_deployed) == (("cheap", "dear"), ("gone",), ("new",))
-    assert (outcomes.prompts, outcomes.models, outcomes.prices) == (("p",), ("cheap", "dear"), (CHEAP, DEAR))
+    assert (outcomes.prompts, outcomes.models, outcomes.prices) == (("p",), ("cheap", "dear"), (CHEAP, EXPENSIVE))
     with pytest.raises(InvalidInput, match=r"Both: dear\. Only scored: cheap, gone\. Only deployed: new"):
         read_deployed(path, a_pool(a_candidate("dear"), a_candidate("new")))
 

@@ -1,5 +1,3 @@
-"""Rival methods on prompts whose answers are known by hand."""
-
 from __future__ import annotations
 
 import numpy as np
@@ -17,14 +15,14 @@ from router_core.evaluation.baselines import (
 from router_core.evaluation.cluster_methods import hiershrink, kmeans_raw, learned_map, nested_rates
 from router_core.evaluation.trials import LabelledSample, Method
 from router_core.types import Doubles, Floats
-from tests.router_core.evaluation.toys import a_known, asked
+from tests.router_core.evaluation.toys import a_known, a_sample
 
 RIVALS = (knn, ridge, hiershrink, learned_map)
 NAN = float("nan")
 
 
 def clumps(each: int, noise: float = 0.05) -> Floats:
-    """(2·each, 4) of unit length: the first half about one axis, the second about another."""
+    """Draw (2·each, 4) unit vectors: the first half about one axis, the second about another."""
     vectors = np.random.default_rng(0).normal(0.0, noise, (2 * each, 4))
     vectors[:each, 0] += 1.0
     vectors[each:, 1] += 1.0
@@ -32,7 +30,7 @@ def clumps(each: int, noise: float = 0.05) -> Floats:
 
 
 def right_on_the_first(each: int) -> Doubles:
-    """(2·each, 1) scores."""
+    """Return (2·each, 1) scores."""
     return np.repeat([[1.0], [0.0]], each, axis=0)
 
 
@@ -48,20 +46,20 @@ def circle(count: int) -> Floats:
 
 def test_knn_averages_five_neighbours_and_the_mean_with_the_weight_of_five_labels() -> None:
     vectors = clumps(10)
-    answers = asked(range(20), right_on_the_first(10).tolist())
+    answers = a_sample(range(20), right_on_the_first(10).tolist())
     expected = neighbour_means(vectors[[0, 19]] @ vectors.T, answers, 5)
     assert expected[:, 0].tolist() == pytest.approx([(0 + 5 * 0.5) / 10, (5 + 5 * 0.5) / 10])
 
 
 def test_neighbours_without_a_label_are_replaced_by_the_next() -> None:
     cosines = np.array([[0.9, 0.8, 0.1]], dtype=np.float32)
-    expected = neighbour_means(cosines, asked(range(3), [[NAN], [1.0], [0.0]]), 1)
+    expected = neighbour_means(cosines, a_sample(range(3), [[NAN], [1.0], [0.0]]), 1)
     assert expected.item() == pytest.approx((0 + 5 * 0.5) / 6)
 
 
 def test_a_left_out_prompt_is_neither_its_own_neighbour_nor_in_the_mean() -> None:
     cosines = np.array([[-np.inf, 0.9], [0.9, -np.inf]], dtype=np.float32)
-    expected = neighbour_means(cosines, asked(range(2), [[1.0], [0.0]]), 5)
+    expected = neighbour_means(cosines, a_sample(range(2), [[1.0], [0.0]]), 5)
     assert expected[:, 0].tolist() == pytest.approx([(1 + 5 * 0.75) / 6, (0 + 5 * 0.25) / 6])
 
 
@@ -79,12 +77,12 @@ def test_known_models_decide_the_number_of_neighbours() -> None:
 
 def test_ridge_adds_a_shrunk_slope_to_the_mean() -> None:
     seen = np.array([[1.0], [-1.0]])
-    expected = linear_errors(seen, asked(range(2), [[0.0], [1.0]]), np.array([[1.0]], dtype=np.float32), 1.0)
+    expected = linear_errors(seen, a_sample(range(2), [[0.0], [1.0]]), np.array([[1.0]], dtype=np.float32), 1.0)
     assert expected.item() == pytest.approx(0.5 + 1 / (2 + 1))
 
 
 def test_ridge_is_the_same_solved_over_prompts_or_dimensions() -> None:
-    seen, labels = np.array([[1.0], [-1.0], [0.6]]), asked(range(3), [[0.0], [1.0], [0.0]])
+    seen, labels = np.array([[1.0], [-1.0], [0.6]]), a_sample(range(3), [[0.0], [1.0], [0.0]])
     padded = np.pad(seen, ((0, 0), (0, 4)))
     narrow = linear_errors(seen, labels, seen.astype(np.float32), 3.0)
     assert linear_errors(padded, labels, padded.astype(np.float32), 3.0) == pytest.approx(narrow)
@@ -116,8 +114,8 @@ def test_left_out_losses_equal_those_of_refitting_without_each_prompt() -> None:
 def test_without_known_models_ridge_fits_a_relation_and_not_noise() -> None:
     vectors = circle(40).astype(np.float64)
     line, lot = 0.5 + 0.4 * vectors[:, [0]], np.random.default_rng(3).random((40, 1)).round()
-    assert best_strength(vectors, asked(range(40), line.tolist())) == min(STRENGTHS)
-    assert best_strength(vectors, asked(range(40), lot.tolist())) == max(STRENGTHS)
+    assert best_strength(vectors, a_sample(range(40), line.tolist())) == min(STRENGTHS)
+    assert best_strength(vectors, a_sample(range(40), lot.tolist())) == max(STRENGTHS)
 
 
 def test_fine_rates_are_shrunk_to_the_coarse_rate_and_that_to_the_mean() -> None:
@@ -165,7 +163,7 @@ def test_unlabelled_prompts_are_left_out_and_not_counted_as_wrong(method: Method
 def test_six_prompts_are_enough_for_every_method(method: Method, known_models: int) -> None:
     vectors = clumps(3)
     known = a_known(vectors, np.tile(right_on_the_first(3), known_models))
-    expected = method(known)(asked([0, 5], [[1.0], [0.0]]), vectors)
+    expected = method(known)(a_sample([0, 5], [[1.0], [0.0]]), vectors)
     assert ((expected >= 0) & (expected <= 1)).all()
 
 

@@ -1,5 +1,3 @@
-"""Routers that ignore the prompt, k-means and the product, on numbers that can be checked by hand."""
-
 from __future__ import annotations
 
 from dataclasses import replace
@@ -18,7 +16,7 @@ from router_core.evaluation.trials import Method, cost_weights, draw_trial
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Floats, Price, Requirements
-from tests.router_core.evaluation.toys import SIX, a_known, a_plan, asked, two_kinds, vectors_of
+from tests.router_core.evaluation.toys import SIX, a_known, a_plan, a_sample, two_kinds, vectors_of
 
 EXPECTED_ERRORS, EXPECTED_CENTS = np.array([0.6, 0.1, 0.3]), np.array([1.0, 9.0, 3.0])
 # The truth: the third model is the best, though the second was expected to be.
@@ -26,9 +24,9 @@ COSTS, QUALITIES = np.array([2.0, 8.0, 4.0]), np.array([0.5, 0.7, 0.8])
 A, B = np.eye(2, dtype=np.float32)
 
 
-def kinds(said: str) -> Floats:
-    """ "ab": a prompt on the first axis, and one on the second."""
-    return np.stack([A if kind == "a" else B for kind in said])
+def kinds(letters: str) -> Floats:
+    """Return one vector for each letter: "ab" is a prompt on the first axis, and one on the second."""
+    return np.stack([A if kind == "a" else B for kind in letters])
 
 
 def test_cheapest_is_one_point_the_model_expected_to_be_cheapest() -> None:
@@ -69,7 +67,7 @@ def test_no_model_lies_above_the_hull(points: list[tuple[float, float]]) -> None
 )
 def test_kmeans_rates_are_those_of_the_prompts_in_the_cluster(method: Method, rates: tuple[float, ...]) -> None:
     """The first model: one of two wrong on "a", its one "b" right. The second was never labelled."""
-    seen = asked([0, 1, 4], [[1.0, np.nan], [0.0, np.nan], [1.0, np.nan]])
+    seen = a_sample([0, 1, 4], [[1.0, np.nan], [0.0, np.nan], [1.0, np.nan]])
     expected = method(a_known(kinds("aaaabbbb")))(seen, kinds("ab"))
     assert expected.T.ravel() == pytest.approx(rates)
 
@@ -78,7 +76,7 @@ def test_kmeans_uses_the_number_of_clusters_that_is_best_for_known_models() -> N
     """Eight kinds; the known models tell four of them from the others, which four clusters cannot."""
     vectors = np.tile(np.eye(8, dtype=np.float32), (12, 1))
     right = np.tile([1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0], 12)
-    seen = asked(range(48), right[:48, None].tolist())
+    seen = a_sample(range(48), right[:48, None].tolist())
     expected = kmeans_raw(a_known(vectors, np.stack([right, 1.0 - right], axis=1)))(seen, vectors[:8])
     assert np.abs(expected[:, 0] - (1.0 - right[:8])).mean() < 0.2
 
@@ -90,7 +88,7 @@ def test_there_are_no_more_clusters_than_distinct_vectors() -> None:
 
 def test_the_product_learns_errors_and_answer_lengths_per_cluster() -> None:
     deployment = Deployment(a_known(kinds("ab" * 20)))
-    seen = replace(asked(range(40), [[1.0, 0.0], [0.0, 1.0]] * 20), output_tokens=np.array([[10.0, 30.0]] * 40))
+    seen = replace(a_sample(range(40), [[1.0, 0.0], [0.0, 1.0]] * 20), output_tokens=np.array([[10.0, 30.0]] * 40))
     pool = deployment.pool(seen, (Price(1e-6, 2e-6), Price(3e-6, 4e-6)))
     placed = deployment.cluster_map.assign(kinds("ab"))
     assert placed.expected(pool.errors) == pytest.approx(np.array([[0.0, 1.0], [1.0, 0.0]]), abs=0.1)
@@ -101,7 +99,7 @@ def test_the_product_learns_errors_and_answer_lengths_per_cluster() -> None:
 def test_many_models_keep_their_order() -> None:
     deployment = Deployment(a_known(kinds("ab" * 6)))
     scores = np.tile(np.arange(12.0) / 11, (12, 1))
-    pool = deployment.pool(asked(range(12), scores.tolist()), [Price(number * 1e-6, 0.0) for number in range(12)])
+    pool = deployment.pool(a_sample(range(12), scores.tolist()), [Price(number * 1e-6, 0.0) for number in range(12)])
     assert pool.prices.input.tolist() == [number * 1e-6 for number in range(12)]
     assert (np.diff(pool.mean_errors) < 0).all()
 
@@ -132,7 +130,7 @@ def test_the_evaluated_profiles_are_those_that_would_be_served() -> None:
 
 
 def serve(pool: Pool, placed: Assignment, row: int, prompt_tokens: float, cost_weight: float) -> int:
-    """One request, as the proxy decides it."""
+    """Decide one request as the proxy does."""
     alone = Assignment(placed.ids[[row]], placed.weights[[row]])
     needs = Requirements(prompt_tokens=int(prompt_tokens))
     return pool.index[rank(eligible(pool, needs), alone, needs, ScoringParams(cost_weight, cost_unit="cents")).chosen]

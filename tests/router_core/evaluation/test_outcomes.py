@@ -33,13 +33,13 @@ def some_outcomes(*rows: Mapping[str, Any], prices: Mapping[str, Price] = PRICES
     return outcomes_from_rows(((f"line {number}", row) for number, row in enumerate(rows, 1)), prices)
 
 
-def asked(prompt: str, scores: Mapping[str, float], **more: Any) -> dict[str, Any]:
+def a_row(prompt: str, scores: Mapping[str, float], **more: Any) -> dict[str, Any]:
     return {"prompt": prompt, "scores": scores, **more}
 
 
 def test_models_are_sorted_and_unasked_ones_are_unlabelled() -> None:
     outcomes = some_outcomes(
-        asked("a" * 8, {"small": 0.25, "large": 1}, source="letters"), asked("b" * 40, {"small": 1})
+        a_row("a" * 8, {"small": 0.25, "large": 1}, source="letters"), a_row("b" * 40, {"small": 1})
     )
     assert (outcomes.prompts, outcomes.models) == (("a" * 8, "b" * 40), ("large", "small"))
     np.testing.assert_array_equal(outcomes.scores, [[1.0, 0.25], [NAN, 1.0]])
@@ -50,10 +50,10 @@ def test_models_are_sorted_and_unasked_ones_are_unlabelled() -> None:
 def test_a_repeated_prompt_is_one_with_the_mean_of_its_figures() -> None:
     """Else it could be learned from and tested on."""
     outcomes = some_outcomes(
-        asked("same", {"small": 1.0, "large": 0.5}, output_tokens={"small": 10}),
-        asked("other", {"small": 0.0}),
-        asked("same", {"small": 0.0}, output_tokens={"small": 30, "large": 5}, source="late"),
-        asked("same", {"small": 0.5}, source="later"),
+        a_row("same", {"small": 1.0, "large": 0.5}, output_tokens={"small": 10}),
+        a_row("other", {"small": 0.0}),
+        a_row("same", {"small": 0.0}, output_tokens={"small": 30, "large": 5}, source="late"),
+        a_row("same", {"small": 0.5}, source="later"),
     )
     assert (outcomes.prompts, outcomes.sources) == (("same", "other"), ("late", ""))
     np.testing.assert_array_equal(outcomes.scores, [[0.5, 0.5], [NAN, 0.0]])
@@ -61,26 +61,26 @@ def test_a_repeated_prompt_is_one_with_the_mean_of_its_figures() -> None:
 
 
 def test_files_of_one_model_each_can_be_joined() -> None:
-    outcomes = some_outcomes(asked("q", {"small": 0.0}), asked("r", {"small": 1.0}), asked("q", {"large": 1.0}))
+    outcomes = some_outcomes(a_row("q", {"small": 0.0}), a_row("r", {"small": 1.0}), a_row("q", {"large": 1.0}))
     np.testing.assert_array_equal(outcomes.scores, [[1.0, 0.0], [NAN, 1.0]])
 
 
 def test_an_answer_costs_its_prompt_and_its_measured_length() -> None:
-    outcomes = some_outcomes(asked("a" * 8, BOTH, output_tokens={"small": 5, "large": 7}))
+    outcomes = some_outcomes(a_row("a" * 8, BOTH, output_tokens={"small": 5, "large": 7}))
     np.testing.assert_array_equal(outcomes.usd(), [[2 * 3 + 7 * 30, 2 * 1 + 5 * 10]])
 
 
 def test_an_unmeasured_length_is_the_models_mean_and_without_any_the_prompt_alone_is_billed() -> None:
     outcomes = some_outcomes(
-        asked("a" * 4, BOTH, output_tokens={"small": 2}),
-        asked("b" * 4, BOTH, output_tokens={"small": 4}),
-        asked("c" * 4, BOTH),
+        a_row("a" * 4, BOTH, output_tokens={"small": 2}),
+        a_row("b" * 4, BOTH, output_tokens={"small": 4}),
+        a_row("c" * 4, BOTH),
     )
     np.testing.assert_array_equal(outcomes.usd(), [[3.0, 21.0], [3.0, 41.0], [3.0, 31.0]])
 
 
 def test_selecting_keeps_prompts_models_and_figures_together() -> None:
-    outcomes = some_outcomes(*(asked(letter * 4 * (n + 1), BOTH, source=letter) for n, letter in enumerate("abc")))
+    outcomes = some_outcomes(*(a_row(letter * 4 * (n + 1), BOTH, source=letter) for n, letter in enumerate("abc")))
     part = outcomes.select(np.array([2, 0]), np.array([1]))
     assert (part.prompts, part.models, part.sources) == (("c" * 12, "aaaa"), ("small",), ("c", "a"))
     np.testing.assert_array_equal(part.usd(), [[3.0], [1.0]])
@@ -89,51 +89,51 @@ def test_selecting_keeps_prompts_models_and_figures_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         ([], "the outcomes: there is no prompt in it"),
-        ([asked("q", {"small": 1})], "the outcomes: 'small' is the only model scored; routing needs two models"),
-        ([asked("q", BOTH), asked("r", {"smal": 1})], "line 2: 'smal' is scored but has no price"),
-        ([asked("q", BOTH), asked("r", {"smal": 1})], "did you mean 'small'?"),
-        ([asked("q", {"large": 1, "tiny": 1})], "line 1: 'tiny' is scored but has no price; add it to the prices"),
-        ([asked("q", BOTH, output_tokens={"smalll": 4})], "line 1: output_tokens has 'smalll', which no line scores"),
-        ([asked("q", BOTH), asked("r", {"small": 2})], "line 2: scores['small']"),
+        ([a_row("q", {"small": 1})], "the outcomes: 'small' is the only model scored; routing needs two models"),
+        ([a_row("q", BOTH), a_row("r", {"smal": 1})], "line 2: 'smal' is scored but has no price"),
+        ([a_row("q", BOTH), a_row("r", {"smal": 1})], "did you mean 'small'?"),
+        ([a_row("q", {"large": 1, "tiny": 1})], "line 1: 'tiny' is scored but has no price; add it to the prices"),
+        ([a_row("q", BOTH, output_tokens={"smalll": 4})], "line 1: output_tokens has 'smalll', which no line scores"),
+        ([a_row("q", BOTH), a_row("r", {"small": 2})], "line 2: scores['small']"),
     ],
 )
-def test_errors_name_the_line_or_the_model(rows: Sequence[Mapping[str, Any]], told: str) -> None:
-    with pytest.raises(InvalidOutcomes, match=re.escape(told)):
+def test_errors_name_the_line_or_the_model(rows: Sequence[Mapping[str, Any]], message: str) -> None:
+    with pytest.raises(InvalidOutcomes, match=re.escape(message)):
         some_outcomes(*rows)
 
 
 def test_a_model_without_labels_is_named_not_left_out() -> None:
     with pytest.raises(InvalidOutcomes, match="'third' is priced but no line of the outcomes scores it; take it out"):
-        some_outcomes(asked("q", BOTH), prices=PRICES | {"third": Price(1.0, 1.0)})
+        some_outcomes(a_row("q", BOTH), prices=PRICES | {"third": Price(1.0, 1.0)})
     many = {f"m{n:02}": Price(1.0, 1.0) for n in range(40)}
     with pytest.raises(InvalidOutcomes, match=r"'m00' is priced .*'m01', 'm02', 'm03', 'm04', 'm05' and 34 more$"):
-        some_outcomes(asked("q", BOTH), prices=PRICES | many)
+        some_outcomes(a_row("q", BOTH), prices=PRICES | many)
 
 
 def test_files_are_read_with_their_names_in_every_message(tmp_path: Path) -> None:
     prices = {name: {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6} for name in BOTH}
     (tmp_path / "prices.json").write_text(json.dumps(prices))
     outcomes = tmp_path / "outcomes.jsonl.gz"
-    outcomes.write_bytes(gzip.compress(json.dumps(asked("abcd", BOTH)).encode()))
+    outcomes.write_bytes(gzip.compress(json.dumps(a_row("abcd", BOTH)).encode()))
     assert read_outcomes(outcomes, tmp_path / "prices.json").usd() == pytest.approx(1e-6)
     outcomes.write_bytes(b"\n\n")
     with pytest.raises(InvalidOutcomes, match=re.escape(f"{outcomes}: there is no prompt in it")):
         read_outcomes(outcomes, tmp_path / "prices.json")
-    outcomes.write_bytes(json.dumps(asked("q", {"small": 1, "tiny": 1})).encode())
+    outcomes.write_bytes(json.dumps(a_row("q", {"small": 1, "tiny": 1})).encode())
     with pytest.raises(InvalidOutcomes, match=r"gz, line 1: 'tiny' is scored.*add it to .*prices\.json"):
         read_outcomes(outcomes, tmp_path / "prices.json")
 
 
 @given(st.lists(st.tuples(st.sampled_from("pqrs"), st.sampled_from(["small", "large"]), st.floats(0, 1)), max_size=30))
-def test_joined_lines_are_means_in_the_unit_interval(told: list[tuple[str, str, float]]) -> None:
-    rows = [asked("base", BOTH), *(asked(prompt, {model: score}) for prompt, model, score in told)]
+def test_joined_lines_are_means_in_the_unit_interval(joined: list[tuple[str, str, float]]) -> None:
+    rows = [a_row("base", BOTH), *(a_row(prompt, {model: score}) for prompt, model, score in joined)]
     outcomes = some_outcomes(*rows)
     assert len(set(outcomes.prompts)) == len(outcomes.prompts) == len({row["prompt"] for row in rows})
-    for prompt, model in {(prompt, model) for prompt, model, _ in told}:
-        mean = np.mean([score for *where, score in told if where == [prompt, model]])
+    for prompt, model in {(prompt, model) for prompt, model, _ in joined}:
+        mean = np.mean([score for *where, score in joined if where == [prompt, model]])
         found = outcomes.scores[outcomes.prompts.index(prompt), outcomes.models.index(model)]
         assert found == pytest.approx(mean)
         assert 0 <= found <= 1
@@ -167,7 +167,7 @@ def test_figures_that_are_not_stated_are_absent_and_not_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "told"),
+    ("broken", "message"),
     [
         ({"scores": {"small": 1}}, '"prompt"'),
         (row(prompt=" \n"), '"prompt"'),
@@ -190,8 +190,8 @@ def test_figures_that_are_not_stated_are_absent_and_not_zero() -> None:
         (row(scores={"\ud800": 1}), "scores names '\\ud800', a lone surrogate"),
     ],
 )
-def test_an_unusable_row_is_refused_with_its_line_and_value(broken: dict[str, Any], told: str) -> None:
-    with pytest.raises(InvalidOutcomes, match=rf"^line 7: .*{re.escape(told)}"):
+def test_an_unusable_row_is_refused_with_its_line_and_value(broken: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidOutcomes, match=rf"^line 7: .*{re.escape(message)}"):
         parse_row("line 7", broken)
 
 
@@ -209,7 +209,7 @@ def test_gzip_is_recognised_by_content_and_not_by_name(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    ("second", "told"),
+    ("second", "message"),
     [
         (b"{'prompt': 1}", "is not JSON"),
         (b"[1]", r"must be a JSON object; got \[1\]"),
@@ -220,9 +220,9 @@ def test_gzip_is_recognised_by_content_and_not_by_name(tmp_path: Path, name: str
         (b'{"prompt": "caf\xe9"}', "is not UTF-8 text at byte 16"),
     ],
 )
-def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, second: bytes, told: str) -> None:
+def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, second: bytes, message: str) -> None:
     path = written(tmp_path, LINE + b"\n" + second)
-    with pytest.raises(InvalidOutcomes, match=rf"^{re.escape(str(path))}, line 2: {told}"):
+    with pytest.raises(InvalidOutcomes, match=rf"^{re.escape(str(path))}, line 2: {message}"):
         list(read_rows(path))
 
 
@@ -265,7 +265,7 @@ def test_prices_have_litellms_names_and_other_fields_are_ignored(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("price", "told"),
+    ("price", "message"),
     [
         ({"output_cost_per_token": 3e-6}, "lacks input_cost_per_token"),
         (FULL | {"output_cost_per_token": None}, "lacks output_cost_per_token"),
@@ -277,14 +277,14 @@ def test_prices_have_litellms_names_and_other_fields_are_ignored(tmp_path: Path)
         (3e-6, "must be an object"),
     ],
 )
-def test_an_unusable_price_is_refused_with_its_model(tmp_path: Path, price: object, told: str) -> None:
+def test_an_unusable_price_is_refused_with_its_model(tmp_path: Path, price: object, message: str) -> None:
     path = written_prices(tmp_path, {"fine": FULL, "large": price})
-    with pytest.raises(InvalidOutcomes, match=rf"prices\.json: the price of 'large'.*{re.escape(told)}"):
+    with pytest.raises(InvalidOutcomes, match=rf"prices\.json: the price of 'large'.*{re.escape(message)}"):
         read_prices(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b'{"a":\n1 2}', "is not JSON (Expecting ',' delimiter at line 2, column 3)"),
         (b"[]", "must be a JSON object"),
@@ -292,8 +292,8 @@ def test_an_unusable_price_is_refused_with_its_model(tmp_path: Path, price: obje
         (b"\x1f\x8b\x08", "is not UTF-8"),
     ],
 )
-def test_a_file_without_prices_is_refused_with_its_name(tmp_path: Path, content: bytes, told: str) -> None:
-    with pytest.raises(InvalidOutcomes, match=rf"prices\.json: {re.escape(told)}"):
+def test_a_file_without_prices_is_refused_with_its_name(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(InvalidOutcomes, match=rf"prices\.json: {re.escape(message)}"):
         read_prices(written_prices(tmp_path, content))
     with pytest.raises(InvalidOutcomes, match=r"none\.json: cannot be read"):
         read_prices(tmp_path / "none.json")

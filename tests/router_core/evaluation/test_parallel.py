@@ -30,15 +30,15 @@ def test_a_workers_exception_is_raised_after_earlier_results(workers: int) -> No
 
 def test_results_do_not_depend_on_the_number_of_processes() -> None:
     outcomes = two_kinds()
-    told: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     one, two = (
         run_study(
-            outcomes, vectors_of(outcomes), a_plan(labels=(20,)), lambda *step: told.append(step), workers=workers
+            outcomes, vectors_of(outcomes), a_plan(labels=(20,)), lambda *step: progress.append(step), workers=workers
         )
         for workers in (1, 2)
     )
     assert [one.methods[method][20].area for method in METHODS] == [two.methods[method][20].area for method in METHODS]
-    assert told[: len(told) // 2] == told[len(told) // 2 :]
+    assert progress[: len(progress) // 2] == progress[len(progress) // 2 :]
 
 
 def test_a_killed_worker_is_reported() -> None:
@@ -54,8 +54,8 @@ def test_workers_end_with_their_parent_however_it_ends(how: signal.Signals) -> N
     with process_group(STUCK) as group:
         assert len({group.stdout.readline() for _ in range(2)}) == 2
         os.kill(group.pid, how)
-        told, _, status = group.end()
-    assert (told, status) == ("", -how)
+        output, _, status = group.end()
+    assert (output, status) == ("", -how)
 
 
 def test_workers_do_not_receive_the_terminals_ctrl_c() -> None:

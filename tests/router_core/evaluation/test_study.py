@@ -120,19 +120,19 @@ def test_unasked_models_are_left_out(unseen: float) -> None:
 @pytest.mark.parametrize("plan", [ALL_NEW, SOME_NEW])
 def test_a_new_model_without_labels_breaks_no_method(plan: Plan, labels: int, method: str) -> None:
     trial = trials_of(two_kinds(90, SIX), plan)[0]
-    asked = trial.sample(trial.order[:labels])
-    silent, nobody = asked.scores.copy(), np.full_like(asked.scores, np.nan)
+    sample = trial.sample(trial.order[:labels])
+    silent, unlabelled = sample.scores.copy(), np.full_like(sample.scores, np.nan)
     silent[:, 0] = np.nan
     estimator = ESTIMATED[method](trial.history)
-    for scores in (silent, nobody):
-        expected = estimator(replace(asked, scores=scores), trial.test.vectors)
+    for scores in (silent, unlabelled):
+        expected = estimator(replace(sample, scores=scores), trial.test.vectors)
         assert ((expected >= 0) & (expected <= 1)).all()
 
 
 def test_the_product_accepts_a_model_without_labels() -> None:
     for trial in trials_of(two_kinds(90, SIX), SOME_NEW):
-        asked = trial.sample(trial.order[:20])
-        silent = replace(asked, scores=np.full_like(asked.scores, np.nan))
+        sample = trial.sample(trial.order[:20])
+        silent = replace(sample, scores=np.full_like(sample.scores, np.nan))
         errors = ServedTrial(trial).pool(silent).errors
         assert ((errors >= 0) & (errors <= 1)).all()
 
@@ -162,10 +162,10 @@ def test_test_answers_do_not_change_expectations() -> None:
 
 
 def expected_by(trial: Trial) -> list[np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-    """All errors and costs that any method expects of the test prompts."""
-    asked, served = trial.sample(trial.order[:20]), ServedTrial(trial)
-    pool = served.pool(asked)
-    errors = [method(trial.history)(asked, trial.test.vectors) for method in ESTIMATED.values()]
+    """Return all errors and costs that any method expects of the test prompts."""
+    sample, served = trial.sample(trial.order[:20]), ServedTrial(trial)
+    pool = served.pool(sample)
+    errors = [method(trial.history)(sample, trial.test.vectors) for method in ESTIMATED.values()]
     return [*errors, pool.errors, served.expected_cents(pool)]
 
 
@@ -188,10 +188,10 @@ def test_area_is_undefined_and_quality_defined_if_the_best_model_is_the_cheapest
 
 
 def test_progress_is_reported_trial_by_trial() -> None:
-    told: list[tuple[str, int, int]] = []
+    progress: list[tuple[str, int, int]] = []
     outcomes = two_kinds()
-    run_study(outcomes, vectors_of(outcomes), a_plan(labels=(5,)), lambda *step: told.append(step))
-    assert told == [("trials", 0, 2), ("trials", 1, 2), ("trials", 2, 2)]
+    run_study(outcomes, vectors_of(outcomes), a_plan(labels=(5,)), lambda *step: progress.append(step))
+    assert progress == [("trials", 0, 2), ("trials", 1, 2), ("trials", 2, 2)]
 
 
 def test_too_few_prompts_for_the_plan_are_refused_before_any_trial() -> None:
@@ -205,8 +205,10 @@ def test_models_without_a_common_prompt_cannot_be_compared() -> None:
     outcomes.scores[::2, 0] = np.nan
     outcomes.scores[1::2, 1] = np.nan
     outcomes.scores[:30, 0] = np.nan
-    told = "no test prompt is scored for all of left, right; .* leave out 'left', which is scored on 30 of 90 prompts"
-    with pytest.raises(InvalidInput, match=told):
+    message = (
+        "no test prompt is scored for all of left, right; .* leave out 'left', which is scored on 30 of 90 prompts"
+    )
+    with pytest.raises(InvalidInput, match=message):
         run_study(outcomes, vectors_of(outcomes), ALL_NEW, lambda *_: pytest.fail("it was begun"))
 
 
@@ -220,7 +222,7 @@ BEST_IS_CHEAPEST = Baselines(cheapest=1.0, best=1.0, most_expensive=9.0, best_qu
 
 
 def a_line(top: float) -> Curve:
-    """Of slope, from the best single model's cost to the cheapest's."""
+    """Return a sloped curve from the best single model's cost to the cheapest's."""
     return Curve(np.array([5.0, 1.0]), np.array([top, 0.4]))
 
 

@@ -30,13 +30,13 @@ from router_core.evaluation.trials import (
 )
 from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Doubles, Floats, Indices
-from tests.router_core.evaluation.toys import CHEAP, DEAR, SIX, a_plan, two_kinds
+from tests.router_core.evaluation.toys import CHEAP, EXPENSIVE, SIX, a_plan, two_kinds
 
 THIRD = a_plan(unseen=1 / 3)
 
 
 def numbered(outcomes: Outcomes) -> Floats:
-    """(n, 1) vectors that are the row numbers, so that it can be seen where a prompt went."""
+    """Return (n, 1) vectors that are the row numbers, so that it can be seen where a prompt went."""
     return np.arange(len(outcomes.prompts), dtype=np.float32)[:, None]
 
 
@@ -162,7 +162,7 @@ def test_one_new_model_is_too_few_to_choose_from(models: int) -> None:
 
 
 def test_more_labels_than_train_prompts_are_refused() -> None:
-    outcomes = two_kinds(90, {"left": ("a", CHEAP), "right": ("b", DEAR)})
+    outcomes = two_kinds(90, {"left": ("a", CHEAP), "right": ("b", EXPENSIVE)})
     a_plan(labels=(63,)).check(outcomes)
     with pytest.raises(InvalidInput, match=r"64 labels.*63 prompts.*--labels"):
         a_plan(labels=(5, 64)).check(outcomes)
@@ -242,7 +242,7 @@ def test_trials_and_the_share_of_new_models_have_their_range() -> None:
         a_plan(unseen=float("nan"))
 
 
-CHEAP_CENTS, DEAR_CENTS = 1.0, 3.0
+CHEAP_CENTS, EXPENSIVE_CENTS = 1.0, 3.0
 
 
 def held_out(scores: Doubles, cents: Doubles) -> HeldOut:
@@ -250,8 +250,8 @@ def held_out(scores: Doubles, cents: Doubles) -> HeldOut:
 
 
 def of_two(*errors: tuple[float, float]) -> tuple[Doubles, Doubles]:
-    """Of a cheap and a dear model: (t, 2) errors and costs."""
-    return np.array(errors), np.full((len(errors), 2), (CHEAP_CENTS, DEAR_CENTS))
+    """Return (t, 2) errors and costs of a cheap and an expensive model."""
+    return np.array(errors), np.full((len(errors), 2), (CHEAP_CENTS, EXPENSIVE_CENTS))
 
 
 def test_a_curve_runs_from_the_best_models_to_the_cheapest() -> None:

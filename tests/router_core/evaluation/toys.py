@@ -1,4 +1,4 @@
-"""Outcomes whose best routing is plain: each model is right about one kind of prompt and wrong about the other."""
+"""Outcomes whose best routing is plain: each model is right on one kind of prompt and wrong on the other."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.trials import History, LabelledSample, Plan, Trial, draw_trial
 from router_core.types import Doubles, Floats, Price
 
-CHEAP, DEAR = Price(1e-6, 0.0), Price(4e-6, 0.0)
+CHEAP, EXPENSIVE = Price(1e-6, 0.0), Price(4e-6, 0.0)
 # Model → the kind that it is right about, and its price.
-TWO: Mapping[str, tuple[str, Price]] = {"left": ("a", CHEAP), "right": ("b", DEAR)}
+TWO: Mapping[str, tuple[str, Price]] = {"left": ("a", CHEAP), "right": ("b", EXPENSIVE)}
 SIX: Mapping[str, tuple[str, Price]] = {f"{kind}{number}": TWO[kind] for number in range(3) for kind in TWO}
 
 
 def kinds_of(prompts: int) -> list[str]:
-    """Two of three are "b", the dear model's: so the best single model is not the cheapest."""
+    """Return kinds. Two of three are "b", the expensive model's: so the best single model is not the cheapest."""
     return ["a" if number % 3 == 0 else "b" for number in range(prompts)]
 
 
 def two_kinds(prompts: int = 90, models: Mapping[str, tuple[str, Price]] = TWO) -> Outcomes:
-    """Prompts of ten tokens each, and no lengths of answers."""
+    """Return prompts of ten tokens each, without lengths of answers."""
     kinds = kinds_of(prompts)
     names = tuple(sorted(models))
     return Outcomes(
@@ -37,7 +37,7 @@ def two_kinds(prompts: int = 90, models: Mapping[str, tuple[str, Price]] = TWO) 
 
 
 def vectors_of(outcomes: Outcomes, *, noise: float = 0.05) -> Floats:
-    """(n, 8) of unit length: "a" about the first axis, "b" about the second."""
+    """Draw (n, 8) unit vectors: "a" about the first axis, "b" about the second."""
     vectors = np.random.default_rng(0).normal(0.0, noise, (len(outcomes.prompts), 8))
     vectors[np.arange(len(vectors)), ["ab".index(prompt[0]) for prompt in outcomes.prompts]] += 1.0
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
@@ -52,13 +52,13 @@ def trials_of(outcomes: Outcomes, plan: Plan) -> list[Trial]:
 
 
 def a_known(vectors: Floats, scores: Doubles | None = None) -> History:
-    """Prompts of which no model is known, unless there are (n, R) `scores`."""
+    """Return prompts of which no model is known, unless there are (n, R) `scores`."""
     texts = [f"prompt {number}" for number in range(len(vectors))]
     scores = np.empty((len(vectors), 0)) if scores is None else scores
     return History(texts, vectors, scores, tuple(f"known {number}" for number in range(scores.shape[1])), "toy", 0)
 
 
-def asked(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> LabelledSample:
-    """`scores`: of each row, by each model."""
+def a_sample(rows: Sequence[int], scores: Sequence[Sequence[float]], tokens: float = np.nan) -> LabelledSample:
+    """Build a labelled sample. `scores`: of each row, by each model."""
     table = np.array(scores, dtype=np.float64)
     return LabelledSample(np.array(rows, dtype=np.int64), table, np.full(table.shape, tokens))

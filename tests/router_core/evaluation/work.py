@@ -1,4 +1,4 @@
-"""What the tests give to worker processes, in a module that takes no time to import there."""
+"""Functions for worker processes, in a module that is quick to import there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refuse_three(item: int) -> int:
 
 
 def stuck(_item: int) -> None:
-    """Says who it is, and never ends by itself."""
+    """Write its process id and never end."""
     print(os.getpid(), flush=True)  # noqa: T201
     Event().wait()
 

@@ -1,5 +1,3 @@
-"""Graders of numbers, texts, orders and choices against the ways in which chat models answer."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""The built-in set as a whole: size, spread, fairness of every grader, and that a seed fixes it."""
-
 from __future__ import annotations
 
 import json
@@ -17,12 +15,12 @@ from router_core.validation.loading import load_validation_set
 from router_core.validation.validation_set import ValidationPrompt, ValidationSet
 
 EVERY = builtin_validation_set()
-ASKED_OF_THE_SET = """
+EXPECTED_FAMILIES = """
     arithmetic word_problems mathematics units dates logic code_output code_writing debugging sql json_extraction
     formatting strings reading summaries writing chat classification translation chinese spanish other_languages
     general_facts commonsense science medicine law_and_politics history
 """
-NOTHING_SAID = (
+REPLIES_WITHOUT_AN_ANSWER = (
     "", " \n", "I don't know.", "I don't know", "As an AI language model, I cannot help with that.", "No lo sé.", "...",
     "Sorry, I can't answer this.", "我不知道。", "```\n```", "null", "<think>the answer",
 )  # fmt: skip
@@ -30,7 +28,7 @@ NOTHING_SAID = (
 
 def test_the_set_is_large_and_varied() -> None:
     assert len(EVERY) >= 360
-    assert set(EVERY.families) >= set(ASKED_OF_THE_SET.split())
+    assert set(EVERY.families) >= set(EXPECTED_FAMILIES.split())
     assert {"en", "zh", "es", "fr", "de", "pt", "ja"} <= {prompt.language for prompt in EVERY}
 
 
@@ -53,7 +51,7 @@ def test_repeating_the_prompt_is_never_right() -> None:
     assert echoes == []
 
 
-@pytest.mark.parametrize("reply", NOTHING_SAID)
+@pytest.mark.parametrize("reply", REPLIES_WITHOUT_AN_ANSWER)
 def test_saying_nothing_is_never_right(reply: str) -> None:
     assert [p.id for p in EVERY if p.grader.grade(reply) >= 0.5] == []
 
@@ -66,8 +64,8 @@ def test_the_answer_to_another_prompt_is_hardly_ever_right() -> None:
 
 def test_a_reference_within_a_chatty_reply_is_right_for_open_answers() -> None:
     open_types = {"numeric", "choice", "sql", "json_schema"}
-    asked = [p for p in EVERY if p.grader.type in open_types and not getattr(p.grader, "whole", False)]
-    assert [p.id for p in asked if p.grader.grade(f"Sure!\n\nThe answer is:\n{p.reference}") != 1] == []
+    open_prompts = [p for p in EVERY if p.grader.type in open_types and not getattr(p.grader, "whole", False)]
+    assert [p.id for p in open_prompts if p.grader.grade(f"Sure!\n\nThe answer is:\n{p.reference}") != 1] == []
 
 
 def test_another_seed_gives_other_prompts_of_the_same_families() -> None:

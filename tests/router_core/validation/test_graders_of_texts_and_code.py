@@ -1,5 +1,3 @@
-"""Graders of written texts, patterns, JSON, Python and judges' verdicts."""
-
 from __future__ import annotations
 
 import json
@@ -126,7 +124,7 @@ def test_patterns_inside_a_schema_run_under_the_limit_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "said"),
+    ("schema", "message"),
     [
         ({"$ref": "http://127.0.0.1:1/x.json"}, "only '#/"),
         ({"patternProperties": {"^a": {}}}, "patternProperties"),
@@ -135,8 +133,8 @@ def test_patterns_inside_a_schema_run_under_the_limit_too() -> None:
         ({}, "not empty"),
     ],
 )
-def test_a_schema_with_outside_references_or_errors_is_refused(schema: dict[str, Any], said: str) -> None:
-    with pytest.raises(InvalidValidationSet, match=said):
+def test_a_schema_with_outside_references_or_errors_is_refused(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValidationSet, match=message):
         parse_grader({"type": "json_schema", "schema": schema})
 
 
@@ -221,7 +219,7 @@ DOUBLING = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in ran
 
 
 @pytest.mark.parametrize(
-    ("schema", "told"),
+    ("schema", "message"),
     [
         ({"properties": {"x": {"$ref": "#/$defs/a0"}}, "$defs": DOUBLING}, "refer less often"),
         ({"$ref": "#"}, "leads to itself"),
@@ -240,8 +238,8 @@ DOUBLING = {f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in ran
         ({"anyOf": [{"pattern": "a"} for _ in range(51)]}, "more than 50 patterns"),
     ],
 )
-def test_an_exploding_or_unresolvable_schema_is_refused(schema: dict[str, object], told: str) -> None:
-    with pytest.raises(InvalidValidationSet, match=re.escape(told)):
+def test_an_exploding_or_unresolvable_schema_is_refused(schema: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidValidationSet, match=re.escape(message)):
         parse_grader({"type": "json_schema", "schema": schema})
 
 

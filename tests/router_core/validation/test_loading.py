@@ -1,5 +1,3 @@
-"""A user's validation set: what is read, and the error of each broken line."""
-
 from __future__ import annotations
 
 import json
@@ -33,10 +31,10 @@ def test_a_short_line_gets_an_id_a_family_and_a_token_limit(tmp_path: Path) -> N
 
 
 def test_messages_may_hold_a_system_prompt_and_earlier_turns(tmp_path: Path) -> None:
-    said = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
-    turns = [{"role": role, "content": content} for role, content in said]
-    (prompt,) = load_validation_set(a_file(tmp_path, a_line(prompt=None, messages=turns)))
-    assert [dict(message) for message in prompt.messages] == turns
+    turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (prompt,) = load_validation_set(a_file(tmp_path, a_line(prompt=None, messages=messages)))
+    assert [dict(message) for message in prompt.messages] == messages
     assert prompt.text == "a\nc"
 
 
@@ -48,7 +46,7 @@ def test_a_byte_order_mark_windows_line_ends_and_odd_separators_are_read(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "not JSON at column"),
         ("[1]", "must be a JSON object"),
@@ -113,8 +111,8 @@ def test_a_byte_order_mark_windows_line_ends_and_odd_separators_are_read(tmp_pat
         ("x" * 1_000_001, "longer than 1000000 bytes"),
     ],
 )
-def test_a_broken_line_is_named_with_its_field_and_the_fix(tmp_path: Path, line: str | bytes, said: str) -> None:
-    with pytest.raises(InvalidValidationSet, match=rf"mine\.jsonl, line 2: .*{said}"):
+def test_a_broken_line_is_named_with_its_field_and_the_fix(tmp_path: Path, line: str | bytes, message: str) -> None:
+    with pytest.raises(InvalidValidationSet, match=rf"mine\.jsonl, line 2: .*{message}"):
         load_validation_set(a_file(tmp_path, a_line(id="first"), line))
 
 

@@ -1,5 +1,3 @@
-"""A model's SQL is the only answer that is run: it reads a database in memory, within limits."""
-
 from __future__ import annotations
 
 import sqlite3

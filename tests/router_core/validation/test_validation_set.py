@@ -10,7 +10,7 @@ from router_core.validation.validation_set import choose_prompts, coverage, thin
 
 
 def hard(*clusters: int) -> Assignment:
-    """Each prompt wholly in one cluster."""
+    """Put each prompt wholly in one cluster."""
     return Assignment(np.array(clusters, dtype=np.int64)[:, None], np.ones((len(clusters), 1), dtype=np.float32))
 
 
@@ -23,9 +23,9 @@ def soft(rng: np.random.Generator, prompts: int, clusters: int, top: int = 3) ->
 def test_small_clusters_get_more_prompts_than_at_random() -> None:
     clusters = np.repeat([0, 1, 2, 3], [500, 300, 150, 50])
     for seed in range(5):
-        asked = np.bincount(clusters[choose_prompts(hard(*clusters), 100, families=["a"] * 1000, seed=seed)])
-        assert asked[3] >= 10
-        assert asked[0] <= 35
+        chosen_counts = np.bincount(clusters[choose_prompts(hard(*clusters), 100, families=["a"] * 1000, seed=seed)])
+        assert chosen_counts[3] >= 10
+        assert chosen_counts[0] <= 35
 
 
 def test_a_familys_share_grows_with_the_root_of_its_size() -> None:

@@ -33,27 +33,27 @@ def fail(health: HealthRegistry, model: str = "small", times: int = 5, status: i
 
 
 def started(breaker: CircuitBreaker, now: float) -> Permit:
-    """An attempt that begins now."""
+    """Start an attempt."""
     permit = Permit()
     breaker.start(permit, now)
     return permit
 
 
 @asynccontextmanager
-async def a_sharing(
+async def a_replicator(
     store: Store, health: HealthRegistry | None = None, known: Collection[str] = ("small", "large")
 ) -> AsyncIterator[HealthRegistry]:
-    """What one more process knows, while its sharing runs."""
+    """Run one more process's replicator, and yield what it knows."""
     health = health or HealthRegistry(CircuitBreakerSettings())
-    sharing = CooldownReplicator(store, health, lambda: known)
+    replicator = CooldownReplicator(store, health, lambda: known)
     failures: list[logging.LogRecord] = []
     handler = logging.Handler(logging.ERROR)
     handler.emit = failures.append  # type: ignore[method-assign, assignment]
     background_log.addHandler(handler)
-    sharing.start()
+    replicator.start()
     try:
         yield health
     finally:
-        await sharing.stop()
+        await replicator.stop()
         background_log.removeHandler(handler)
     assert failures == []  # of its loops, which are restarted after one

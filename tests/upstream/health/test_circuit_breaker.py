@@ -1,5 +1,3 @@
-"""The breaker's rules, each on a clock that the test moves."""
-
 from __future__ import annotations
 
 from proxy.settings.schema import CircuitBreakerSettings
@@ -13,7 +11,7 @@ OUR_KEY = FailureClass(FailureKind.OPENS_AT_ONCE, "status 401")
 OUR_ADDRESS = FailureClass(FailureKind.OPENS_UNLESS_HEALTHY, "status 404")
 
 
-def asked_for(seconds: float) -> FailureClass:
+def retry_in(seconds: float) -> FailureClass:
     return FailureClass(FailureKind.OPENS_AT_ONCE, "status 429", seconds)
 
 
@@ -32,7 +30,7 @@ def succeed(breaker: CircuitBreaker, times: int, now: float = 0.0) -> None:
 
 
 def an_open_one() -> CircuitBreaker:
-    """For ten seconds from 0 on."""
+    """Open a breaker for ten seconds from 0 on."""
     breaker = a_breaker()
     fail(breaker, 5)
     return breaker
@@ -171,19 +169,19 @@ def test_a_success_beside_a_slow_probe_closes_it() -> None:
 
 
 def test_a_stated_wait_opens_it_at_once_for_no_longer_than_the_longest_cooldown() -> None:
-    for stated, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
+    for retry_after, rest in ((7.0, 7.0), (0.25, 0.25), (86_400.0, 300.0)):
         breaker = a_breaker()
-        fail(breaker, 1, failure=asked_for(stated))
+        fail(breaker, 1, failure=retry_in(retry_after))
         assert breaker.cooldown_s(0.0) == rest
 
 
 def test_a_later_and_longer_wait_counts_also_of_attempts_that_began_before() -> None:
     breaker = a_breaker()
     old = started(breaker, 0.0)
-    fail(breaker, 1, failure=asked_for(10.0))
-    breaker.failed(old, asked_for(60.0), 1.0)
+    fail(breaker, 1, failure=retry_in(10.0))
+    breaker.failed(old, retry_in(60.0), 1.0)
     assert breaker.cooldown_s(1.0) == 60.0
-    fail(breaker, 1, now=2.0, failure=asked_for(5.0))
+    fail(breaker, 1, now=2.0, failure=retry_in(5.0))
     assert breaker.cooldown_s(2.0) == 59.0
 
 
@@ -191,13 +189,13 @@ def test_a_storm_of_the_same_wait_is_one_change() -> None:
     breaker = a_breaker()
     permits = [started(breaker, 0.0) for _ in range(100)]
     for place, permit in enumerate(permits):
-        breaker.failed(permit, asked_for(300.0), place / 200)
+        breaker.failed(permit, retry_in(300.0), place / 200)
     assert (breaker.epoch, breaker.open_count) == (1, 1)
 
 
 def test_a_probe_that_is_told_to_wait_opens_it_for_that_wait() -> None:
     breaker = an_open_one()
-    fail(breaker, 1, now=10.0, failure=asked_for(3.0))
+    fail(breaker, 1, now=10.0, failure=retry_in(3.0))
     assert breaker.cooldown_s(10.0) == 3.0
 
 

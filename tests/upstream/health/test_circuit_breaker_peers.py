@@ -1,5 +1,3 @@
-"""What other processes found of a model, and how it goes together with what is found here."""
-
 from __future__ import annotations
 
 import pytest

@@ -1,5 +1,3 @@
-"""Whatever happens in whatever order: never two probes at once, no rest beyond the longest, none of the well."""
-
 from __future__ import annotations
 
 from hypothesis import given, settings

@@ -1,5 +1,3 @@
-"""Slots of a model: never more than the cap, first come first served, and none is ever lost."""
-
 from __future__ import annotations
 
 import asyncio
@@ -22,7 +20,7 @@ NO_CAP = ConcurrencyLimits()
 
 @dataclass(frozen=True)
 class Slot:
-    """One that was acquired."""
+    """Hold a slot that was acquired."""
 
     limiter: ConcurrencyLimiter
     model: str
@@ -43,12 +41,12 @@ def queued(limiter: ConcurrencyLimiter, limits: ConcurrencyLimits = ONE, max_wai
 
 
 async def settle() -> None:
-    """Everything that can go on has gone on."""
+    """Let everything go on that can."""
     for _ in range(5):
         await asyncio.sleep(0)
 
 
-def nobody_left(limiter: ConcurrencyLimiter) -> bool:
+def is_idle(limiter: ConcurrencyLimiter) -> bool:
     return limiter._queues == {}
 
 
@@ -57,29 +55,29 @@ async def test_without_a_cap_nobody_waits() -> None:
     slots = [await acquired(limiter, NO_CAP) for _ in range(100)]
     for slot in slots:
         slot.release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_a_released_slot_is_the_first_waiters() -> None:
     limiter = ConcurrencyLimiter()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     first, second = queued(limiter), queued(limiter)
     await settle()
     assert not first.done()
-    held.release()
+    first_slot.release()
     await settle()
     assert (first.done(), second.done()) == (True, False)
     (await first).release()
     (await second).release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_a_later_request_does_not_overtake_those_that_wait() -> None:
     limiter = ConcurrencyLimiter()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     waiting = queued(limiter)
     await settle()
-    held.release()
+    first_slot.release()
     late = queued(limiter)
     await settle()
     assert (waiting.done(), late.done()) == (True, False)
@@ -94,7 +92,7 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
         slot = await acquired(limiter, ONE)
         clock.now += 8
         slot.release()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     waiting = [queued(limiter) for _ in range(2)]
     await settle()
     with pytest.raises(ModelAtCapacity) as caught:
@@ -102,33 +100,33 @@ async def test_a_full_queue_refuses_at_once_and_says_when_to_retry() -> None:
     assert caught.value.retry_after_s == pytest.approx(24.0)
     status, body, headers = render_error(caught.value)
     assert (status, body["error"]["code"], headers) == (429, "model_busy", {"retry-after": "24"})
-    held.release()
+    first_slot.release()
     for task in waiting:
         (await task).release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_without_a_queue_the_second_goes_elsewhere() -> None:
     limiter, limits = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=0)
-    held = await acquired(limiter, limits)
+    first_slot = await acquired(limiter, limits)
     with pytest.raises(ModelAtCapacity) as caught:
         await acquired(limiter, limits)
     assert 1.0 <= caught.value.retry_after_s <= 60.0
-    held.release()
+    first_slot.release()
 
 
 async def test_the_wait_in_the_queue_ends() -> None:
     limiter, limits = ConcurrencyLimiter(), ONE
-    held = await acquired(limiter, limits, max_wait_s=0.05)
+    first_slot = await acquired(limiter, limits, max_wait_s=0.05)
     with pytest.raises(ModelAtCapacity):
         await acquired(limiter, limits, max_wait_s=0.05)
-    held.release()
-    assert nobody_left(limiter)
+    first_slot.release()
+    assert is_idle(limiter)
 
 
 async def test_a_request_that_leaves_the_queue_leaves_nothing_in_it() -> None:
     limiter = ConcurrencyLimiter()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
     await settle()
     leaving.cancel()
@@ -136,51 +134,51 @@ async def test_a_request_that_leaves_the_queue_leaves_nothing_in_it() -> None:
     assert leaving.cancelled()
     third = queued(limiter)
     await settle()
-    held.release()
+    first_slot.release()
     (await staying).release()
     (await third).release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_a_slot_given_to_a_request_that_is_cancelled_at_that_moment_goes_to_the_next() -> None:
     limiter = ConcurrencyLimiter()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
     await settle()
-    held.release()  # the slot is the leaving one's now, though it has not run yet
+    first_slot.release()  # the slot is the leaving one's now, though it has not run yet
     leaving.cancel()
     (await asyncio.wait_for(staying, 5)).release()
     assert leaving.cancelled()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_a_slot_released_while_the_first_waiter_leaves_goes_to_the_next() -> None:
     limiter = ConcurrencyLimiter()
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     leaving, staying = queued(limiter), queued(limiter)
     await settle()
     leaving.cancel()
-    held.release()
+    first_slot.release()
     (await asyncio.wait_for(staying, 5)).release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_a_raised_cap_lets_in_those_who_wait_and_a_lowered_one_holds_for_the_next() -> None:
     limiter, two = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=2, max_queued=2)
-    held = await acquired(limiter, ONE)
+    first_slot = await acquired(limiter, ONE)
     waiting = queued(limiter)
     await settle()
     third = queued(limiter, two)
     second = await asyncio.wait_for(waiting, 5)
     fourth = queued(limiter, ONE)
     await settle()
-    held.release()
+    first_slot.release()
     await settle()
     assert not third.done()
     second.release()
     (await third).release()
     (await fourth).release()
-    assert nobody_left(limiter)
+    assert is_idle(limiter)
 
 
 async def test_models_do_not_wait_for_each_other() -> None:
@@ -195,8 +193,8 @@ def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
     assert ConcurrencyLimits.of(ModelInfo()).max_parallel is None
 
 
-class Crowd:
-    """Requests that come, wait, leave and end in any order; checks the cap after every step."""
+class RandomRequests:
+    """Let requests come, wait, leave and end in any order, and check the cap after every step."""
 
     def __init__(self, limits: ConcurrencyLimits) -> None:
         self.limiter, self.limits = ConcurrencyLimiter(), limits
@@ -242,11 +240,11 @@ STEPS = st.lists(st.tuples(st.sampled_from(["come", "come", "run", "run", "leave
 def test_in_any_order_the_cap_holds_and_every_slot_comes_back(
     steps: list[tuple[str, int]], cap: int, waiting: int
 ) -> None:
-    async def play() -> Crowd:
-        crowd = Crowd(ConcurrencyLimits(max_parallel=cap, max_queued=waiting))
-        await crowd.play(steps)
-        return crowd
+    async def play() -> RandomRequests:
+        requests = RandomRequests(ConcurrencyLimits(max_parallel=cap, max_queued=waiting))
+        await requests.play(steps)
+        return requests
 
-    crowd = asyncio.run(play())
-    assert crowd.most <= cap
-    assert nobody_left(crowd.limiter)
+    requests = asyncio.run(play())
+    assert requests.most <= cap
+    assert is_idle(requests.limiter)

@@ -1,5 +1,3 @@
-"""How the policy and the caps are stated: in the file, as variables, where LiteLLM has them, by an administrator."""
-
 from __future__ import annotations
 
 import logging

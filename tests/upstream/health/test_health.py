@@ -1,5 +1,3 @@
-"""The health of all models: whose circuit is open, who hears of it, and what is forgotten."""
-
 from __future__ import annotations
 
 import asyncio

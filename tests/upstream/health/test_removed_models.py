@@ -1,5 +1,3 @@
-"""A model that an administrator removed or changed in another process starts afresh in this one."""
-
 from __future__ import annotations
 
 import asyncio

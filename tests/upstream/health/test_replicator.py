@@ -1,5 +1,3 @@
-"""Two processes and a real Valkey: what one finds the other adopts, and nothing in Redis can do worse than that."""
-
 from __future__ import annotations
 
 import logging
@@ -13,12 +11,12 @@ from proxy.settings.schema import CircuitBreakerSettings
 from proxy.storage.redis import Store
 from proxy.upstream.health import CHANNEL, UNKNOWN_REASON, CooldownReplicator, HealthRegistry, health_key
 from tests.support.waiting import until
-from tests.upstream.health.makers import a_sharing, fail
+from tests.upstream.health.makers import a_replicator, fail
 
 
 @asynccontextmanager
 async def two_processes(store: Store, second_store: Store) -> AsyncIterator[tuple[HealthRegistry, HealthRegistry]]:
-    async with a_sharing(store) as here, a_sharing(second_store) as there:
+    async with a_replicator(store) as here, a_replicator(second_store) as there:
         yield here, there
 
 
@@ -50,10 +48,10 @@ async def test_a_circuit_opened_here_is_open_in_other_processes_for_the_same_tim
 
 
 async def test_a_process_that_starts_learns_what_is_known(store: Store, second_store: Store) -> None:
-    async with a_sharing(store) as here:
+    async with a_replicator(store) as here:
         fail(here)
         await until_stored(store)
-        async with a_sharing(second_store) as later:
+        async with a_replicator(second_store) as later:
             await until(lambda: state(later) == "resting")
 
 
@@ -86,7 +84,7 @@ async def test_a_peers_cooldown_ends_with_a_probe_here(store: Store, second_stor
 async def test_a_probe_in_one_process_closes_the_circuits_that_were_adopted_and_not_the_one_that_was_found(
     store: Store, second_store: Store
 ) -> None:
-    async with two_processes(store, second_store) as (here, there), a_sharing(store) as third:
+    async with two_processes(store, second_store) as (here, there), a_replicator(store) as third:
         await listening(store, 3)
         here.open("small", 0.4, "found")
         await until(lambda: state(there) == state(third) == "resting")
@@ -140,7 +138,7 @@ async def test_reading_again_after_the_cooldown_does_not_replace_the_probe(
 ) -> None:
     monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
     monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
-    async with a_sharing(store) as health:
+    async with a_replicator(store) as health:
         await store.client.set(health_key("small"), "over soon", px=300)
         await until(lambda: state(health) == "resting")
         await until(lambda: state(health) != "resting")
@@ -167,7 +165,7 @@ async def test_garbage_in_a_key_is_at_worst_a_cooldown_with_a_printable_reason(
     else:
         await store.client.set(health_key("small"), written)
     await store.client.pexpire(health_key("small"), 20_000)
-    async with a_sharing(store) as health:
+    async with a_replicator(store) as health:
         await until(lambda: state(health) == "resting")
         assert health.status("small")["why"] == why
 
@@ -180,7 +178,7 @@ async def test_a_key_that_does_not_expire_in_time_is_ignored_with_one_warning(
     monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
     await store.client.set(health_key("small"), "for ever", px=left_ms)
     with caplog.at_level(logging.WARNING):
-        async with a_sharing(store) as health:
+        async with a_replicator(store) as health:
             await store.client.set(health_key("large"), "for a while", px=9000)
             await until(lambda: state(health, "large") == "resting")
             await store.client.publish(CHANNEL, "small")
@@ -191,7 +189,7 @@ async def test_a_key_that_does_not_expire_in_time_is_ignored_with_one_warning(
 
 
 async def test_names_of_no_model_on_the_channel_take_no_memory(store: Store) -> None:
-    async with a_sharing(store) as health:
+    async with a_replicator(store) as health:
         await listening(store, 1)
         for number in range(50):
             await store.client.set(health_key(f"stranger-{number}"), "x", px=9000)
@@ -220,7 +218,7 @@ async def test_an_emptied_store_ends_what_was_adopted_and_not_what_was_found(
 async def test_a_lost_message_is_made_up_for_by_reading_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.upstream.health.REREAD_INTERVAL_S", 0.0)
     monkeypatch.setattr("proxy.upstream.health.LISTEN_TIMEOUT_S", 0.01)
-    async with a_sharing(store) as health:
+    async with a_replicator(store) as health:
         await listening(store, 1)
         await store.client.set(health_key("small"), "nobody published it", px=9000)
         await until(lambda: state(health) == "resting")
@@ -231,7 +229,7 @@ async def test_what_waits_to_be_published_is_bounded(monkeypatch: pytest.MonkeyP
     nowhere = Store("redis://127.0.0.1:1")
     names = [f"model-{number}" for number in range(100)]
     health = HealthRegistry(CircuitBreakerSettings())
-    async with a_sharing(nowhere, health, names) as health:
+    async with a_replicator(nowhere, health, names) as health:
         for name in names:
             fail(health, name)
         assert len(health.cooling_down()) == 100

@@ -1,5 +1,3 @@
-"""Redis stopped, frozen or full while models fail: nothing waits for it, and what was found is told when it is back."""
-
 from __future__ import annotations
 
 import asyncio
@@ -14,12 +12,12 @@ from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.health import health_key
 from tests.support.waiting import until
-from tests.upstream.health.makers import a_sharing, fail
+from tests.upstream.health.makers import a_replicator, fail
 
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[EmbeddedValkey]:
-    """One of the test's own, to stop and to freeze."""
+    """Start a server of the test's own, to stop and to freeze."""
     started = EmbeddedValkey(tmp_path)
     await asyncio.to_thread(started.ensure)
     yield started
@@ -37,7 +35,7 @@ async def stores(server: EmbeddedValkey) -> AsyncIterator[tuple[Store, Store]]:
 async def test_without_redis_each_process_goes_by_itself_and_publishes_when_it_is_back(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:
-    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+    async with a_replicator(stores[0]) as here, a_replicator(stores[1]) as there:
         here.open("large", 60, "told before")
         await until(lambda: there.cooling_down())
         await asyncio.to_thread(server.stop)
@@ -54,7 +52,7 @@ async def test_a_frozen_redis_holds_up_nobody_and_hears_it_once_it_thaws(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:
     pid = int((await stores[0].client.info("server"))["process_id"])
-    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+    async with a_replicator(stores[0]) as here, a_replicator(stores[1]) as there:
         here.open("large", 60, "told before")
         await until(lambda: there.cooling_down())
         os.kill(pid, signal.SIGSTOP)
@@ -73,7 +71,7 @@ async def test_a_frozen_redis_holds_up_nobody_and_hears_it_once_it_thaws(
 async def test_a_process_ends_while_redis_is_frozen(server: EmbeddedValkey, stores: tuple[Store, Store]) -> None:
     pid = int((await stores[0].client.info("server"))["process_id"])
     try:
-        async with asyncio.timeout(60), a_sharing(stores[0]) as here:
+        async with asyncio.timeout(60), a_replicator(stores[0]) as here:
             os.kill(pid, signal.SIGSTOP)
             fail(here)
             await asyncio.sleep(0.1)
@@ -85,7 +83,7 @@ async def test_a_cooldown_that_is_over_when_redis_is_back_is_not_published(
     server: EmbeddedValkey, stores: tuple[Store, Store]
 ) -> None:
     await asyncio.to_thread(server.stop)
-    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+    async with a_replicator(stores[0]) as here, a_replicator(stores[1]) as there:
         here.open("small", 0.05, "over soon")
         await until(lambda: here.status("small")["state"] == "probing")
         here.open("large", 60, "still on")
@@ -98,7 +96,7 @@ async def test_a_cooldown_that_is_over_when_redis_is_back_is_not_published(
 async def test_a_full_redis_is_said_and_breaks_nothing(
     server: EmbeddedValkey, stores: tuple[Store, Store], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with a_sharing(stores[0]) as here, a_sharing(stores[1]) as there:
+    async with a_replicator(stores[0]) as here, a_replicator(stores[1]) as there:
         await stores[0].client.config_set("maxmemory", "1")
         fail(here)
         await until(lambda: "the health of models is not shared: " in caplog.text)

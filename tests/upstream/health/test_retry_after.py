@@ -1,5 +1,3 @@
-"""What an upstream may write into `retry-after`, and what is made of it."""
-
 from __future__ import annotations
 
 import pytest
@@ -42,7 +40,7 @@ def test_nothing_negative_past_or_garbled_is(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stated", "told"),
+    ("received", "sent"),
     [
         ({"retry-after": "7"}, {"retry-after": "7"}),
         ({"Retry-After": "0.2"}, {"retry-after": "1"}),
@@ -55,5 +53,5 @@ def test_nothing_negative_past_or_garbled_is(text: str) -> None:
         ({"x-request-id": "1"}, {"x-request-id": "1"}),
     ],
 )
-def test_a_client_gets_the_wait_that_the_circuit_breaker_uses(stated: dict[str, str], told: dict[str, str]) -> None:
-    assert retry_after_headers(stated, NOW) == told
+def test_a_client_gets_the_wait_that_the_circuit_breaker_uses(received: dict[str, str], sent: dict[str, str]) -> None:
+    assert retry_after_headers(received, NOW) == sent

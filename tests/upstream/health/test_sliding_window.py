@@ -1,5 +1,3 @@
-"""The sliding window is what counting by hand over the same buckets would give."""
-
 from __future__ import annotations
 
 from hypothesis import given
