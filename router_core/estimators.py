@@ -2,9 +2,10 @@
 
 Pooled: a model's K rates are a difficulty per cluster that all models share, plus a deviation of its own, as in partial
 pooling of a multilevel model (Gelman and Hill 2007). Deviations have one Gaussian prior: models differ in ability,
-similar clusters deviate alike, and each cluster has a little of its own. How far models differ is the scale of the
-largest marginal likelihood; the covariance then follows the models seen by a few steps of EM. So with few labels a rate
-leans on what is known elsewhere, and with many it is the model's own mean.
+similar clusters deviate alike, and each cluster has a little of its own. How far models differ is a scale of that
+prior: the one with the largest marginal likelihood, less a penalty, is taken. A few steps of EM then fit the covariance
+to the models with the most labels. So a rate with few labels leans on other models and clusters, and one with many is
+close to the model's own mean.
 
 The constants were chosen on the two public outcome files of the evaluation.
 """
@@ -20,27 +21,30 @@ import numpy as np
 from router_core.clustering import MAX_CLUSTERS_FOR_OVERLAP, ClusterMap, ReferenceModels
 from router_core.types import Doubles
 
-# Label weight of a model's own mean in each cluster, in the shrunk estimator.
+# In the shrunk estimator, a model's own mean counts as this many labels in each cluster.
 SHRINKAGE = 0.5
 
 # The unit of prior variances: about the variance of a label of probability 0.2 or 0.8.
 NOISE = 0.15
 
-# Prior variances of a deviation, in units of NOISE: common to all clusters, to similar ones, and of each alone.
+# Prior variances of the three parts of a deviation, in units of NOISE: common to all clusters, shared by similar
+# clusters, and of one cluster alone.
 ABILITY, SIMILAR, OWN = 0.15, 0.2, 0.13
 
-# Factors tried for SIMILAR and OWN. The least is not 0: however alike models look by few labels, they differ somewhere.
+# Factors tried for SIMILAR and OWN. The smallest is not 0: models that look alike by few labels still differ somewhere.
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 # The scale expected beforehand, and how strongly: with few labels the likelihood alone would go to extremes.
 PRIOR_SCALE, SCALE_PENALTY = 0.5, 0.25
 
-# The share of the noise that does not overlap as the map's own prompts do.
+# The share of the noise that is taken as independent between clusters, because the prompts of a profile do not overlap
+# the clusters exactly as the map's own prompts do.
 MISFIT = 0.15
 
-# Noise of clusters without any label, so that the matrices can be inverted.
+# Added to the noise of every cluster, so that the matrices can be inverted where there is no label.
 JITTER = 1e-9
 
+# Least variance of one label, for models whose mean error is near 0 or 1.
 MIN_NOISE = 0.02
 
 # Iterations of the balancing that makes the rows of a Gram matrix sum to the labels.
@@ -51,8 +55,11 @@ EM_STEPS = 4
 # How many models the prior covariance counts as.
 PRIOR_MODELS = 10.0
 
-# Models whose (K, K) matrices are computed at once. Scale and covariance are learned from so many: the best labelled.
+# Models whose (K, K) matrices are computed at once.
 BATCH_SIZE = 64
+
+# The models with the most labels, from which scale and covariance are learned.
+MAX_LEARNED_FROM = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +78,16 @@ def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: Cl
     """Estimate (M, K) error rates in [0, 1] from the (M, K) sums of M profiles and those of the map's known models."""
     rates = np.empty_like(error_sums)
     for group in cluster_map.groups:
-        own, share = group.columns, group.share
+        columns, share = group.columns, group.share
         reference = cluster_map.reference_models or _no_reference(cluster_map.size, share)
+        # A group holds only a share of every prompt: divided by it, its labels are whole again.
         pooled = _pooled_rates(
-            np.concatenate((error_sums[:, own], reference.error_sums[:, own])) / share,
-            np.concatenate((labels[:, own], reference.labels[:, own])) / share,
-            reference.overlap[own, own] / share,
+            np.concatenate((error_sums[:, columns], reference.error_sums[:, columns])) / share,
+            np.concatenate((labels[:, columns], reference.labels[:, columns])) / share,
+            reference.overlap[columns, columns] / share,
             group.similarity,
         )
-        rates[:, own] = pooled[: len(rates)]
+        rates[:, columns] = pooled[: len(rates)]
     return rates
 
 
@@ -90,7 +98,7 @@ def _no_reference(clusters: int, share: float) -> ReferenceModels:
 def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity: Doubles) -> Doubles:
     """Estimate the (M, K) rates of one group's clusters; `overlap` and `similarity` are (K, K)."""
     difficulty = _difficulty(errors, labels)
-    best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:BATCH_SIZE]
+    best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:MAX_LEARNED_FROM]
     covariance = _covariance(_evidence(errors[best_known], labels[best_known], overlap, difficulty), similarity)
     rates = np.empty_like(errors)
     for start in range(0, len(errors), BATCH_SIZE):
@@ -101,11 +109,11 @@ def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity
 
 
 def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Doubles) -> _Evidence:
-    gram, own = _gram(labels, overlap), np.eye(len(overlap))
-    spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * own
+    gram, identity = _gram(labels, overlap), np.eye(len(overlap))
+    spread = (1 - MISFIT) * gram + MISFIT * labels[:, :, None] * identity
     means = (errors.sum(axis=1) + 0.5) / (labels.sum(axis=1) + 1.0)
     noise = np.maximum(means * (1.0 - means), MIN_NOISE)
-    return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + JITTER * own)
+    return _Evidence(errors - gram @ difficulty, gram, noise[:, None, None] * spread + JITTER * identity)
 
 
 def _gram(labels: Doubles, overlap: Doubles) -> Doubles:
@@ -150,8 +158,8 @@ def _covariance(evidence: _Evidence, similarity: Doubles) -> Doubles:
 
 
 def _priors(similarity: Doubles) -> list[tuple[float, Doubles]]:
-    own = np.eye(len(similarity))
-    return [(scale, NOISE * (ABILITY + scale * (SIMILAR * similarity + OWN * own))) for scale in SCALES]
+    identity = np.eye(len(similarity))
+    return [(scale, NOISE * (ABILITY + scale * (SIMILAR * similarity + OWN * identity))) for scale in SCALES]
 
 
 def _posterior(evidence: _Evidence, covariance: Doubles) -> tuple[Doubles, Doubles]:
@@ -160,10 +168,11 @@ def _posterior(evidence: _Evidence, covariance: Doubles) -> tuple[Doubles, Doubl
     With G the Gram matrix, V the prior covariance, Σ the noise and R the residual, the mean is V G (G V G + Σ)⁻¹ R
     (conditioning of a joint Gaussian).
     """
-    known = evidence.gram @ covariance
-    both = np.concatenate((evidence.residual[:, :, None], known), axis=2)
-    explained = known.transpose(0, 2, 1) @ np.linalg.solve(known @ evidence.gram + evidence.noise, both)
-    return explained[:, :, 0], covariance - explained[:, :, 1:]
+    gram_prior = evidence.gram @ covariance  # G V
+    right_sides = np.concatenate((evidence.residual[:, :, None], gram_prior), axis=2)  # R and G V, solved for together
+    system = gram_prior @ evidence.gram + evidence.noise
+    terms = gram_prior.transpose(0, 2, 1) @ np.linalg.solve(system, right_sides)
+    return terms[:, :, 0], covariance - terms[:, :, 1:]
 
 
 def _log_likelihood(evidence: _Evidence, covariance: Doubles, scale: float) -> float:

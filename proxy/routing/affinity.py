@@ -3,6 +3,8 @@
 A session id is not always sent, and models may not read the reasoning or the call ids of another. So the tool calls and
 the reasoning of an answer leave fingerprints: digests that are the same whether the turn was sent whole or streamed,
 and whether the client has written its JSON with other spaces.
+
+What follows from it for a selection is decided by `selection.apply_affinity`.
 """
 
 from __future__ import annotations

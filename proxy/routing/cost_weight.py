@@ -27,7 +27,7 @@ ALIASES = {
     "uniroute/cheap": RoutingMode.CHEAP,
 }
 
-# The λ that a mode stands for, whatever the request states.
+# The end of the scale that a mode stands for: a key whose bounds exclude it may not use the mode.
 LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
 
 

@@ -42,10 +42,11 @@ class AttemptRunner:
         self._deadline = ctx.received_at + timeout_s
         self._headers = ctx.ids.upstream_headers(instance_id(str(settings.data_dir)))
         # Models that rejected the prompt as too long.
-        self._overflowed: list[str] = []
+        self._rejected_as_too_long: list[str] = []
+        self._has_asked = False
 
     async def complete(self) -> JSONPayload:
-        """Return the first whole answer.
+        """Return the first answer that is not empty, or else the last one, which may be empty.
 
         Raises:
             UpstreamError: the last model that was asked has failed.
@@ -62,7 +63,7 @@ class AttemptRunner:
         outcome: Answer | UpstreamError | None = None
         at_capacity: list[ModelAtCapacity] = []
         cooling_down: list[str] = []
-        attempts = 0
+        models_asked = 0
         for name in self._candidates():
             try:
                 outcome = await self._with_reconnect(name, call)
@@ -71,15 +72,15 @@ class AttemptRunner:
             except ModelAtCapacity as full:
                 at_capacity.append(full)
             except UpstreamError as failure:
-                outcome, attempts = failure, attempts + 1
+                outcome, models_asked = failure, models_asked + 1
                 if not failure.retryable:
                     break
             else:
-                attempts += 1
+                models_asked += 1
                 if not is_empty(outcome):
                     return outcome
                 self._record.mark_empty()
-            if attempts == self._record.selection.max_attempts or self._remaining_s() <= 0:
+            if models_asked == self._record.selection.max_attempts or self._remaining_s() <= 0:
                 break
         if outcome is None and cooling_down and not at_capacity:
             return await self._with_reconnect(self._first_to_recover(cooling_down), call, even_if_open=True)
@@ -88,13 +89,14 @@ class AttemptRunner:
     def _candidates(self) -> Iterator[str]:
         """Yield the candidates that are still registered, and whose context window may be large enough."""
         for name in self._record.selection.candidates:
-            if name in self._ctx.snapshot.models and not (self._overflowed and self._is_too_small(name)):
+            if name in self._ctx.snapshot.models and not self._is_too_small(name):
                 yield name
 
     def _is_too_small(self, name: str) -> bool:
         """Whether a model with a context window at least as large has rejected the prompt as too long."""
         window = self._context_window(name)
-        return any(window <= self._context_window(other) < NO_LIMIT for other in self._overflowed)
+        # A model whose window is not known tells nothing of the others.
+        return any(window <= self._context_window(other) < NO_LIMIT for other in self._rejected_as_too_long)
 
     def _context_window(self, name: str) -> int:
         """Return how many tokens of a prompt the model accepts; NO_LIMIT if that is not known."""
@@ -109,6 +111,7 @@ class AttemptRunner:
         except UpstreamError as failure:
             if not failure.connection_lost or self._remaining_s() <= 0:
                 raise
+        # The lost connection may just have opened the circuit; the second try is made all the same.
         return await self._attempt(name, call, even_if_open=True)
 
     async def _attempt(self, name: str, call: Call[Answer], *, even_if_open: bool) -> Answer:
@@ -121,9 +124,12 @@ class AttemptRunner:
         timeouts, overrides = plan.timeouts, self._ctx.request.options.timeouts
         if overrides is not NO_OVERRIDES:
             timeouts = timeouts_for(app.settings, model.info, overrides)
-            attempt.deadline_is_callers = timeouts.stricter_than(plan.timeouts)
-        self._record.start_attempt(name)
+            attempt.is_cut_short = timeouts.stricter_than(plan.timeouts)
         remaining_s = self._remaining_s()
+        if self._has_asked and remaining_s < timeouts.first_token_s:
+            attempt.is_cut_short = True  # the models before took the time
+        self._has_asked = True
+        self._record.start_attempt(name)
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -169,7 +175,7 @@ class AttemptRunner:
         self._record.attempt_failed(failure)
         attempt.failed(failure)
         if failure.context_exceeded:
-            self._overflowed.append(attempt.model)
+            self._rejected_as_too_long.append(attempt.model)
 
     async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         record = self._record
@@ -225,11 +231,11 @@ def _result(outcome: Answer | UpstreamError | None, at_capacity: list[ModelAtCap
     raise UpstreamError("no model was asked")
 
 
-# How many chunks are buffered before the first one with content, to be sent before it. Further ones are dropped: only
-# time limits how long a model may send them. Chunks that end a choice or report usage are buffered up to twice as many.
+# Chunks that come before the first content are kept, up to this many, and sent ahead of it. Later ones are dropped, and
+# reading goes on until a timeout. Of chunks that end a choice or report usage, up to twice as many are kept.
 MAX_BUFFERED_CHUNKS = 1000
 
-# Bytes of all buffered chunks.
+# Limit on the bytes of these chunks together. The chunk that crosses it is dropped, and so are all after it.
 MAX_BUFFERED_BYTES = 2**20
 
 
@@ -251,12 +257,13 @@ class UpstreamStream:
     async def read_until_content(self) -> None:
         """Read up to the first content, or to the end if there is none.
 
-        If that fails, the connection is closed, but the attempt is not ended: only the caller knows whether a time
-        limit was the cause, which is a failure of the model.
+        On an error the connection is closed, but the attempt stays open. The caller ends it: only the caller can tell a
+        timeout, which is a failure of the model, from a cancellation, which is not.
         """
         try:
             async for block in self._source:
-                start = self._index_of_content(block)
+                self._record_usage(block)
+                start = _index_of_content(block)
                 self._buffer(block[:start])
                 if start < len(block):
                     self._buffered += block[start:]
@@ -304,12 +311,10 @@ class UpstreamStream:
         self._attempt.abandoned()
         await self._close_source()
 
-    def _index_of_content(self, block: list[JSONPayload]) -> int:
-        """Record the usage in a block, and return the index of its first chunk with content; its length if none has."""
+    def _record_usage(self, block: list[JSONPayload]) -> None:
         for chunk in block:
             if usage := usage_of(chunk.body):
                 self._record.set_usage(usage)
-        return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
 
     def _buffer(self, block: list[JSONPayload]) -> None:
         """Keep chunks that came before the first content, within the limits."""
@@ -338,6 +343,11 @@ class UpstreamStream:
             await close()
 
 
+def _index_of_content(block: list[JSONPayload]) -> int:
+    """Return the index of the first chunk with content; the block's length if none has."""
+    return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
+
+
 class IdleTimeout:
     """Limit each wait for a stream's next chunk, and the stream as a whole. Call `close` at the end.
 
@@ -361,7 +371,7 @@ class IdleTimeout:
         cancels_before = task.cancelling()
         self._waiter, self._wait_started = task, monotonic()
         if self._timer is None:
-            self._check()
+            self._on_timer()
         try:
             return await awaitable
         except asyncio.CancelledError:
@@ -380,14 +390,14 @@ class IdleTimeout:
             self._timer.cancel()
             self._timer = None
 
-    def _check(self) -> None:
-        """Cancel a wait that has taken too long, or look again when it will have."""
+    def _on_timer(self) -> None:
+        """Cancel the wait if it has taken too long; otherwise set the timer for the moment when it will have."""
         self._timer = None
         if self._waiter is None or self._expired:
             return  # the next wait starts the timer again
         left_s = min(self._wait_started + self._idle_s, self._deadline) - monotonic()
         if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._check)
+            self._timer = self._loop.call_later(left_s, self._on_timer)
             return
         self._expired = True
         self._waiter.cancel()

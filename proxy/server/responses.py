@@ -1,3 +1,5 @@
+"""Exceptions of ours as HTTP responses. `upstream/errors.py` makes an exception of what an upstream answers."""
+
 from __future__ import annotations
 
 import json

@@ -180,6 +180,8 @@ class ProfileSettings(FrozenModel):
 
 
 class Settings(FrozenModel):
+    """All settings of a server. To add one, add a field with its description, and run `make docs`."""
+
     model_list: tuple[ModelConfig, ...] = Field(
         default=(), description="The models, in LiteLLM's form. Only in the file."
     )

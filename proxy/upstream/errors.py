@@ -1,3 +1,5 @@
+"""What an upstream answers, or fails with, as UpstreamError. `server/responses.py` makes the response of it."""
+
 from __future__ import annotations
 
 import errno

@@ -1,8 +1,8 @@
 """The health of all models in this process, and its replication to other processes through Redis.
 
-`uniroute:health:<model>` holds why the circuit is open, and expires with the cooldown, so that no two clocks are
-compared. The channel `uniroute:health` carries the names of models whose key was written or deleted. Without Redis each
-process knows only what it finds itself. No request ever waits for the replication.
+`uniroute:health:<model>` holds the reason why the circuit is open, and lives as long as the cooldown: no process
+compares its clock with another's. The channel `uniroute:health` carries the names of models whose key was written or
+deleted. Without Redis each process knows only what it has seen itself. No request ever waits for the replication.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -44,13 +45,13 @@ class Attempt(Permit):
     Exactly one of `succeeded`, `failed` and `abandoned` ends it; later calls are ignored.
     """
 
-    __slots__ = ("_breaker", "_ended", "_health", "_slots", "acquired_at", "deadline_is_callers", "model")
+    __slots__ = ("_breaker", "_ended", "_health", "_slots", "acquired_at", "is_cut_short", "model")
 
     def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker) -> None:
         super().__init__()
         self.model = model
-        # Whether the caller's time limit is shorter than the model's: then a timeout is no fault of the model.
-        self.deadline_is_callers = False
+        # Whether the attempt has less time than is configured for the model: a timeout then says nothing of the model.
+        self.is_cut_short = False
         self._health = health
         self._breaker = breaker
         self._slots: ConcurrencyLimiter | None = None
@@ -62,20 +63,20 @@ class Attempt(Permit):
         self._slots, self.acquired_at = slots, acquired_at
 
     def first_content(self) -> None:
-        """Report the first content: if this is a probe, its circuit is closed before it has ended."""
+        """Report the first content. A probe closes its circuit now, without waiting for the end of the answer."""
         if not self._ended:
-            self._health._apply(self.model, self._breaker, self._breaker.first_content, self)
+            self._health._change(self.model, self._breaker, self._breaker.first_content, self)
 
     def succeeded(self) -> None:
         if self._end():
-            self._health._apply(self.model, self._breaker, self._breaker.succeeded, self)
+            self._health._change(self.model, self._breaker, self._breaker.succeeded, self)
 
     def failed(self, failure: UpstreamError) -> None:
-        if failure.timed_out and self.deadline_is_callers:
+        if failure.timed_out and self.is_cut_short:
             self.abandoned()
         elif self._end():
             failure_class = classify_failure(failure, self._health.unix_time())
-            self._health._apply(self.model, self._breaker, self._breaker.failed, self, failure_class)
+            self._health._change(self.model, self._breaker, self._breaker.failed, self, failure_class)
 
     def abandoned(self) -> None:
         """End without an outcome: the client left, or its own time limit has passed."""
@@ -95,7 +96,7 @@ class Attempt(Permit):
 # Bounds the memory, far above the number of models that are ever registered.
 MAX_MODELS = 10_000
 
-_NONE: Final[Mapping[str, float]] = MappingProxyType({})
+_NOTHING_COOLING_DOWN: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 class HealthRegistry:
@@ -119,7 +120,7 @@ class HealthRegistry:
         self._clock = clock
         self._listeners = [on_change]
         self._breakers: dict[str, CircuitBreaker] = {}
-        self._open: dict[str, CircuitBreaker] = {}
+        self._open_breakers: dict[str, CircuitBreaker] = {}
 
     def add_listener(self, on_change: Callable[[HealthEvent], None]) -> None:
         self._listeners.append(on_change)
@@ -129,10 +130,10 @@ class HealthRegistry:
 
         They include models that are being probed, with the seconds after which the probe counts as lost.
         """
-        if not self._open:
-            return _NONE
+        if not self._open_breakers:
+            return _NOTHING_COOLING_DOWN
         now = self._clock()
-        waits = ((model, breaker.unavailable_s(now)) for model, breaker in self._open.items())
+        waits = ((model, breaker.unavailable_s(now)) for model, breaker in self._open_breakers.items())
         return {model: wait for model, wait in waits if wait is not None}
 
     def start_attempt(self, model: str) -> Attempt:
@@ -152,28 +153,32 @@ class HealthRegistry:
             return
         breaker = self._breaker(model)
         change = breaker.open_from_peer if from_peer else breaker.open
-        self._apply(model, breaker, change, seconds, why, from_peer=from_peer)
+        self._change(model, breaker, change, seconds, why, from_peer=from_peer)
 
     def close_from_peer(self, model: str) -> None:
         """Close a circuit that another process opened and has now closed. A cooldown that was found here stays."""
-        if (breaker := self._open.get(model)) is not None:
-            self._apply(model, breaker, lambda _: breaker.close_from_peer(), from_peer=True)
+        if (breaker := self._open_breakers.get(model)) is not None:
+            self._change(model, breaker, lambda _: breaker.close_from_peer(), from_peer=True)
 
     def reset(self, model: str, *, from_peer: bool = False) -> None:
         """Forget a model that was removed or changed. Attempts that were started before no longer count."""
         self._breakers.pop(model, None)
-        if self._open.pop(model, None) is not None:
+        if self._open_breakers.pop(model, None) is not None:
             self._notify(HealthEvent(model, is_open=False, from_peer=from_peer))
 
     def local_cooldown(self, model: str) -> tuple[float, str] | None:
         """Return the remaining seconds, 0 when over, and the reason of a cooldown found here; None: there is none."""
-        breaker = self._open.get(model)
+        breaker = self._open_breakers.get(model)
         seconds = breaker.local_cooldown_s(self._clock()) if breaker else None
         return None if breaker is None or seconds is None else (seconds, breaker.why or "")
 
     def status(self, model: str) -> dict[str, Any]:
-        """Return a model's health as JSON. The state is well, resting, or probing: the next answer decides."""
-        breaker = self._open.get(model)
+        """Return a model's health as JSON.
+
+        The state is `well` (closed), `resting` (in its cooldown) or `probing` (the cooldown is over, and the next
+        answer decides).
+        """
+        breaker = self._open_breakers.get(model)
         if breaker is None:
             return {"state": "well", "recovers_in_s": None, "why": None}
         cooldown_s = breaker.cooldown_s(self._clock())
@@ -189,11 +194,12 @@ class HealthRegistry:
         breaker = self._breakers.get(model)
         if breaker is None:
             if len(self._breakers) >= MAX_MODELS:
-                self.reset(next((name for name in self._breakers if name not in self._open), next(iter(self._open))))
+                closed = (name for name in self._breakers if name not in self._open_breakers)
+                self.reset(next(chain(closed, self._open_breakers)))
             breaker = self._breakers[model] = CircuitBreaker(self.settings)
         return breaker
 
-    def _apply(
+    def _change(
         self, model: str, breaker: CircuitBreaker, change: Callable[..., None], *args: Any, from_peer: bool = False
     ) -> None:
         """Call `change` with `args` and the time, and notify the listeners if that opened or closed the circuit."""
@@ -203,10 +209,10 @@ class HealthRegistry:
         if breaker.epoch == epoch or self._breakers.get(model) is not breaker:
             return
         if breaker.closed:
-            self._open.pop(model, None)
+            self._open_breakers.pop(model, None)
             log.info("model %s is well again", model)
         else:
-            self._open[model] = breaker
+            self._open_breakers[model] = breaker
             log.warning("model %s rests for %.3g s: %s", model, breaker.cooldown_s(now), breaker.why)
         self._notify(HealthEvent(model, is_open=not breaker.closed, from_peer=from_peer))
 
@@ -227,7 +233,10 @@ RETRY_INTERVAL_S = 0.5
 # A missing key was deleted if its cooldown should have lasted longer than this; otherwise it has expired.
 MIN_REVOKED_S = 1.0
 
+# Announcements that are read at once.
 MAX_MESSAGES = 1000
+
+MAX_WARNINGS = 1000
 
 MAX_QUEUED = 1000
 
@@ -260,8 +269,8 @@ class CooldownReplicator:
         health.add_listener(self._queue)
 
     def start(self) -> None:
-        self._tasks.start("uniroute-health-told", self._publish_loop)
-        self._tasks.start("uniroute-health-heard", self._listen_loop)
+        self._tasks.start("uniroute-health-publish", self._publish_loop)
+        self._tasks.start("uniroute-health-listen", self._listen_loop)
 
     async def stop(self) -> None:
         await self._tasks.close()
@@ -353,9 +362,10 @@ class CooldownReplicator:
                 replies = await pipe.execute(raise_on_error=False)
             for model, left_ms, why in zip(models, replies[::2], replies[1::2], strict=True):
                 if model not in self._pending:  # else what this process is about to publish is newer
-                    self._apply(model, left_ms, why, announced=announced)
+                    self._adopt(model, left_ms, why, announced=announced)
 
-    def _apply(self, model: str, left_ms: object, why: object, *, announced: bool) -> None:
+    def _adopt(self, model: str, left_ms: object, why: object, *, announced: bool) -> None:
+        """Open or close the circuit here, as the key in Redis says."""
         seconds = left_ms / 1000 if isinstance(left_ms, int) else 0.0
         if 0 < seconds <= self._health.settings.longest_cooldown_s:
             self._health.open(model, seconds, _printable(why), from_peer=True)
@@ -368,7 +378,7 @@ class CooldownReplicator:
 
     def _warn_once(self, model: str) -> None:
         """Warn of a key that never expires, or expires too late: no UniRoute process wrote it."""
-        if model not in self._warned and len(self._warned) < MAX_MESSAGES:
+        if model not in self._warned and len(self._warned) < MAX_WARNINGS:
             self._warned.add(model)
             log.warning("%s is ignored: it does not expire within the longest cooldown", health_key(model))
 
@@ -410,5 +420,6 @@ async def prune_removed_models(health: HealthRegistry, registered: Callable[[], 
         for name, old in before.items():
             new = now.get(name)
             if new is None or new.litellm_params != old.litellm_params:
+                # The process that made the change announces it: nothing is to be published here.
                 health.reset(name, from_peer=True)
         before = now

@@ -126,3 +126,31 @@ def test_an_html_page_with_status_200_fails_its_attempt(asking: httpx.Client, ra
     for stream in (False, True):
         ranked.models[0].then(Step(headers={"content-type": "text/html"}, body=page))
         assert ask(asking, stream=stream).headers["x-uniroute-model"] == "second"
+
+
+def test_a_model_that_gets_what_time_others_left_is_not_blamed_for_its_timeout(
+    tmp_path: Path, embedder_cache: Path
+) -> None:
+    with ScriptedUpstream() as slow, ScriptedUpstream() as late:
+        config = {
+            "model_list": [model_entry("slow", slow.url), model_entry("late", late.url)],
+            "uniroute": {
+                "profile": {"on_start": False},
+                "first_token_timeout_s": 1,
+                "request_timeout_s": 1.5,
+                "breaker": {"failures": 1, "share": 0.01, "cooldown_s": 600, "longest_cooldown_s": 600},
+            },
+        }
+        with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "k"}) as proxy:
+            proxy.put_profile("slow", 0.1)
+            proxy.put_profile("late", 0.2)
+            slow.always = late.always = Step(hang=True)
+            with httpx.Client(base_url=proxy.url, timeout=60) as http:
+                assert ask(http).status_code == 504
+            states = {
+                card["model_name"]: card["health"]["state"]
+                for card in proxy.admin("GET", "/admin/models").json()["models"]
+            }
+
+    assert (len(slow.history), len(late.history)) == (1, 1)
+    assert states == {"slow": "resting", "late": "well"}

@@ -84,7 +84,7 @@ def test_a_deadline_of_the_callers_own_says_nothing_of_the_model() -> None:
     health, _ = a_health()
     for _ in range(10):
         attempt = health.start_attempt("small")
-        attempt.deadline_is_callers = True
+        attempt.is_cut_short = True
         attempt.failed(UpstreamError("too slow", timed_out=True))
     assert health.cooling_down() == {}
 
