@@ -46,10 +46,11 @@ ENDED = b"ended "
 # What servers and commands import. litellm, torch and sentence_transformers are not among it: tests check that a server
 # loads them only when it needs them.
 PACKAGES = ("proxy", "router_core")
+# Few commands need it, and the library `jsonschema` takes two seconds to import.
+SKIPPED = ("router_core.validation.graders.schemas",)
 LIBRARIES = (
     "faiss",
     "httptools",
-    "jsonschema",
     "orjson",
     "uvicorn.lifespan.on",
     "uvicorn.loops.uvloop",
@@ -503,7 +504,7 @@ def preload() -> None:
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if file.stem != "__main__":
+            if file.stem != "__main__" and name not in SKIPPED:
                 importlib.import_module(name)
     for name in LIBRARIES:
         importlib.import_module(name)
