@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol, Self
@@ -171,10 +172,12 @@ class ForkedProcess:
                     message = self._channel.recv(MAX_REQUEST_BYTES)
                 except BlockingIOError:
                     return None
+                except OSError:  # closed by an earlier call, or reset
+                    message = b""
+                self._channel.close()
                 if not message.startswith(ENDED):
                     raise ForkServerError(f"the fork server ended before process {self.pid} did")
                 self.returncode = int(message.removeprefix(ENDED))
-                self._channel.close()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -184,32 +187,31 @@ class ForkedProcess:
             if left is not None and left <= 0:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
             waiting = select.poll()
-            waiting.register(self._channel, select.POLLIN)
-            waiting.poll(None if left is None else left * 1000 + 1)
+            with suppress(ValueError):  # another thread has just read the end
+                waiting.register(self._channel, select.POLLIN)
+                waiting.poll(None if left is None else left * 1000 + 1)
         return status
 
-    def communicate(self, timeout: float | None = None) -> tuple[bytes, bytes]:
-        """Return stdout and stderr once both are closed and the process has ended."""
+    def communicate(self, timeout: float | None = None) -> tuple[bytes | None, bytes | None]:
+        """Return what the pipes of stdout and stderr had, once they are closed and the process has ended."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        read: dict[IO[bytes] | None, list[bytes]] = {None: []}
+        read: dict[IO[bytes], list[bytes]] = {pipe: [] for pipe in (self.stdout, self.stderr) if pipe is not None}
         with selectors.DefaultSelector() as selector:
-            for stream in (self.stdout, self.stderr):
-                if stream is not None:
-                    selector.register(stream, selectors.EVENT_READ)
-                    read[stream] = []
+            for pipe in read:
+                selector.register(pipe, selectors.EVENT_READ, pipe)
             while selector.get_map():
                 ready = selector.select(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                if not ready and deadline is not None and time.monotonic() >= deadline:
+                if deadline is not None and time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(self.args, timeout or 0)
                 for key, _ in ready:
-                    stream = next(stream for stream in read if stream is key.fileobj)
                     if chunk := os.read(key.fd, 65536):
-                        read[stream].append(chunk)
+                        read[key.data].append(chunk)
                     else:
                         selector.unregister(key.fileobj)
         self.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
         self._close_pipes()
-        return b"".join(read[self.stdout]), b"".join(read[self.stderr])
+        output, errors = (None if pipe is None else b"".join(read[pipe]) for pipe in (self.stdout, self.stderr))
+        return output, errors
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -409,7 +411,7 @@ def _signals() -> list[int]:
     return sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 
 
-class _Server:
+class Server:
     """Fork a process for each message on the control socket, and report the ends of those processes."""
 
     def __init__(self, control: socket.socket) -> None:
@@ -435,7 +437,7 @@ class _Server:
 
     def _fork(self, channel: socket.socket, descriptors: list[int]) -> bool:
         """Tell whether this is the new process."""
-        if threads := _threads():
+        if threads := count_threads():
             _send(channel, f"the fork server has {threads} other threads".encode())
             channel.close()
         elif pid := os.fork():
@@ -494,7 +496,7 @@ def _send(channel: socket.socket, message: bytes) -> None:
         return
 
 
-def _threads() -> int:
+def count_threads() -> int:
     """Count the threads beside this one, those of C libraries too."""
     return max(len(os.listdir("/proc/self/task")), threading.active_count()) - 1  # noqa: PTH208  quicker than objects
 
@@ -515,7 +517,7 @@ def preload() -> None:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    if threads := _threads():
+    if threads := count_threads():
         raise ForkServerError(f"an import started {threads} threads")
     # Without it each process would look through all of this once more when it ends, for 0.3 s.
     gc.collect()
@@ -538,11 +540,13 @@ def become(channel: socket.socket, descriptors: list[int]) -> str:
         os.environ.clear()
         os.environ.update(request["environ"])
         _renew_interpreter(request["module"], request["arguments"], request["cwd"])
+        _renew_handlers({*request["ignored"]})
         channel.send(STARTED + str(os.getpid()).encode())
     except BaseException as error:  # noqa: BLE001  whatever it is, the client is told
         _give_up(channel, error)
     channel.close()
-    _restore_signals(set(request["blocked"]), set(request["ignored"]))
+    # Last, as a SIGINT that waits becomes a KeyboardInterrupt here.
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
     return str(request["module"])
 
 
@@ -568,12 +572,9 @@ def _place_descriptors(channel: socket.socket, descriptors: list[int], numbers: 
 def _renew_interpreter(module: str, arguments: list[str], cwd: str) -> None:
     """Put the interpreter where `python -m module` would start."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
-        old = getattr(sys, name)
-        new = io.open(number, mode, encoding=old.encoding, errors=old.errors, newline="\n", closefd=False)  # noqa: SIM115, UP020
-        assert isinstance(new, io.TextIOWrapper)
-        new.reconfigure(line_buffering=name == "stderr" or new.line_buffering)
-        setattr(sys, name, new)
-        setattr(sys, f"__{name}__", new)
+        stream = _standard_stream(number, name, mode)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = ["-m", *arguments]
     sys.orig_argv = [sys.executable, "-m", module, *arguments]
     sys.path[0] = cwd
@@ -582,14 +583,26 @@ def _renew_interpreter(module: str, arguments: list[str], cwd: str) -> None:
         numpy_random.seed()
 
 
-def _restore_signals(blocked: set[int], ignored: set[int]) -> None:
+def _standard_stream(number: int, name: str, mode: str) -> io.TextIOWrapper:
+    """Open it as the interpreter does."""
+    old = getattr(sys, name)
+    buffered = mode == "r" or not old.write_through
+    opened: Any = open(number, f"{mode}b", -1 if buffered else 0, closefd=False)  # noqa: SIM115  closed with the process
+    raw = opened.raw if buffered else opened
+    raw.name = f"<{name}>"
+    by_line = buffered and (name == "stderr" or raw.isatty())
+    stream: Any = io.TextIOWrapper(opened, old.encoding, old.errors, "\n", by_line, write_through=not buffered)
+    stream.mode = mode
+    return stream  # type: ignore[no-any-return]
+
+
+def _renew_handlers(ignored: set[int]) -> None:
     """Set what an interpreter has after its start: it ignores SIGPIPE and SIGXFSZ, and handles SIGINT."""
     ignored |= {signal.SIGPIPE, signal.SIGXFSZ}
     for number in _signals():
         signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     if signal.SIGINT not in ignored:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def main() -> None:
@@ -603,7 +616,7 @@ def main() -> None:
         control.send(repr(error).encode())
         return
     control.send(STARTED)
-    started = _Server(control).run()
+    started = Server(control).run()
     if started is not None:
         runpy.run_module(become(*started), run_name="__main__", alter_sys=True)
 
