@@ -47,8 +47,6 @@ ENDED = b"ended "
 # What servers and commands import. litellm, torch and sentence_transformers are not among it: tests check that a server
 # loads them only when it needs them.
 PACKAGES = ("proxy", "router_core")
-# Few commands need it, and the library `jsonschema` takes two seconds to import.
-SKIPPED = ("router_core.validation.graders.schemas",)
 LIBRARIES = (
     "faiss",
     "httptools",
@@ -58,6 +56,12 @@ LIBRARIES = (
     "uvicorn.main",
     "uvicorn.protocols.http.httptools_impl",
     "uvloop",
+)
+# Functions whose results many of them read, which a cache keeps and nothing changes.
+DATA = (
+    "proxy.storage.price_map.bundled_price_map",
+    "router_core.artifact.builtin_map",
+    "router_core.validation.families.registry.builtin_validation_set",
 )
 LAZY = ("litellm", "torch", "sentence_transformers")
 
@@ -502,14 +506,24 @@ def count_threads() -> int:
 
 
 def preload() -> None:
-    """Import what servers and commands import. Raises ForkServerError where that leaves threads or loads too much."""
+    """Import and read what servers and commands do.
+
+    Raises:
+        ForkServerError: an import started a thread, or loaded what is loaded late.
+    """
+    # jsonschema imports it if it can, which takes two seconds. It is not used, and not among what serving installs.
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
     for package in PACKAGES:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            if file.stem != "__main__" and name not in SKIPPED:
+            if file.stem != "__main__":
                 importlib.import_module(name)
     for name in LIBRARIES:
         importlib.import_module(name)
+    del sys.modules["rfc3987_syntax"]
+    for function in DATA:
+        module, _, name = function.rpartition(".")
+        getattr(importlib.import_module(module), name)()
     if loaded := [name for name in LAZY if name in sys.modules]:
         raise ForkServerError(f"imported what is loaded late: {loaded}")
     # OpenBLAS ends its threads before a fork, and starts them again in each process that needs them.
