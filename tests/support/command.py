@@ -103,6 +103,11 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
+        return self.exit_status()
+
+    def exit_status(self) -> int:
+        """Wait until it has ended. A second signal would kill an interpreter that is about to end."""
+        assert self.process is not None
         return self.process.wait(60)
 
     def _wait_until_ready(self) -> None:
