@@ -175,6 +175,8 @@ def _connect(address: str, own: dict[str, Any]) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL, **own)
     except (ConnectionError, ValueError) as error:
         raise BadArgument(f"--ray {address}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # noqa: BLE001 - a bare one, for example after 30 s in which its processes did not start
+        raise CommandError(f"Ray did not start: {' '.join(str(error).split())}") from None
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False

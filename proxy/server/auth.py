@@ -91,7 +91,8 @@ class AuthMiddleware:
         except APIError as error:
             status, body, headers = render_error(error)
             if status == 401:
-                headers = {**headers, "www-authenticate": "Bearer"}
+                # The official clients try again unless they are told that it will not help.
+                headers = {**headers, "www-authenticate": "Bearer", "x-should-retry": "false"}
                 await self._throttle.delay()
             await JSONResponse(body, status, headers)(scope, receive, send)
             return

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -56,12 +57,14 @@ def open_files(server: ServeCommand) -> int:
 
 
 def answer(connection: socket.socket) -> bytes:
-    """What has been said so far; b"closed" where nothing was and the connection is gone."""
+    """Return what was sent so far; b"closed" if nothing was and the connection is gone, b"open" if it is not."""
     connection.settimeout(20)
     try:
         return connection.recv(65536) or b"closed"
     except ConnectionError:
         return b"closed"
+    except TimeoutError:
+        return b"open"
 
 
 def test_more_clients_than_descriptors_get_an_error_and_the_rest_are_served(
@@ -112,31 +115,50 @@ def forbid_more_descriptors(server: ServeCommand) -> None:
     resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (seen[-1], DESCRIPTORS))
 
 
+@dataclass(frozen=True)
+class Exhausted:
+    """What happened while the server could open nothing."""
+
+    reply: httpx.Response
+    answers: set[bytes]
+    cpu_s: float
+    probe: httpx.Response
+
+
+def exhaust(server: ServeCommand, client: httpx.Client) -> Exhausted:
+    """Ask for a model, connect 20 times and probe while the server may open nothing more."""
+    with ExitStack() as closing:
+        forbid_more_descriptors(server)
+        limits = (DESCRIPTORS, DESCRIPTORS)
+        closing.callback(resource.prlimit, server.pid, resource.RLIMIT_NOFILE, limits)
+        reply = ask(client)
+        used = cpu_s(server.pid)
+        address = (client.base_url.host, client.base_url.port or 80)
+        knocking = [closing.enter_context(socket.create_connection(address)) for _ in range(20)]
+        answers = {answer(connection) for connection in knocking}
+        time.sleep(0.5)
+        return Exhausted(reply, answers, cpu_s(server.pid) - used, client.get("/healthz"))
+
+
 def test_a_model_that_cannot_be_reached_for_want_of_descriptors_is_a_clear_502(
     server: ServeCommand, upstream: ScriptedUpstream
 ) -> None:
     with httpx.Client(base_url=server.url, timeout=60) as client:
         assert ask(client).status_code == 200
-        forbid_more_descriptors(server)
-        try:
-            reply = ask(client)
-            used = cpu_s(server.pid)
-            knocking = [socket.create_connection((client.base_url.host, client.base_url.port or 80)) for _ in range(20)]
-            shut = {answer(connection) for connection in knocking}
-            time.sleep(0.5)
-            spent = cpu_s(server.pid) - used
-            probe = client.get("/healthz")
-        finally:
-            resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
-            for connection in knocking:
-                connection.close()
+        # libuv keeps one descriptor to turn connections away with. While it does so another thread of the server may
+        # take that one; libuv has one again as soon as a connection is accepted.
+        for _ in range(3):
+            found = exhaust(server, client)
+            if found.answers == {b"closed"}:
+                break
+            assert ask(client).status_code == 200
         again = ask(client)
 
-    assert reply.status_code == 502, server.log[-6000:]
-    assert (reply.status_code, "no file descriptor" in reply.json()["error"]["message"]) == (502, True)
-    assert shut == {b"closed"}
-    assert spent < 0.4, "accept went round and round"
-    assert (probe.status_code, again.status_code) == (200, 200)
+    assert found.reply.status_code == 502, server.log[-6000:]
+    assert "no file descriptor" in found.reply.json()["error"]["message"]
+    assert found.answers == {b"closed"}
+    assert found.cpu_s < 0.4, "accept went round and round"
+    assert (found.probe.status_code, again.status_code) == (200, 200)
 
 
 def cpu_s(pid: int) -> float:

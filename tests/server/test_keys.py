@@ -56,6 +56,7 @@ def test_a_request_without_a_valid_key_is_an_authentication_error(keyed: Keyed) 
         with pytest.raises(openai.AuthenticationError) as caught:
             keyed.client(key).chat.completions.create(model="first", messages=ASK)
         assert caught.value.code == "invalid_api_key"
+        assert caught.value.response.headers["x-should-retry"] == "false"
     assert keyed.status() == 401
 
 

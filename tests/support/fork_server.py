@@ -66,7 +66,7 @@ DATA = (
 LAZY = ("litellm", "torch", "sentence_transformers")
 
 # Variables that nothing reads before a command runs. The interpreter and the libraries read others when they start.
-READ_LATE = re.compile(r"UNIROUTE_\w+|PYTEST_\w+|\w+_API_KEY|COLUMNS")
+READ_LATE = re.compile(r"UNIROUTE_\w+|PYTEST_\w+|\w+_API_KEY|COLUMNS|LITELLM_\w+|TIKTOKEN_\w+")
 
 
 class ForkServerError(Exception):
