@@ -18,7 +18,6 @@ from proxy.upstream.client import UpstreamClient
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder, static_embedder
-from tests.support import fork_server
 from tests.support.direct_calls import KEY
 from tests.support.reaper import Reaper
 from tests.support.tls import a_certificate, share_tls_contexts
@@ -51,8 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         config.add_cleanup(Reaper().close)
-        fork_server.share()
-        config.add_cleanup(fork_server.close)
     share_tls_contexts()
     config.option.loadscopereorder = False  # xdist would begin with the files of most tests
     assert all((TESTS / name).exists() for name in LONGEST)

@@ -19,13 +19,11 @@ from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are marked on Linux alone")
 
-# Besides the store of the run itself, one in a session of its own whose starter is in another, with no environment; and
-# a process of the fork server.
+# Besides the store of the run itself, one in a session of its own whose starter is in another, with no environment.
 ENDLESS = """
 import json, os, subprocess, sys, threading, time
 from pathlib import Path
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.fork_server import ForkedProcess, start_module
 from tests.support.reaper import own_mark
 
 STARTER = "import sys; from pathlib import Path; from proxy.storage.valkey import EmbeddedValkey as V;"
@@ -36,18 +34,16 @@ def test_without_end(tmp_path, valkey):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     starter = subprocess.Popen(command, env={"PYTHONPATH": os.getcwd()}, start_new_session=True, **pipes)
     assert starter.stdout.readline()
-    forked = start_module("http.server", "0", environ=os.environ, start_new_session=True)
-    assert isinstance(forked, ForkedProcess) or not hasattr(os, "pidfd_open")
     report = Path(os.environ["REPORT"])
-    report.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "mark": own_mark(), "forked": forked.pid}))
+    report.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "mark": own_mark()}))
     report.with_suffix(".new").rename(report)
     threading.Event().wait()
 """
 
 
 @contextmanager
-def endless_run(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int, int, int]]:
-    """Start a run; yield its process, the one that runs its only test, the mark of all it starts, and a forked one."""
+def endless_run(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], int, int]]:
+    """Start a run; yield its process, the one that runs its only test, and the mark of all its processes."""
     (folder / "test_endless.py").write_text(ENDLESS)
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "REPORT": str(folder / "report.json")}
     plugins = ("-p", "tests.conftest", "-p", "no:cacheprovider", *options)
@@ -69,7 +65,7 @@ def endless_run(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[
         assert wait_until(lambda: run.poll() is not None or (folder / "report.json").exists(), 180)
         assert run.poll() is None, (folder / "log.txt").read_text()
         report = json.loads((folder / "report.json").read_text())
-        yield run, report["pid"], report["mark"], report["forked"]
+        yield run, report["pid"], report["mark"]
     finally:
         run.kill()
         run.wait()
@@ -91,9 +87,8 @@ def names_of(pids: list[int]) -> list[str]:
 def test_nothing_outlives_a_run_that_a_signal_ends(
     tmp_path: Path, options: tuple[str, ...], whole_run: bool, signal_: signal.Signals
 ) -> None:
-    with endless_run(tmp_path, *options) as (run, running, mark, forked):
+    with endless_run(tmp_path, *options) as (run, running, mark):
         started = marked(mark)
-        assert forked in started
         assert names_of(started).count("valkey-server") == 2
         os.kill(run.pid if whole_run else running, signal_)
         assert wait_until(lambda: marked(mark) == [], 120)

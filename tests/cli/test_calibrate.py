@@ -50,20 +50,14 @@ def calibrated(environ: Environ, *arguments: str | Path) -> dict[str, Any]:
     return document
 
 
-@pytest.fixture(scope="module")
-def nearly_best(served: tuple[ServeCommand, Environ]) -> dict[str, Any]:
-    """Ask for 97 % of the best model's quality."""
-    return calibrated(served[1], "--quality", "0.97")
-
-
 def routed(server: ServeCommand, prompt: str, lambda_: float) -> str:
     body = {"model": "auto", "messages": [{"role": "user", "content": prompt}]}
     reply = httpx.post(f"{server.url}/v1/route", json=body, headers={"lambda": f"{lambda_:g}"}, timeout=20)
     return str(reply.json()["model"])
 
 
-def test_the_share_of_the_best_models_quality_is_kept_at_less_cost(nearly_best: dict[str, Any]) -> None:
-    found = nearly_best
+def test_the_share_of_the_best_models_quality_is_kept_at_less_cost(served: tuple[ServeCommand, Environ]) -> None:
+    found = calibrated(served[1], "--quality", "0.97")
     assert list(found) == [
         "lambda",
         "quality",
@@ -100,21 +94,20 @@ def test_a_budget_is_kept_and_buys_the_best_that_it_can(served: tuple[ServeComma
 
 
 def test_the_cost_unit_of_the_configuration_is_the_unit_of_lambda(
-    served: tuple[ServeCommand, Environ], nearly_best: dict[str, Any], tmp_path: Path
+    served: tuple[ServeCommand, Environ], tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"uniroute": {"cost_unit": "cents"}}))
     in_cents = calibrated(served[1], "--quality", "0.97", "--config", tmp_path / "config.yaml")
     assert in_cents["cost_unit"] == "cents"
-    assert in_cents["lambda"] > nearly_best["lambda"]
+    assert in_cents["lambda"] > calibrated(served[1], "--quality", "0.97")["lambda"]
 
 
-def test_a_person_is_told_what_to_set_and_that_it_is_only_expected(
-    served: tuple[ServeCommand, Environ], nearly_best: dict[str, Any]
-) -> None:
+def test_a_person_is_told_what_to_set_and_that_it_is_only_expected(served: tuple[ServeCommand, Environ]) -> None:
     ended = run_command("calibrate", "--quality", "0.97", environ=served[1])
-    assert f"`lambda: {nearly_best['lambda']:g}` in the uniroute section" in ended.stdout
+    lambda_ = calibrated(served[1], "--quality", "0.97")["lambda"]
+    assert f"`lambda: {lambda_:g}` in the uniroute section" in ended.stdout
     assert "always dear" in ended.stdout
-    low, high = nearly_best["relative_interval"]
+    low, high = calibrated(served[1], "--quality", "0.97")["relative_interval"]
     assert f"it may be {low:.1%} to {high:.1%} of the best" in ended.stdout
 
 

@@ -185,7 +185,7 @@ def test_sigterm_lets_a_running_answer_finish(tmp_path: Path, embedder_cache: Pa
                 os.kill(server.pid, signal.SIGTERM)
                 text = answer.read().decode()
             assert "[DONE]" in text
-            assert server.exit_status() == 0
+            assert server.stop() == 0
     assert not store_answers(tmp_path / "data")
 
 

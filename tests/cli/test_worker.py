@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +17,7 @@ import yaml
 
 from proxy.cli.serve import print_models
 from proxy.settings.schema import Settings
-from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.fork_server import PythonProcess, start_module
+from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
@@ -43,9 +44,10 @@ def files_over_http(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[PythonProcess]:
+def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as output:
-        process = start_module("proxy.cli", "worker", environ=environ, stdout=output, stderr=output)
+        command = [sys.executable, "-m", "proxy.cli", "worker"]
+        process = subprocess.Popen(command, env=dict(environ), cwd=ROOT, stdout=output, stderr=output)
     try:
         assert wait_until(lambda: "measuring models for the store" in log.read_text(), 40), log.read_text()
         yield process

@@ -88,7 +88,7 @@ def test_sigterm_drains_streams_cuts_the_late_ones_and_loses_no_record_without_r
                 cut = reply.result()
                 assert (cut.status_code, cut.json()["error"]["code"]) == (503, "shutting_down")
                 assert int(cut.headers["retry-after"]) >= 1
-            assert gateway.server.exit_status() == 0
+            assert gateway.server.stop() == 0
             assert time.monotonic() - signalled_at >= DRAIN_S
             assert "Traceback" not in gateway.server.log
         endings = sorted(record["ending"] for record in journalled(gateway.data_dir))

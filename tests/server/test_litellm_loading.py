@@ -30,8 +30,7 @@ def serving(
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
     environ = environment(folder / "data", embedder_cache, **names)
-    arguments = ("--config", str(folder / "config.yaml"), *arguments)
-    command = ServeCommand(*arguments, environ=environ, log=folder / "log.txt", fresh=True)
+    command = ServeCommand("--config", folder / "config.yaml", *arguments, environ=environ, log=folder / "log.txt")
     with command as server:
         reply = admin(server, "POST", "/near/profile", uniform_profile(0.1))
         assert reply.status_code == 200, reply.text

@@ -9,8 +9,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.support.fork_server import PythonProcess, start_module
-
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
@@ -30,46 +28,26 @@ def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str)
 
 
 def run_command(
-    *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 300, fresh: bool = False
+    *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command of `uniroute` to its end. `fresh`: see `start_module`."""
-    pipe = subprocess.PIPE
-    with start_module("proxy.cli", *arguments, environ=environ, stdout=pipe, stderr=pipe, fresh=fresh) as process:
-        try:
-            output, errors = process.communicate(timeout=timeout_s)
-        except BaseException:
-            process.kill()
-            raise
-    command = ["uniroute", *map(str, arguments)]
-    return subprocess.CompletedProcess(command, process.returncode, _text(output), _text(errors))
-
-
-def _text(output: bytes) -> str:
-    return output.decode().replace("\r\n", "\n").replace("\r", "\n")
+    command = [sys.executable, "-m", "proxy.cli", *map(str, arguments)]
+    return subprocess.run(
+        command, env=dict(environ), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 class ServeCommand:
-    """Run `uniroute serve` on a free port until the block ends. `log` is what it wrote.
-
-    Args:
-        fresh: start an interpreter for it, as is always done for several workers and with `descriptors`.
-    """
+    """Run `uniroute serve` on a free port until the block ends. `log` is what it wrote."""
 
     def __init__(
-        self,
-        *arguments: str | Path,
-        environ: Mapping[str, str],
-        log: Path,
-        descriptors: int | None = None,
-        fresh: bool = False,
+        self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
     ) -> None:
         limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.arguments = arguments
         self.environ = dict(environ)
-        self._fresh = fresh or bool(limited) or "--workers" in arguments
         self._command = [*limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
         self._log = log
-        self.process: PythonProcess | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
     @property
@@ -83,11 +61,7 @@ class ServeCommand:
 
     def __enter__(self) -> ServeCommand:
         with self._log.open("wb") as output:
-            if self._fresh:
-                self.process = subprocess.Popen(self._command, env=self.environ, cwd=ROOT, stdout=output, stderr=output)
-            else:
-                serve = ("serve", "--port", "0", *self.arguments)
-                self.process = start_module("proxy.cli", *serve, environ=self.environ, stdout=output, stderr=output)
+            self.process = subprocess.Popen(self._command, env=self.environ, cwd=ROOT, stdout=output, stderr=output)
         try:
             self._wait_until_ready()
         except AssertionError:
@@ -103,11 +77,6 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.exit_status()
-
-    def exit_status(self) -> int:
-        """Wait until it has ended. A second signal would kill an interpreter that is about to end."""
-        assert self.process is not None
         return self.process.wait(60)
 
     def _wait_until_ready(self) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +14,6 @@ import httpx
 import yaml
 
 from router_core.artifact import builtin_map
-from tests.support.fork_server import PythonProcess, start_module
 
 ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -48,7 +49,7 @@ class ProxyProcess:
             **(environ or {}),
         }
         self._log = (folder / "log.txt").open("ab+")
-        self._process: PythonProcess | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
     @property
@@ -63,14 +64,12 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            factory = ("proxy.app:from_environment", "--factory", "--no-access-log")
-            self._process = start_module(
-                "uvicorn",
-                *factory,
-                "--fd",
-                str(bound.fileno()),
+            command = [sys.executable, "-m", "uvicorn", "proxy.app:from_environment", "--factory", "--no-access-log"]
+            self._process = subprocess.Popen(
+                [*command, "--fd", str(bound.fileno())],
                 pass_fds=[bound.fileno()],
-                environ=self._environ,
+                env=self._environ,
+                cwd=ROOT,
                 stdout=self._log,
                 stderr=self._log,
             )
