@@ -1,0 +1,57 @@
+"""How a client of another API is served by the one journey of a chat request.
+
+    the client's JSON   ->  Translation.body, a chat body  ->  select, reserve, attempts
+    the client's answer <-  Translation.answer             <-  a whole completion
+    the client's events <-  Translation.stream             <-  chunks
+
+Translators compute on plain dicts and bytes: no I/O, no clock, no randomness. They never change what they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+APIName = Literal["chat", "messages", "responses", "completions"]
+
+
+class StreamTranslation(Protocol):
+    """Turn the chunks of one stream into events of the client's API."""
+
+    keep_alive: bytes
+    """What is sent while the model is silent."""
+
+    def write(self, chunk: Mapping[str, Any]) -> bytes:
+        """Return the events of one chunk, with those that begin the answer if it is the first; often no bytes.
+
+        The last chunk may hold nothing but `usage`.
+        """
+
+    def finish(self) -> bytes:
+        """Return the events that end a complete answer."""
+
+    def fail(self, error: Mapping[str, Any], status: int) -> bytes:
+        """Return the events that end an answer which failed, also before its first chunk.
+
+        Args:
+            error: OpenAI's error object: message, type, param, code.
+            status: what it would have had as an HTTP response.
+        """
+
+
+class Translation(Protocol):
+    """One request of another API, as a chat request, and its answer in the client's API."""
+
+    api: APIName
+    document: Mapping[str, Any]
+    """The client's body, without UniRoute's own fields, for an upstream that speaks the client's API."""
+    body: Mapping[str, Any]
+    """The chat body. Its `model`, `stream`, `uniroute`, `models`, `provider` and `metadata` are the client's."""
+    left_out: tuple[str, ...]
+    """Fields of the client's body that no chat model can be sent, as paths: "tools[3] (web_search)"."""
+
+    def answer(self, completion: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """Return a whole completion as the client's API has it. `model`: the registered name that answered."""
+
+    def stream(self, model: str) -> StreamTranslation:
+        """Begin a stream. `model`: the registered name that answers."""
