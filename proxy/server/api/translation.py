@@ -19,7 +19,9 @@ class StreamTranslation(Protocol):
     """Turn the chunks of one stream into events of the client's API."""
 
     keep_alive: bytes
-    """What is sent while the model is silent."""
+    """What is sent while the model is silent, once the stream has begun."""
+    answer: Mapping[str, Any] | None
+    """The whole answer as the client's API has it, once `finish` was called; None where nobody asks for it."""
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
         """Return the events of one chunk, with those that begin the answer if it is the first; often no bytes.
@@ -49,6 +51,8 @@ class Translation(Protocol):
     """The chat body. Its `model`, `stream`, `uniroute`, `models`, `provider` and `metadata` are the client's."""
     left_out: tuple[str, ...]
     """Fields of the client's body that no chat model can be sent, as paths: "tools[3] (web_search)"."""
+    stored: bool
+    """Whether later requests may ask for the answer by its id."""
 
     def answer(self, completion: Mapping[str, Any], model: str) -> dict[str, Any]:
         """Return a whole completion as the client's API has it. `model`: the registered name that answered."""
