@@ -27,7 +27,7 @@ from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
-from proxy.server.completions import ChatCompletionsEndpoint
+from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
 from proxy.server.log_handler import NonBlockingHandler
@@ -36,6 +36,7 @@ from proxy.server.middleware import (
     FIXED_PATHS,
     AuditLogMiddleware,
     HeadMiddleware,
+    MessagesErrorsMiddleware,
     RequestContextMiddleware,
     ServedPaths,
     corrected_path,
@@ -83,6 +84,7 @@ EXPOSED_HEADERS = (
     "x-uniroute-reason",
     "x-uniroute-overhead-ms",
     "x-uniroute-max-tokens",
+    "x-uniroute-left-out",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -160,11 +162,12 @@ class Application(FastAPI):
             self.include_router(router)
 
         middleware = [
+            Middleware(MessagesErrorsMiddleware),
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
             Middleware(AuthMiddleware, settings=settings, current_snapshot=current_snapshot),
-            Middleware(ChatCompletionsEndpoint),
+            Middleware(CompletionEndpoints),
             Middleware(HeadMiddleware, paths=paths),
         ]
         self.outermost: ASGIApp = super().__call__

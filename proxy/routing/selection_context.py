@@ -16,7 +16,7 @@ from proxy.errors import (
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
-from proxy.routing.requirements import requirement_sources, requirements_of
+from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
@@ -73,11 +73,15 @@ class SelectionContext:
     def _requirements(self) -> Requirements:
         """Read what the body needs of a model, at prices within the request's caps."""
         provider, clamped = self.request.options.provider, self.settings.clamp_max_tokens
+        translated = self.request.translated
         return requirements_of(
             self.request.body,
             self.request.contents,
             (provider.max_input_cost_per_token, provider.max_output_cost_per_token),
-            limit_is_cap=clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+            limit_is_cap=translated
+            or clamped == "on"
+            or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+            wishes=WISHES if translated else (),
         )
 
     def _scoring_params(self) -> ScoringParams:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.token_limits import with_limit
+from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
@@ -178,11 +179,15 @@ class AttemptRunner:
             self._rejected_as_too_long.append(attempt.model)
 
     async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
-        record = self._record
-        body, raw = self._body_for(model.name)
-        answer = await self._ctx.app.upstream.complete(
-            model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s
-        )
+        record, upstream = self._record, self._ctx.app.upstream
+        native = self._native_request(model)
+        if native is not None:
+            answer = await upstream.complete_native(model, native, connect_timeout_s=timeouts.connect_s)
+        else:
+            body, raw = self._body_for(model)
+            answer = await upstream.complete(
+                model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s
+            )
         attempt.succeeded()
         record.add_output(content_bytes(answer.body))
         record.set_usage(answer.body)
@@ -190,23 +195,46 @@ class AttemptRunner:
         return answer
 
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:
-        app = self._ctx.app
-        body, raw = self._body_for(model.name)
-        source = await app.upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
+        app, upstream = self._ctx.app, self._ctx.app.upstream
+        source: Blocks
+        native = self._native_request(model)
+        if native is not None:
+            source = await upstream.stream_native(model, native, connect_timeout_s=timeouts.connect_s)
+        else:
+            body, raw = self._body_for(model)
+            source = await upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         deadline = monotonic() + app.settings.stream_timeout_s
-        stream = UpstreamStream(source, attempt, self._record, idle_s=timeouts.idle_s, deadline=deadline)
+        stream = UpstreamStream(
+            source,
+            attempt,
+            self._record,
+            idle_s=timeouts.idle_s,
+            deadline=deadline,
+            is_native=native is not None,
+        )
         await stream.read_until_content()
         return stream
 
-    def _body_for(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
-        """Return the caller's body and its bytes; a changed body and no bytes if the model needs a smaller limit."""
-        request, selection = self._ctx.request, self._record.selection
+    def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
+        """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""
+        request, translation = self._ctx.request, self._ctx.translation
+        body, raw, sent = request.body, request.raw, self._smaller_limit(model.name)
+        if sent is not None:
+            body, raw = with_limit(body, sent), None
+        if translation is not None:
+            body, left_out = adapt(body, model)
+            self._record.left_out = (*translation.left_out, *left_out)
+        return body, raw
+
+    def _smaller_limit(self, name: str) -> int | None:
+        """Return the token limit that the model needs in place of a larger one of the caller's, and note it."""
+        selection = self._record.selection
         requested = selection.requirements.max_output_tokens
         sent = None if requested is None else selection.output_limit_for(self._ctx.snapshot.pool, name)
-        if sent is None or sent == requested:
-            return request.body, request.raw
+        if sent == requested:
+            return None
         self._record.clamped = sent
-        return with_limit(request.body, sent), None
+        return sent
 
     def _first_to_recover(self, names: list[str]) -> str:
         cooling_down = self._ctx.app.health.cooling_down()
@@ -243,13 +271,22 @@ class UpstreamStream:
     """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
 
     def __init__(
-        self, source: Blocks, attempt: Attempt, record: RequestRecord, *, idle_s: float, deadline: float
+        self,
+        source: Blocks,
+        attempt: Attempt,
+        record: RequestRecord,
+        *,
+        idle_s: float,
+        deadline: float,
+        is_native: bool = False,
     ) -> None:
         self._source = source
         self._attempt = attempt
         self._record = record
         self._idle_s = idle_s
         self._deadline = deadline  # monotonic seconds
+        # The upstream speaks the client's own API, and that is not chat.
+        self.is_native = is_native
         self._buffered: list[JSONPayload] = []
         self._buffered_bytes = 0
         self._ended = False

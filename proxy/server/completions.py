@@ -40,44 +40,54 @@ from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_cl
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
-PATH = "/v1/chat/completions"
-
 router = APIRouter()
 
 
-class ChatCompletionsEndpoint:
-    """Answer chat completions before the framework, whose routing and dependencies cost more than model selection."""
+class CompletionEndpoints:
+    """Answer what asks a model before the framework, whose routing and dependencies cost more than model selection."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != PATH:
+        api = CLIENT_APIS.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if api is None:
             await self.app(scope, receive, send)
             return
         try:
-            response = await chat_completions(Request(scope, receive), scope[APP_STATE])
+            response = await complete(Request(scope, receive), scope[APP_STATE], api)
         except HANDLED_EXCEPTIONS as error:
             response = error_response(error)
         await response(scope, receive, send)
 
 
-@router.post(PATH, response_model=None)
-async def chat(request: Request, app: AppStateDep) -> Response:
-    # Registered for the route table, in which the allowed methods of a path are looked up. ChatCompletionsEndpoint
-    # answers before a request comes here.
-    return await chat_completions(request, app)
+def _register(api: ClientAPI) -> None:
+    async def endpoint(request: Request, app: AppStateDep) -> Response:
+        return await complete(request, app, api)
+
+    router.add_api_route(api.path, endpoint, methods=["POST"], response_model=None)
 
 
-@router.post("/v1/route", response_model=None)
+# For the route table, in which the allowed methods of a path are looked up. CompletionEndpoints answers before.
+for each in CLIENT_APIS.values():
+    _register(each)
+
+
+@router.post(ROUTE, response_model=None)
 async def route(request: Request, app: AppStateDep) -> Response:
-    selection, _ = await select(await _context(request, app), explain=True)
+    selection, _ = await select(await read_request(request, app, CHAT), explain=True)
     return Response(encode_json(selection_to_json(selection)), media_type="application/json")
 
 
-async def chat_completions(request: Request, app: AppState) -> Response:
-    """Serve one chat request, which is cancelled when its client leaves."""
-    ctx = await _context(request, app)
+@router.post(COUNT_TOKENS, response_model=None)
+async def count_tokens(request: Request, app: AppStateDep) -> Response:
+    document = parse_object(await read_body(request, app.settings.max_body_bytes))
+    return Response(encode_json({"input_tokens": estimate_input_tokens(document)}), media_type="application/json")
+
+
+async def complete(request: Request, app: AppState, api: ClientAPI) -> Response:
+    """Serve one request for an answer, which is cancelled when its client leaves."""
+    ctx = await read_request(request, app, api)
     app.metrics.in_flight += 1
     try:
         return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _close_if_stream)
@@ -85,17 +95,35 @@ async def chat_completions(request: Request, app: AppState) -> Response:
         app.metrics.in_flight -= 1
 
 
-async def _context(request: Request, app: AppState) -> RequestContext:
-    """Read and parse a request.
+async def read_request(request: Request, app: AppState, api: ClientAPI) -> RequestContext:
+    """Read, parse and translate a request.
 
     Raises:
         ProxyError: the body could not be read, or is not what an upstream may be sent.
     """
     scope = request.scope
+    headers = headers_of(scope)
     raw = await read_body(request, app.settings.max_body_bytes)
-    parsed = parse_chat(raw, headers_of(scope).items_for(READ_HEADERS))
+    stated, translation, native_headers = headers.items_for(READ_HEADERS), None, ()
+    if api.translate is None:
+        parsed = parse_chat(raw, stated)
+    else:
+        document = parse_object(raw)
+        reject_control_fields(document)
+        if api is RESPONSES:
+            document = await expand(document, app.responses, scope[KEY_IN_SCOPE])
+        translation = api.translate(document, id=next(random_ids), created_at=int(time.time()))
+        parsed = read_chat(dict(translation.body), stated, translated=True)
+        native_headers = tuple(headers.items_for(NATIVE_HEADERS))
     return RequestContext(
-        app, app.snapshots.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT]
+        app,
+        app.snapshots.current,
+        parsed,
+        scope[KEY_IN_SCOPE],
+        scope[REQUEST_IDS],
+        scope[RECEIVED_AT],
+        translation,
+        native_headers,
     )
 
 
@@ -123,7 +151,7 @@ async def create_completion(ctx: RequestContext) -> Response:
     runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
         return await _stream(ctx, runner, record)
-    return await _complete(runner, record)
+    return await _complete(ctx, runner, record)
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
@@ -170,17 +198,27 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(runner: AttemptRunner, record: RequestRecord) -> Response:
+async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
     try:
         answer = await runner.complete()
-        response = CompletionResponse(answer.with_model(record.model), answer.held, record.headers())
+        content = _content_for(ctx, answer, record.model)
+        response = CompletionResponse(content, answer.held, record.headers())
     except BaseException as failure:
         await _finish_failed(record, failure)
         raise
     record.finish("complete")
+    if ctx.translation is not None and ctx.translation.stored:
+        await keep_response(ctx, orjson.loads(content))
     await record.wait_until_settled()
     return response
+
+
+def _content_for(ctx: RequestContext, answer: JSONPayload, model: str) -> bytes:
+    """Return an answer in the client's API: translated, or as an upstream of that API wrote it."""
+    if ctx.translation is None or isinstance(answer, NativePayload):
+        return answer.with_model(model)
+    return encode_json(ctx.translation.answer(answer.body, model))
 
 
 async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
@@ -197,7 +235,7 @@ async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRec
     except BaseException as failure:
         await _finish_failed(record, failure, pending)
         raise
-    return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
+    return CompletionStream(ctx, pending, record, partial(keep_response, ctx))
 
 
 async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:

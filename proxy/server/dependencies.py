@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
+from proxy.server.api.translation import Translation
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
@@ -80,6 +81,10 @@ class RequestContext:
     ids: RequestIds
     received_at: float
     """Monotonic seconds."""
+    translation: Translation | None = None
+    """None: the client speaks the chat API."""
+    native_headers: tuple[tuple[str, str], ...] = ()
+    """Headers of the client that go to an upstream of the client's own API alone."""
 
 
 async def app_state_of(request: Request) -> AppState:

@@ -12,7 +12,7 @@ from fastapi.utils import deep_dict_update
 from pydantic import BaseModel, ConfigDict
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
-from proxy.server.middleware import CHAT, ROUTE
+from proxy.server.api.client_apis import CHAT, ROUTE
 
 Schema = dict[str, Any]
 
@@ -206,7 +206,7 @@ _CHAT_OPERATION: Schema = {
 }
 
 CLIENT_OPERATIONS: Mapping[str, Schema] = {
-    CHAT: {
+    CHAT.path: {
         **_CHAT_OPERATION,
         "summary": "Ask the model that is chosen for this prompt",
         "responses": {
