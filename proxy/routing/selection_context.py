@@ -78,9 +78,7 @@ class SelectionContext:
             self.request.body,
             self.request.contents,
             (provider.max_input_cost_per_token, provider.max_output_cost_per_token),
-            limit_is_cap=translated
-            or clamped == "on"
-            or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+            limit_is_cap=translated or clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
             wishes=WISHES if translated else (),
         )
 

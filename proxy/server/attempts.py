@@ -185,9 +185,7 @@ class AttemptRunner:
             answer = await upstream.complete_native(model, native, connect_timeout_s=timeouts.connect_s)
         else:
             body, raw = self._body_for(model)
-            answer = await upstream.complete(
-                model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s
-            )
+            answer = await upstream.complete(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         attempt.succeeded()
         record.add_output(content_bytes(answer.body))
         record.set_usage(answer.body)

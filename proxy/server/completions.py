@@ -1,18 +1,30 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
-from proxy.routing.chat_request import READ_HEADERS, parse_chat
+from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext
+from proxy.server.api.client_apis import (
+    CHAT,
+    CLIENT_APIS,
+    COUNT_TOKENS,
+    NATIVE_HEADERS,
+    RESPONSES,
+    ROUTE,
+    ClientAPI,
+)
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
@@ -37,6 +49,8 @@ from proxy.server.reservations import (
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
+from proxy.settings.litellm_params import reject_control_fields
+from proxy.upstream.payload import JSONPayload
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -112,7 +126,7 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         reject_control_fields(document)
         if api is RESPONSES:
             document = await expand(document, app.responses, scope[KEY_IN_SCOPE])
-        translation = api.translate(document, id=next(random_ids), created_at=int(time.time()))
+        translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
         native_headers = tuple(headers.items_for(NATIVE_HEADERS))
     return RequestContext(

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
@@ -29,6 +30,7 @@ from proxy.server.requests import (
 from proxy.server.responses import error_response, http_error_body
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
+from proxy.upstream.sse import encode_json
 from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
@@ -266,7 +268,7 @@ _HINTS = {
 
 
 def corrected_path(path: str) -> str | None:
-    """Return the served path that `path` is, but for doubled slashes, a last slash, a missing /v1 or a second; else None.
+    """Return the served path that `path` is, but for doubled slashes, a last slash, and a missing or second /v1; else None.
 
     Admin paths are not corrected: they have one spelling. Dots and encoded slashes are parts of a name.
     """

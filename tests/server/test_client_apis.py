@@ -29,7 +29,11 @@ EVERY_API_WITH_TOOLS = pytest.mark.parametrize("api", WITH_TOOLS)
 STREAMED_OR_NOT = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 
 USAGE = {"prompt_tokens": 20, "completion_tokens": 7, "total_tokens": 27}
-CALL = {"id": "call_9f8e7d6c5b4a39281706", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+CALL = {
+    "id": "call_9f8e7d6c5b4a39281706",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+}
 CALLING = Step(message={"content": None, "tool_calls": [CALL]}, finish_reason="tool_calls", usage=USAGE)
 
 
@@ -133,7 +137,9 @@ def test_an_unknown_field_of_the_provider_layer_is_refused(http: httpx.Client, f
 
 
 @EVERY_API
-@pytest.mark.parametrize("field", ["model", "messages", "input", "prompt", "max_tokens", "stream", "tools", "tool_choice"])
+@pytest.mark.parametrize(
+    "field", ["model", "messages", "input", "prompt", "max_tokens", "stream", "tools", "tool_choice"]
+)
 @pytest.mark.parametrize("value", [None, 3, -1, True, "x", [], [1], {}, {"type": 1}], ids=repr)
 def test_a_field_of_any_type_is_served_or_refused(
     http: httpx.Client, fleet: Fleet, api: APIName, field: str, value: Any
@@ -210,7 +216,7 @@ def test_the_provider_key_stays_between_the_proxy_and_the_upstream(
 @EVERY_API
 @STREAMED_OR_NOT
 def test_odd_text_arrives_as_it_was_written(http: httpx.Client, fleet: Fleet, api: APIName, stream: bool) -> None:
-    odd = "a\u2028b \x85 \x0b \U0001f600 \"quoted\" \\ back\nline \ud83d".encode("utf-8", "replace").decode()
+    odd = 'a\u2028b \x85 \x0b \U0001f600 "quoted" \\ back\nline \ud83d'.encode("utf-8", "replace").decode()
     fleet.fair.then(Step(message={"content": odd}))
     reply = ask(http, api, body_of(api, stream=stream))
 

@@ -37,7 +37,11 @@ def body_of(api: APIName, text: str = QUESTION, **more: Any) -> Json:
         return {"input": text, **asked}
     if api == "completions":
         return {"prompt": text, **asked}
-    return {"messages": [{"role": "user", "content": text}], **({"max_tokens": 1000} if api == "messages" else {}), **asked}
+    return {
+        "messages": [{"role": "user", "content": text}],
+        **({"max_tokens": 1000} if api == "messages" else {}),
+        **asked,
+    }
 
 
 def weather_tool(api: APIName) -> Json:
@@ -194,44 +198,64 @@ def _read_message(answer: Reply, body: Json) -> None:
     answer.output_tokens = usage["output_tokens"]
 
 
+class MessageEvents:
+    """Put a message together, and check that its events follow one another as Anthropic's do."""
+
+    def __init__(self) -> None:
+        self.message: Json = {}
+        self.blocks: list[Json] = []
+        self.error: Json | None = None
+        self.ended = False
+        self._open: int | None = None
+
+    def read(self, event: Json) -> None:
+        assert not self.ended, f"{event['type']} after the end"
+        getattr(self, event["type"])(event)
+
+    def ping(self, event: Json) -> None: ...
+
+    def message_start(self, event: Json) -> None:
+        assert not self.message, "a second message_start"
+        self.message = event["message"]
+
+    def content_block_start(self, event: Json) -> None:
+        assert self._open is None, "two blocks are open"
+        assert event["index"] == len(self.blocks)
+        self._open = event["index"]
+        self.blocks.append({**event["content_block"], "json": ""})
+
+    def content_block_delta(self, event: Json) -> None:
+        assert event["index"] == self._open
+        _add_delta(self.blocks[-1], event["delta"])
+
+    def content_block_stop(self, event: Json) -> None:
+        assert event["index"] == self._open
+        self._open = None
+        text = self.blocks[-1].pop("json")
+        if self.blocks[-1]["type"] == "tool_use":
+            self.blocks[-1]["input"] = json.loads(text) if text else {}
+
+    def message_delta(self, event: Json) -> None:
+        assert self._open is None, "a block is open"
+        self.message |= event["delta"]
+        self.message["usage"] = {**self.message["usage"], **event["usage"]}
+
+    def message_stop(self, event: Json) -> None:
+        self.ended = True
+
+    def error_event(self, event: Json) -> None:
+        self.error, self.ended = event["error"], True
+
+
 def _read_message_events(answer: Reply, events: list[Any]) -> None:
-    """Put the message together, and check that blocks follow one another."""
-    message: Json = {}
-    blocks: list[Json] = []
-    open_block: int | None = None
-    ended = False
+    reader = MessageEvents()
     for event in events:
-        kind = event["type"]
-        assert not ended, f"{kind} after the end"
-        if kind == "message_start":
-            assert not message, "a second message_start"
-            message = event["message"]
-        elif kind == "content_block_start":
-            assert open_block is None, "two blocks are open"
-            assert event["index"] == len(blocks)
-            open_block = event["index"]
-            blocks.append({**event["content_block"], "json": ""})
-        elif kind == "content_block_delta":
-            assert event["index"] == open_block
-            _add_delta(blocks[-1], event["delta"])
-        elif kind == "content_block_stop":
-            assert event["index"] == open_block
-            open_block = None
-        elif kind == "message_delta":
-            message.update(event["delta"])
-            message["usage"] = {**message["usage"], **event["usage"]}
-        elif kind == "message_stop":
-            ended = True
-        elif kind == "error":
-            answer.errors.append(event["error"])
-            ended = True
-    for block in blocks:
-        text = block.pop("json")
-        if block["type"] == "tool_use":
-            block["input"] = json.loads(text) if text else {}
-    if message:
-        _read_message(answer, {**message, "content": blocks})
-    if not ended:
+        reader.error_event(event) if event["type"] == "error" else reader.read(event)
+    if reader.message:
+        _read_message(answer, {**reader.message, "content": reader.blocks})
+    if reader.error is not None:
+        answer.errors.append(reader.error)
+    if not reader.ended:
         answer.finish = None
 
 

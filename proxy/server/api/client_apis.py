@@ -12,11 +12,11 @@ from proxy.server.requests import RequestHeaders
 
 
 class Translator(Protocol):
-    def __call__(self, document: Mapping[str, Any], *, id: str, created_at: int) -> Translation:
+    def __call__(self, document: Mapping[str, Any], *, answer_id: str, created_at: int) -> Translation:
         """Translate a request.
 
         Args:
-            id: 32 hexadecimal digits, of which the ids of the answer are made.
+            answer_id: 32 hexadecimal digits, of which the ids of the answer are made.
             created_at: Unix seconds.
 
         Raises:
