@@ -114,7 +114,8 @@ def _in_api(api: APIName, body: Body) -> Body:
     """Return a chat body of plain turns as the same request of another API. Messages has the same fields."""
     if api != "responses":
         return body
-    return {**body, "input": body["messages"], "max_output_tokens": body["max_tokens"], "store": False}
+    rest = {name: value for name, value in body.items() if name not in ("messages", "max_tokens")}
+    return {**rest, "input": body["messages"], "max_output_tokens": body["max_tokens"], "store": False}
 
 
 def write_record(file: Any, record: bytes) -> None:

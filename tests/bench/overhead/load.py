@@ -216,7 +216,7 @@ class Load:
         return None
 
     def _events(self, answer: bytes) -> int:
-        """Count events, 0 without the last. Chunks seldom cut an event: they are joined only if something is missing."""
+        """Count events, 0 without the last. Chunks seldom cut an event: they are joined if something is missing."""
         return self._counted(answer) or self._counted(b"\n" + body_of(answer))
 
     def _counted(self, text: bytes) -> int:
