@@ -44,7 +44,6 @@ class AttemptRunner:
         self._headers = ctx.ids.upstream_headers(instance_id(str(settings.data_dir)))
         # Models that rejected the prompt as too long.
         self._rejected_as_too_long: list[str] = []
-        self._has_asked = False
 
     async def complete(self) -> JSONPayload:
         """Return the first answer that is not empty, or else the last one, which may be empty.
@@ -127,9 +126,8 @@ class AttemptRunner:
             timeouts = timeouts_for(app.settings, model.info, overrides)
             attempt.is_cut_short = timeouts.stricter_than(plan.timeouts)
         remaining_s = self._remaining_s()
-        if self._has_asked and remaining_s < timeouts.first_token_s:
-            attempt.is_cut_short = True  # the models before took the time
-        self._has_asked = True
+        if self._record.has_asked and remaining_s < timeouts.first_token_s:
+            attempt.is_cut_short = True  # the attempts before took the time
         self._record.start_attempt(name)
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:

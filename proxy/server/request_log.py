@@ -85,6 +85,11 @@ class RequestRecord:
         self.clamped, self.left_out = None, ()
 
     @property
+    def has_asked(self) -> bool:
+        """Whether a model was asked."""
+        return self.overhead_s is not None
+
+    @property
     def has_content(self) -> bool:
         """Whether the model of the last attempt has sent any content."""
         return self._first_content_at is not None
