@@ -43,6 +43,11 @@ _REFERENCE = "os.environ/"
 # How requests reach a model: as they are, or in its provider's own format, or as is right for the provider.
 Forward = Literal["relay", "translate", "auto"]
 
+# APIs that an upstream may speak besides chat completions: a client of the same API is relayed.
+NativeAPI = Literal["responses", "messages"]
+
+UpstreamAPI = Literal["chat", NativeAPI]
+
 
 def check_model_name(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -122,6 +127,8 @@ TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
+
+APIList = Annotated[tuple[UpstreamAPI, ...], BeforeValidator(split_list), Field(min_length=1)]
 
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 
@@ -210,6 +217,9 @@ class ModelInfo(FrozenModel):
     idle_timeout_s: Seconds | None = None
     forward: Forward = "auto"
     """relay: OpenAI's format is passed through. translate: through litellm. auto: by the provider."""
+    api: APIList | None = None
+    """What its upstream speaks: chat, responses (OpenAI's), messages (Anthropic's), a name or a list. Clients of the
+    same API are relayed, others translated. None: by the provider, at its own address alone."""
     max_parallel_requests: PositiveInt | None = None
     """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None

@@ -4,17 +4,21 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait
 from proxy.errors import LiteLLMUnavailable, UpstreamError
+from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.native_api import native_provider
+from proxy.upstream.native_body import native_body
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
-from proxy.upstream.payload import JSONPayload
+from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.response_memory import ResponseMemory
 from proxy.upstream.sse import encode_json
@@ -106,6 +110,50 @@ class UpstreamClient:
         self._stream_options.mark_refused(record)
         return stream
 
+    async def complete_native(
+        self,
+        record: ModelRecord,
+        api: NativeAPI,
+        document: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        max_output_tokens: int | None = None,
+        connect_timeout_s: float | None = None,
+    ) -> NativePayload:
+        """Return a whole answer of a model in the client's own API, which must be one of `native_apis(record)`.
+
+        Args:
+            document: the client's body, without UniRoute's own fields.
+            headers: the client's `anthropic-version` and `anthropic-beta` may be among them.
+            max_output_tokens: an upper bound of the answer's tokens. None: the client's own holds.
+
+        Raises:
+            UpstreamError: there is none.
+        """
+        body = native_body(api, document, record, max_output_tokens=max_output_tokens)
+        return await self._openai.complete_native(_native_request(record, api, body, headers, connect_timeout_s))
+
+    async def stream_native(
+        self,
+        record: ModelRecord,
+        api: NativeAPI,
+        document: Mapping[str, Any],
+        headers: Mapping[str, str] | None = None,
+        *,
+        max_output_tokens: int | None = None,
+        connect_timeout_s: float | None = None,
+    ) -> Blocks:
+        """Open a stream of NativePayload, the events of a model in the client's own API. Close it as any other.
+
+        Args:
+            document, headers, max_output_tokens: as of `complete_native`.
+
+        Raises:
+            UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
+        """
+        body = native_body(api, document, record, max_output_tokens=max_output_tokens)
+        return await self._openai.stream_native(_native_request(record, api, body, headers, connect_timeout_s))
+
     async def _stream(
         self,
         record: ModelRecord,
@@ -188,6 +236,21 @@ def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     """Return what the model was resolved to if it is called directly, else None."""
     resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
     return resolved if resolved is not None and resolved.mode == "relay" else None
+
+
+def _native_request(
+    record: ModelRecord,
+    api: NativeAPI,
+    body: Mapping[str, Any],
+    headers: Mapping[str, str] | None,
+    connect_timeout_s: float | None,
+) -> UpstreamRequest:
+    resolved = native_provider(record)
+    if resolved is None:
+        raise UpstreamError(f"{record.name}: its provider is not known yet", retryable=True)
+    # Some models are listed under a prefix that tells litellm to use this very API.
+    resolved = replace(resolved, model=resolved.model.removeprefix(f"{api}/"))
+    return UpstreamRequest(record, resolved, body, headers or {}, None, connect_timeout_s, api=api)
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:
