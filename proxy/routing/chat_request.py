@@ -16,7 +16,7 @@ from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from router_core.text import closest_name
 
 # Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
-_OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
+OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def read_chat(
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if set(map(type, body["messages"])) != {dict}:
         raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
-    has_own_fields = not _OWN_FIELDS.isdisjoint(body)
+    has_own_fields = not OWN_FIELDS.isdisjoint(body)
     return ChatRequest(
         body=without_own_fields(body) if has_own_fields else body,
         model=model,
@@ -90,7 +90,7 @@ def read_chat(
 
 
 def without_own_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in body.items() if name not in _OWN_FIELDS}
+    return {name: value for name, value in body.items() if name not in OWN_FIELDS}
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

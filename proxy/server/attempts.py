@@ -15,8 +15,9 @@ from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_ti
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import is_finished
-from proxy.upstream.client import Blocks
+from proxy.upstream.client import Blocks, NativeRequest
 from proxy.upstream.health import Attempt
+from proxy.upstream.native_api import native_apis
 from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
@@ -178,8 +179,8 @@ class AttemptRunner:
 
     async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         record, upstream = self._record, self._ctx.app.upstream
-        native = self._native_request(model)
-        if native is not None:
+        answer: JSONPayload
+        if (native := self._native_request(model)) is not None:
             answer = await upstream.complete_native(model, native, connect_timeout_s=timeouts.connect_s)
         else:
             body, raw = self._body_for(model)
@@ -192,9 +193,7 @@ class AttemptRunner:
 
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:
         app, upstream = self._ctx.app, self._ctx.app.upstream
-        source: Blocks
-        native = self._native_request(model)
-        if native is not None:
+        if (native := self._native_request(model)) is not None:
             source = await upstream.stream_native(model, native, connect_timeout_s=timeouts.connect_s)
         else:
             body, raw = self._body_for(model)
@@ -210,6 +209,15 @@ class AttemptRunner:
         )
         await stream.read_until_content()
         return stream
+
+    def _native_request(self, model: ModelRecord) -> NativeRequest | None:
+        """Return the client's own request, if the model's upstream speaks the client's API, and that is not chat."""
+        translation = self._ctx.translation
+        if translation is None or translation.api not in native_apis(model):
+            return None
+        headers = {**self._headers, **dict(self._ctx.native_headers)}
+        limit = self._smaller_limit(model.name)
+        return NativeRequest(translation.api, translation.document, headers, limit)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""

@@ -25,7 +25,14 @@ from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
+from proxy.upstream.payload import (
+    JSONPayload,
+    NativePayload,
+    content_bytes,
+    is_null_usage_chunk,
+    is_usage_chunk,
+    usage_chunk,
+)
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 HEADERS = {
@@ -267,6 +274,48 @@ class TranslatedEventWriter:
             self._stream = self._translation.stream(self._record.model)
             self.keep_alive = self._stream.keep_alive
         return self._stream
+
+
+class NativeEventWriter:
+    """Send the events of an upstream that speaks the client's own API, under our name of the model."""
+
+    keep_alive = KEEP_ALIVE
+
+    def __init__(self, record: RequestRecord, translation: Translation) -> None:
+        self.answer: Mapping[str, Any] | None = None
+        self._record = record
+        self._translation = translation
+        # The last event is held back until everything is recorded.
+        self._last = b""
+        # What the client has seen: the newest `response` and the newest `sequence_number`, where events have them.
+        self._seen: dict[str, Any] = {}
+
+    def write(self, block: list[JSONPayload]) -> bytes:
+        pieces: list[bytes] = []
+        for event in block:
+            assert isinstance(event, NativePayload)
+            record_chunk(self._record, event.body)
+            self._seen |= {name: event.native[name] for name in _REMEMBERED if name in event.native}
+            data = event.with_model(self._record.model)
+            if event.event_type in _LAST_EVENTS:
+                self._last = data
+            else:
+                pieces.append(data)
+        return b"".join(pieces)
+
+    def end(self) -> bytes:
+        if "response" in self._seen:
+            self.answer = {**self._seen["response"], "model": self._record.model}
+        return self._last
+
+    def fail(self, failure: APIError) -> bytes:
+        status, error = _error_of(failure)
+        return self._translation.fail_relayed({**self._seen, "model": self._record.model}, error, status)
+
+
+_REMEMBERED = ("response", "sequence_number")
+
+_LAST_EVENTS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
 
 
 def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -35,6 +35,19 @@ _REFUSING_STATUSES = frozenset({400, 422, 500, 501})
 
 # Chunks of a stream. Those that arrived together are in one list.
 Blocks = AsyncIterator[list[JSONPayload]]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRequest:
+    """A request in the client's own API, for an upstream that speaks it."""
+
+    api: NativeAPI
+    document: Mapping[str, Any]
+    """The client's body, without UniRoute's own fields."""
+    headers: Mapping[str, str]
+    """The client's `anthropic-version` and `anthropic-beta` may be among them."""
+    max_output_tokens: int | None = None
+    """An upper bound of the answer's tokens. None: the client's own holds."""
 
 
 class UpstreamClient:
@@ -111,48 +124,24 @@ class UpstreamClient:
         return stream
 
     async def complete_native(
-        self,
-        record: ModelRecord,
-        api: NativeAPI,
-        document: Mapping[str, Any],
-        headers: Mapping[str, str] | None = None,
-        *,
-        max_output_tokens: int | None = None,
-        connect_timeout_s: float | None = None,
+        self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
     ) -> NativePayload:
         """Return a whole answer of a model in the client's own API, which must be one of `native_apis(record)`.
-
-        Args:
-            document: the client's body, without UniRoute's own fields.
-            headers: the client's `anthropic-version` and `anthropic-beta` may be among them.
-            max_output_tokens: an upper bound of the answer's tokens. None: the client's own holds.
 
         Raises:
             UpstreamError: there is none.
         """
-        body = native_body(api, document, record, max_output_tokens=max_output_tokens)
-        return await self._openai.complete_native(_native_request(record, api, body, headers, connect_timeout_s))
+        return await self._openai.complete_native(_native_request(record, request, connect_timeout_s))
 
     async def stream_native(
-        self,
-        record: ModelRecord,
-        api: NativeAPI,
-        document: Mapping[str, Any],
-        headers: Mapping[str, str] | None = None,
-        *,
-        max_output_tokens: int | None = None,
-        connect_timeout_s: float | None = None,
+        self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
     ) -> Blocks:
         """Open a stream of NativePayload, the events of a model in the client's own API. Close it as any other.
-
-        Args:
-            document, headers, max_output_tokens: as of `complete_native`.
 
         Raises:
             UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
         """
-        body = native_body(api, document, record, max_output_tokens=max_output_tokens)
-        return await self._openai.stream_native(_native_request(record, api, body, headers, connect_timeout_s))
+        return await self._openai.stream_native(_native_request(record, request, connect_timeout_s))
 
     async def _stream(
         self,
@@ -238,19 +227,14 @@ def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     return resolved if resolved is not None and resolved.mode == "relay" else None
 
 
-def _native_request(
-    record: ModelRecord,
-    api: NativeAPI,
-    body: Mapping[str, Any],
-    headers: Mapping[str, str] | None,
-    connect_timeout_s: float | None,
-) -> UpstreamRequest:
+def _native_request(record: ModelRecord, request: NativeRequest, connect_timeout_s: float | None) -> UpstreamRequest:
     resolved = native_provider(record)
     if resolved is None:
         raise UpstreamError(f"{record.name}: its provider is not known yet", retryable=True)
     # Some models are listed under a prefix that tells litellm to use this very API.
-    resolved = replace(resolved, model=resolved.model.removeprefix(f"{api}/"))
-    return UpstreamRequest(record, resolved, body, headers or {}, None, connect_timeout_s, api=api)
+    resolved = replace(resolved, model=resolved.model.removeprefix(f"{request.api}/"))
+    body = native_body(request.api, request.document, record, max_output_tokens=request.max_output_tokens)
+    return UpstreamRequest(record, resolved, body, request.headers, None, connect_timeout_s, api=request.api)
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:

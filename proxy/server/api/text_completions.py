@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.chat_request import _OWN_FIELDS
+from proxy.routing.chat_request import OWN_FIELDS
 from proxy.server.api.translation import APIName
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import iter_choices
-from proxy.upstream.sse import KEEP_ALIVE, format_event
+from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 # What is translated here, and not passed on under its name.
 _TRANSLATED = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs", "top_logprobs"})
@@ -68,7 +68,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
         {} if top_logprobs is None else {"logprobs": True, **({"top_logprobs": top_logprobs} if top_logprobs else {})}
     )
     return TextCompletionsTranslation(
-        document={name: value for name, value in document.items() if name not in _OWN_FIELDS},
+        document={name: value for name, value in document.items() if name not in OWN_FIELDS},
         body={**passed_on, "messages": [{"role": "user", "content": _user_text(document)}], **logprobs},
         left_out=tuple(name for name in document if name in _ANSWERED_IN_CHAT and document[name]),
         id=f"cmpl-{answer_id}",
@@ -176,6 +176,9 @@ class TextCompletionsTranslation:
     def stream(self, model: str) -> TextCompletionsStream:
         return TextCompletionsStream(self, model)
 
+    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
+        return format_event({"error": error})
+
     def envelope(self, source: Mapping[str, Any], model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """Return an answer or a chunk with these choices. `source`: what it is made of."""
         fingerprint = source.get("system_fingerprint")
@@ -190,7 +193,7 @@ class TextCompletionsTranslation:
 
 
 class TextCompletionsStream:
-    """Turn the chunks of a chat model into chunks of text completions. The server adds `[DONE]`."""
+    """Turn the chunks of a chat model into chunks of text completions."""
 
     def __init__(self, translation: TextCompletionsTranslation, model: str) -> None:
         self.keep_alive = KEEP_ALIVE
@@ -211,8 +214,8 @@ class TextCompletionsStream:
 
     def finish(self) -> bytes:
         if not self._translation.include_usage or self._usage is None:
-            return b""
-        return format_event({**self._translation.envelope({}, self._model, []), "usage": self._usage})
+            return DONE
+        return format_event({**self._translation.envelope({}, self._model, []), "usage": self._usage}) + DONE
 
     def fail(self, error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
         return format_event({"error": error})

@@ -59,3 +59,11 @@ class Translation(Protocol):
 
     def stream(self, model: str) -> StreamTranslation:
         """Begin a stream. `model`: the registered name that answers."""
+
+    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:
+        """Return the events that end a failed stream whose events an upstream of the client's API has written.
+
+        Args:
+            seen: our name of the `model`, and the newest `response` and `sequence_number`, where events had them.
+            error, status: as of `StreamTranslation.fail`.
+        """
