@@ -5,8 +5,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,6 +16,7 @@ from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext
+from proxy.server.api import messages_request
 from proxy.server.api.client_apis import (
     CHAT,
     CLIENT_APIS,
@@ -48,9 +49,10 @@ from proxy.server.reservations import (
     reservation_request,
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
+from proxy.server.stored_responses import expand, record_of, scope_of
 from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
 from proxy.settings.litellm_params import reject_control_fields
-from proxy.upstream.payload import JSONPayload
+from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -96,7 +98,8 @@ async def route(request: Request, app: AppStateDep) -> Response:
 @router.post(COUNT_TOKENS, response_model=None)
 async def count_tokens(request: Request, app: AppStateDep) -> Response:
     document = parse_object(await read_body(request, app.settings.max_body_bytes))
-    return Response(encode_json({"input_tokens": estimate_input_tokens(document)}), media_type="application/json")
+    reject_control_fields(document)
+    return Response(encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json")
 
 
 async def complete(request: Request, app: AppState, api: ClientAPI) -> Response:
@@ -122,10 +125,10 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
     if api.translate is None:
         parsed = parse_chat(raw, stated)
     else:
-        document = parse_object(raw)
+        document: Mapping[str, Any] = parse_object(raw)
         reject_control_fields(document)
         if api is RESPONSES:
-            document = await expand(document, app.responses, scope[KEY_IN_SCOPE])
+            document = await expand(document, app.responses, scope_of(scope[KEY_IN_SCOPE]))
         translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
         native_headers = tuple(headers.items_for(NATIVE_HEADERS))
@@ -215,24 +218,36 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
 async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
     try:
-        answer = await runner.complete()
-        content = _content_for(ctx, answer, record.model)
-        response = CompletionResponse(content, answer.held, record.headers())
+        completion = await runner.complete()
+        content, answer = _in_clients_api(ctx, completion, record.model)
+        response = CompletionResponse(content, completion.held, record.headers())
     except BaseException as failure:
         await _finish_failed(record, failure)
         raise
     record.finish("complete")
-    if ctx.translation is not None and ctx.translation.stored:
-        await keep_response(ctx, orjson.loads(content))
+    await keep_answer(ctx, answer)
     await record.wait_until_settled()
     return response
 
 
-def _content_for(ctx: RequestContext, answer: JSONPayload, model: str) -> bytes:
-    """Return an answer in the client's API: translated, or as an upstream of that API wrote it."""
-    if ctx.translation is None or isinstance(answer, NativePayload):
-        return answer.with_model(model)
-    return encode_json(ctx.translation.answer(answer.body, model))
+def _in_clients_api(
+    ctx: RequestContext, completion: JSONPayload, model: str
+) -> tuple[bytes, Mapping[str, Any] | None]:
+    """Return what the client is sent, and the same parsed if it is of another API than chat."""
+    if ctx.translation is None:
+        return completion.with_model(model), None
+    if isinstance(completion, NativePayload):
+        return completion.with_model(model), {**completion.native, "model": model}
+    answer = ctx.translation.answer(completion.body, model)
+    return encode_json(answer), answer
+
+
+async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> None:
+    """Store a whole answer that later requests may ask for."""
+    if answer is None or ctx.translation is None or not ctx.translation.stored:
+        return
+    kept = record_of(ctx.translation.document, answer)
+    await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 
 async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
@@ -249,7 +264,7 @@ async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRec
     except BaseException as failure:
         await _finish_failed(record, failure, pending)
         raise
-    return CompletionStream(ctx, pending, record, partial(keep_response, ctx))
+    return CompletionStream(ctx, pending, record, partial(keep_answer, ctx))
 
 
 async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
+from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
@@ -171,8 +172,7 @@ class MessagesErrorResponse:
         body = self._body
         if headers.get("content-type", "").startswith("application/json"):
             error = orjson.loads(body)["error"]
-            status, shaped = messages_error(error, start["status"], headers.get("x-request-id"))
-            start["status"], body = status, encode_json(shaped)
+            body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
             headers["content-length"] = str(len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
@@ -268,7 +268,7 @@ _HINTS = {
 
 
 def corrected_path(path: str) -> str | None:
-    """Return the served path that `path` is, but for doubled slashes, a last slash, and a missing or second /v1; else None.
+    """Return the served path that `path` is, but for doubled slashes, a last slash, and no /v1 or two; else None.
 
     Admin paths are not corrected: they have one spelling. Dots and encoded slashes are parts of a name.
     """

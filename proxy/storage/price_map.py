@@ -37,6 +37,27 @@ class InvalidPriceMap(InvalidInput):
     """A document is not a price map; the message names the entry."""
 
 
+# Ascending. `none` asks for no thinking at all.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# Those that every reasoning model has unless its entry says otherwise.
+COMMON_EFFORTS = frozenset({"low", "medium", "high"})
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingSupport:
+    """How a model is told to think."""
+
+    efforts: tuple[str, ...] = ("low", "medium", "high")
+    """Values of `reasoning_effort` that it knows, ascending."""
+    adaptive: bool = False
+    """Anthropic's `thinking` of type "adaptive"."""
+    budgets: bool = True
+    """Anthropic's `thinking` of type "enabled", with a budget of tokens."""
+    always: bool = False
+    """It cannot be told not to think."""
+
+
 @dataclass(frozen=True, slots=True)
 class PriceMapEntry:
     provider: str
@@ -44,6 +65,9 @@ class PriceMapEntry:
     capabilities: Capabilities
     flags: Mapping[str, bool] = field(default_factory=dict)
     """What else it supports or not, such as `adaptive_thinking`: LiteLLM's names without `supports_`."""
+    thinking: ThinkingSupport = ThinkingSupport()
+    sampling: bool = True
+    """Whether it accepts `temperature`, `top_p` and `top_k`."""
 
 
 class PriceMap:
@@ -127,6 +151,8 @@ def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
         price=_price(name, listed, provider),
         capabilities=_capabilities(listed),
         flags={flag: listed[key] for key, flag in _FLAGS.items() if isinstance(listed.get(key), bool)},
+        thinking=_thinking(listed),
+        sampling=_ability(listed, "supports_sampling_params") is not False,
     )
 
 
@@ -151,6 +177,26 @@ def _capabilities(listed: dict[str, Any]) -> Capabilities:
         json_schema=_ability(listed, "supports_response_schema"),
         reasoning=_ability(listed, "supports_reasoning"),
     )
+
+
+def _thinking(listed: dict[str, Any]) -> ThinkingSupport:
+    levels = listed.get("reasoning_effort_levels")
+    adaptive = _ability(listed, "supports_adaptive_thinking") is True
+    return ThinkingSupport(
+        efforts=tuple(
+            effort
+            for effort in EFFORTS
+            if (effort in levels if isinstance(levels, list) else _knows_effort(listed, effort))
+        ),
+        adaptive=adaptive,
+        budgets=not adaptive or _ability(listed, "supports_legacy_thinking") is True,
+        always=_ability(listed, "thinking_always_on") is True,
+    )
+
+
+def _knows_effort(listed: dict[str, Any], effort: str) -> bool:
+    stated = _ability(listed, f"supports_{effort}_reasoning_effort")
+    return effort in COMMON_EFFORTS if stated is None else stated
 
 
 def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:

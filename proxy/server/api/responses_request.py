@@ -64,11 +64,11 @@ class ResponsesTranslation:
         return ResponseStream(self.plan, model)
 
 
-def translate(document: Mapping[str, Any], *, id: str, created_at: int) -> ResponsesTranslation:  # noqa: A002
+def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -> ResponsesTranslation:
     """Translate a request whose `previous_response_id`, if it has one, was expanded into its `input`.
 
     Args:
-        id: 32 hexadecimal digits, of which the ids of the answer are made.
+        answer_id: 32 hexadecimal digits, of which the ids of the answer are made.
         created_at: Unix seconds.
 
     Raises:
@@ -94,7 +94,7 @@ def translate(document: Mapping[str, Any], *, id: str, created_at: int) -> Respo
     asks_logprobs = LOGPROBS in included or bool(document.get("top_logprobs"))
     body |= _sampling_fields(document, asks_logprobs=asks_logprobs)
     plan = AnswerPlan(
-        id=id,
+        id=answer_id,
         created_at=created_at,
         echo=request_echo(document, stored=stored),
         tools=tools,
