@@ -99,7 +99,9 @@ async def route(request: Request, app: AppStateDep) -> Response:
 async def count_tokens(request: Request, app: AppStateDep) -> Response:
     document = parse_object(await read_body(request, app.settings.max_body_bytes))
     reject_control_fields(document)
-    return Response(encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json")
+    return Response(
+        encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json"
+    )
 
 
 async def complete(request: Request, app: AppState, api: ClientAPI) -> Response:
@@ -230,9 +232,7 @@ async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestR
     return response
 
 
-def _in_clients_api(
-    ctx: RequestContext, completion: JSONPayload, model: str
-) -> tuple[bytes, Mapping[str, Any] | None]:
+def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) -> tuple[bytes, Mapping[str, Any] | None]:
     """Return what the client is sent, and the same parsed if it is of another API than chat."""
     if ctx.translation is None:
         return completion.with_model(model), None

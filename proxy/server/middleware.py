@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
-from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
+from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
     APP_STATE,
