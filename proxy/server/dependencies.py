@@ -20,6 +20,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
+from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
 from proxy.storage.usage_writer import UsageWriter
@@ -56,6 +57,7 @@ class AppState:
     health: HealthRegistry
     concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
+    responses: ResponseStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)

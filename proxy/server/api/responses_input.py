@@ -234,10 +234,17 @@ class Conversation:
         return _PARTS[kind](part, path)
 
 
+class ExpandedInput(list[Any]):
+    """An input that begins with `kept` items of earlier responses, which the client did not send now."""
+
+    kept = 0
+
+
 def numbered(items: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
-    """Yield each item with its path: input[0], input[1], …"""
+    """Yield each item with its path as the client wrote it: input[0], input[1], …"""
+    kept = items.kept if isinstance(items, ExpandedInput) else 0
     for place, item in enumerate(items):
-        yield f"{name}[{place}]", item
+        yield f"{name}[{place - kept}]" if place >= kept else f"previous_response_id ({name}[{place}])", item
 
 
 def tools_among(items: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
