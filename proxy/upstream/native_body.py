@@ -218,7 +218,7 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
     if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
         return thinking
-    return {**thinking, "budget_tokens": limit - 1} if limit > MIN_BUDGET else None
+    return {**thinking, "budget_tokens": max(MIN_BUDGET, limit // 2)} if limit > MIN_BUDGET else None
 
 
 def _continues_without_thinking(messages: Any) -> bool:
