@@ -12,6 +12,7 @@ from proxy.errors import LiteLLMUnavailable, UpstreamError
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
+from proxy.upstream.embeddings import EmbeddingsRequest
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
 from proxy.upstream.payload import JSONPayload
@@ -127,6 +128,22 @@ class UpstreamClient:
                 record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
             )
         )
+
+    async def embed(
+        self,
+        record: ModelRecord,
+        asked: EmbeddingsRequest,
+        headers: Mapping[str, str],
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> JSONPayload:
+        """Return embeddings in OpenAI's format. Raises UpstreamError."""
+        resolved = is_direct(record)
+        if resolved is not None:
+            request = UpstreamRequest(record, resolved, asked.body, headers, asked.raw, connect_timeout_s)
+            return await self._openai.embed(request, asked)
+        await self.ensure_litellm()
+        return await self._litellm.embed(record, asked, headers, connect_timeout_s=connect_timeout_s)
 
     async def warm_up(self) -> None:
         """Do what the first request would wait for otherwise: import litellm if a model needs it."""

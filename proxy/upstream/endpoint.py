@@ -390,33 +390,40 @@ class Endpoints:
         self._settings = settings
         self._environ = environ
         self._outbound = outbound
-        self._endpoints: dict[str, tuple[ModelRecord, Endpoint]] = {}
+        # By model and path.
+        self._endpoints: dict[tuple[str, str], tuple[ModelRecord, Endpoint]] = {}
 
-    def get(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
+    def get(self, record: ModelRecord, resolved: ResolvedProvider, path: str | None = None) -> Endpoint:
         """Return the endpoint of a model.
+
+        Args:
+            path: below its address. None: of chat completions.
 
         Raises:
             UpstreamError: a key is missing, or the address cannot be used.
         """
-        cached = self._endpoints.get(record.name)
+        path = path or PATH
+        cached = self._endpoints.get((record.name, path))
         if cached is not None and cached[0] is record:
             return cached[1]
         try:
-            endpoint = self._make_endpoint(record, resolved)
+            endpoint = self._make_endpoint(record, resolved, path)
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
         except (OutboundError, ValueError) as error:
             log.error("model %s: %s", record.name, error)
             raise unreachable(error, record.name) from None
-        self._endpoints[record.name] = (record, endpoint)
+        self._endpoints[record.name, path] = (record, endpoint)
         return endpoint
 
     def retain(self, models: Mapping[str, ModelRecord]) -> None:
         """Keep only the endpoints of models that are registered and unchanged."""
-        self._endpoints = {name: cached for name, cached in self._endpoints.items() if models.get(name) is cached[0]}
+        self._endpoints = {
+            place: cached for place, cached in self._endpoints.items() if models.get(place[0]) is cached[0]
+        }
 
-    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
+    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider, path: str) -> Endpoint:
         params = record.litellm_params
         base = self._resolve(stated_address(params) or resolved.api_base or "")
         key = self._key(params, resolved)
@@ -429,7 +436,7 @@ class Endpoints:
             headers["authorization"] = f"Bearer {key}"
         if params.get("organization"):
             headers["openai-organization"] = self._resolve(params["organization"])
-        url = url_of(base)
+        url = url_of(base, path)
         trust = self._trust(params) if url.startswith("https:") else DEFAULT_TRUST
         for each in own_headers.values():
             headers |= {name.lower(): text for name, text in each.items()}
@@ -465,8 +472,11 @@ class Endpoints:
 PATH = "/chat/completions"
 
 
-def url_of(base: str) -> str:
-    """Return the address of chat completions below `base`. Its query stays."""
+def url_of(base: str, path: str = PATH) -> str:
+    """Return the address of chat completions, or of another path, below `base`. Its query stays.
+
+    `base` may be the address of either already.
+    """
     address, mark, query = base.partition("?")
-    path = address.rstrip("/")
-    return (path if path.endswith(PATH) else path + PATH) + mark + query
+    below = address.rstrip("/").removesuffix(path).removesuffix(PATH)
+    return below.rstrip("/") + path + mark + query
