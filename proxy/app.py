@@ -30,6 +30,7 @@ from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
+from proxy.server.embeddings import router as embeddings_router
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
@@ -77,7 +78,7 @@ log = logging.getLogger("uniroute")
 Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (
-    *(open_router, keyed_router, completions_router, responses_router),
+    *(open_router, keyed_router, completions_router, responses_router, embeddings_router),
     *(models_router, jobs_router, keys_router, audit_router),
 )
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from proxy.errors import (
+    BadRequest,
     ContextLengthExceeded,
     Forbidden,
     ModelNotFound,
@@ -101,6 +102,7 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
     Raises:
         ModelNotFound: no model and no alias has this name.
         Forbidden: the key may not use this model.
+        BadRequest: the model answers with embeddings.
     """
     if name in ALIASES:
         return ALIASES[name]
@@ -108,6 +110,7 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
         return RoutingMode.SCORED
     if name in snapshot.models:
         _check_allowed(name, key)
+        _check_chats(name, "model", snapshot)
         return RoutingMode.PINNED
     if ANY in settings.route_names:
         return RoutingMode.SCORED
@@ -115,8 +118,12 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
 
 
 def allowed_models(snapshot: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
-    """Return the registered names that this key may use, sorted."""
-    return tuple(name for name in sorted(snapshot.models) if key is None or key.models is None or name in key.models)
+    """Return the names of the chat models that this key may use, sorted."""
+    return tuple(name for name in snapshot.pool.names if may_use(name, key))
+
+
+def may_use(name: str, key: ClientKey | None) -> bool:
+    return key is None or key.models is None or name in key.models
 
 
 def restrict_candidates(
@@ -127,7 +134,7 @@ def restrict_candidates(
     A name to be ignored need not exist: then it is no candidate anyway.
 
     Raises:
-        ModelNotFound, Forbidden: of a name that the request lists.
+        ModelNotFound, Forbidden, BadRequest: of a name that the request lists.
     """
     lists = [
         _checked(options.models, "models", snapshot, key),
@@ -148,12 +155,18 @@ def _checked(
         if name not in snapshot.models:
             raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
         _check_allowed(name, key)
+        _check_chats(name, param, snapshot)
     return names
 
 
 def _check_allowed(name: str, key: ClientKey | None) -> None:
-    if key is not None and key.models is not None and name not in key.models:
+    if not may_use(name, key):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
+
+
+def _check_chats(name: str, param: str, snapshot: RoutingSnapshot) -> None:
+    if name in snapshot.embeddings:
+        raise BadRequest(f"{name!r} answers with embeddings, at /v1/embeddings; name a chat model here", param=param)
 
 
 class IneligibleReasons(Mapping[str, str]):

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from proxy.settings.model_config import with_flat_tiers
+from proxy.settings.model_config import EMBEDDING, with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
@@ -68,6 +68,8 @@ class PriceMapEntry:
     thinking: ThinkingSupport = ThinkingSupport()
     sampling: bool = True
     """Whether it accepts `temperature`, `top_p` and `top_k`."""
+    mode: str | None = None
+    """What the model is for."""
 
 
 class PriceMap:
@@ -95,7 +97,7 @@ class PriceMap:
 
 
 def parse_price_map(document: object) -> PriceMap:
-    """Check the whole document, then read its text models.
+    """Check the whole document, then read its models of text and of embeddings.
 
     Raises:
         InvalidPriceMap: one broken entry refuses the map, so that a damaged feed changes nothing.
@@ -105,7 +107,7 @@ def parse_price_map(document: object) -> PriceMap:
     entries = {
         name: _entry(name, listed)
         for name, listed in document.items()
-        if name != SAMPLE_ENTRY and _is_text(_checked(name, listed).get("mode"))
+        if name != SAMPLE_ENTRY and _is_served(_checked(name, listed).get("mode"))
     }
     if not any(entry.price for entry in entries.values()):
         raise InvalidPriceMap("the price map states no price of any text model")
@@ -134,8 +136,8 @@ def _same_provider(asked: str, listed: str) -> bool:
     return listed == asked or listed.startswith((f"{asked}-", f"{asked}_"))
 
 
-def _is_text(mode: object) -> bool:
-    return (mode is None or isinstance(mode, str)) and mode in TEXT_MODES
+def _is_served(mode: object) -> bool:
+    return (mode is None or isinstance(mode, str)) and (mode in TEXT_MODES or mode == EMBEDDING)
 
 
 def _checked(name: str, listed: object) -> dict[str, Any]:
@@ -153,6 +155,7 @@ def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
         flags={flag: listed[key] for key, flag in _FLAGS.items() if isinstance(listed.get(key), bool)},
         thinking=_thinking(listed),
         sampling=_ability(listed, "supports_sampling_params") is not False,
+        mode=listed.get("mode"),
     )
 
 
@@ -202,6 +205,8 @@ def _knows_effort(listed: dict[str, Any], effort: str) -> bool:
 def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:
     tiered = with_flat_tiers(listed)
     amounts = {field: _amount(name, tiered, field) for field in tiered if price_field(field)}
+    if listed.get("mode") == EMBEDDING and amounts.get(PRICE_FIELDS[0]) is not None:
+        amounts[PRICE_FIELDS[1]] = 0.0  # nothing is written
     base = [amounts.get(field) for field in PRICE_FIELDS[:2]]
     if None in base:
         return None

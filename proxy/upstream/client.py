@@ -14,6 +14,7 @@ from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
+from proxy.upstream.embeddings import EmbeddingsRequest
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.native_api import native_provider
 from proxy.upstream.native_body import native_body
@@ -164,6 +165,22 @@ class UpstreamClient:
                 record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
             )
         )
+
+    async def embed(
+        self,
+        record: ModelRecord,
+        asked: EmbeddingsRequest,
+        headers: Mapping[str, str],
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> JSONPayload:
+        """Return embeddings in OpenAI's format. Raises UpstreamError."""
+        resolved = is_direct(record)
+        if resolved is not None:
+            request = UpstreamRequest(record, resolved, asked.body, headers, asked.raw, connect_timeout_s)
+            return await self._openai.embed(request, asked)
+        await self.ensure_litellm()
+        return await self._litellm.embed(record, asked, headers, connect_timeout_s=connect_timeout_s)
 
     async def warm_up(self) -> None:
         """Do what the first request would wait for otherwise: import litellm if a model needs it."""

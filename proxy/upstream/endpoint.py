@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import SplitResult, quote, urlsplit
 
 import orjson
@@ -35,6 +35,9 @@ from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_
 from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
+
+# What an address below the model's own is for.
+EndpointAPI = UpstreamAPI | Literal["embeddings"]
 
 # Scheme, host and port.
 KeyOrigin = tuple[str, str, int | None]
@@ -387,7 +390,7 @@ class Endpoint:
     model_params: Mapping[str, Any] | None = field(repr=False)
     """The model's own parameters, if any of them goes into the body."""
     secrets: frozenset[str] = field(repr=False)
-    api: UpstreamAPI = "chat"
+    api: EndpointAPI = "chat"
     is_anthropics: bool = False
     """Whether it is Anthropic's own."""
 
@@ -444,9 +447,9 @@ class Endpoints:
         self._settings = settings
         self._environ = environ
         self._outbound = outbound
-        self._endpoints: dict[tuple[str, UpstreamAPI], tuple[ModelRecord, Endpoint]] = {}
+        self._endpoints: dict[tuple[str, EndpointAPI], tuple[ModelRecord, Endpoint]] = {}
 
-    def get(self, record: ModelRecord, resolved: ResolvedProvider, api: UpstreamAPI = "chat") -> Endpoint:
+    def get(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI = "chat") -> Endpoint:
         """Return the endpoint of a model for one of the APIs that it speaks.
 
         Raises:
@@ -470,7 +473,7 @@ class Endpoints:
         """Keep only the endpoints of models that are registered and unchanged."""
         self._endpoints = {key: cached for key, cached in self._endpoints.items() if models.get(key[0]) is cached[0]}
 
-    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider, api: UpstreamAPI) -> Endpoint:
+    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI) -> Endpoint:
         params = record.litellm_params
         base = stated_address(params) or resolved.api_base
         base = self._resolve(base) if base else own_base(resolved.provider, self._environ)
@@ -527,7 +530,7 @@ def _with_key_variable(resolved: ResolvedProvider, params: Mapping[str, Any]) ->
     return replace(resolved, key_variable=_KEY_VARIABLES.get(resolved.provider))
 
 
-def _key_headers(key: str, api: UpstreamAPI, *, anthropics: bool) -> dict[str, str]:
+def _key_headers(key: str, api: EndpointAPI, *, anthropics: bool) -> dict[str, str]:
     """Return the headers of a key, and of the version of Anthropic's API.
 
     Other servers of that API look for a key in either of two headers.
@@ -543,21 +546,23 @@ def _key_headers(key: str, api: UpstreamAPI, *, anthropics: bool) -> dict[str, s
 
 
 # Below the address of a model.
-_PATHS: Mapping[UpstreamAPI, str] = {
+_PATHS: Mapping[EndpointAPI, str] = {
     "chat": "/chat/completions",
     "responses": "/responses",
     "messages": "/v1/messages",
+    "embeddings": "/embeddings",
 }
 
 # With which an address may end, though the path of a request begins with it or replaces it.
-_ENDS: Mapping[UpstreamAPI, tuple[str, ...]] = {
+_ENDS: Mapping[EndpointAPI, tuple[str, ...]] = {
     "chat": ("/chat/completions",),
     "responses": ("/responses", "/chat/completions"),
     "messages": ("/messages", "/chat/completions", "/v1"),
+    "embeddings": ("/embeddings", "/chat/completions"),
 }
 
 
-def url_of(base: str, api: UpstreamAPI = "chat") -> str:
+def url_of(base: str, api: EndpointAPI = "chat") -> str:
     """Return the address of an API below `base`. Its query stays."""
     address, mark, query = base.partition("?")
     path = address.rstrip("/")

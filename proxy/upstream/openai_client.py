@@ -15,6 +15,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
 from proxy.upstream.completion_reader import CompletionReader
+from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.endpoint import Endpoint, Endpoints, encode
 from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
 from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
@@ -37,6 +38,9 @@ DRAIN_TIMEOUT_S = 1.0
 
 # How a connection may fail in the middle of a response.
 _READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
+
+
+BodyReader = CompletionReader | NativeAnswerReader | EmbeddingsReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,18 @@ class OpenAIClient:
         response = await self._post(endpoint, request, stream=True)
         reader = NativeReader(request.api, memory=self.memory, headers=response.headers)
         return UpstreamChunks(self, response, reader, endpoint.secrets)
+
+    async def embed(self, request: UpstreamRequest, asked: EmbeddingsRequest) -> JSONPayload:
+        """Return the embeddings of the request's body. Raises UpstreamError."""
+        endpoint = self.endpoints.get(request.record, request.resolved, "embeddings")
+        response = await self._post(endpoint, request, stream=False)
+        with ResponseBounds(self.memory, MAX_VECTOR_VALUES) as bounds:
+            reader = EmbeddingsReader(endpoint.name, bounds, response.headers)
+            try:
+                await _read_body(response, endpoint, reader)
+                return reader.embeddings(asked.encoding)
+            except UpstreamError as error:
+                raise redact(endpoint.secrets, error) from error.__cause__
 
     async def aclose(self) -> None:
         await cancel_and_wait(*self._draining)
@@ -255,7 +271,7 @@ async def _drain(response: UpstreamResponse) -> None:
         response.close()
 
 
-async def _read_next(response: UpstreamResponse, reader: ChunkReader | CompletionReader | NativeAnswerReader) -> bytes:
+async def _read_next(response: UpstreamResponse, reader: ChunkReader | BodyReader) -> bytes:
     """Read the next piece. TimeoutError if the answer has finished and nothing more comes soon."""
     if not reader.finished:
         return await response.read()
@@ -263,9 +279,7 @@ async def _read_next(response: UpstreamResponse, reader: ChunkReader | Completio
         return await response.read()
 
 
-async def _read_body(
-    response: UpstreamResponse, endpoint: Endpoint, reader: CompletionReader | NativeAnswerReader
-) -> None:
+async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: BodyReader) -> None:
     """Read all of a body and close the response.
 
     Raises:

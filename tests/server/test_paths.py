@@ -37,7 +37,9 @@ def test_the_methods_of_a_path_are_those_of_all_its_routes(path: str, methods: s
         ("/v1/files", None),
     ],
 )
-def test_only_slashes_and_a_missing_or_second_v1_are_corrected_and_never_on_admin_paths(path: str, corrected: str | None) -> None:
+def test_only_slashes_and_a_missing_or_second_v1_are_corrected_and_never_on_admin_paths(
+    path: str, corrected: str | None
+) -> None:
     assert corrected_path(path) == corrected
 
 

@@ -64,9 +64,9 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
         if value is not None and name not in _TRANSLATED and name not in _ANSWERED_IN_CHAT
     }
     top_logprobs = _top_logprobs(document)
-    logprobs = (
-        {} if top_logprobs is None else {"logprobs": True, **({"top_logprobs": top_logprobs} if top_logprobs else {})}
-    )
+    logprobs: dict[str, Any] = {} if top_logprobs is None else {"logprobs": True}
+    if top_logprobs:
+        logprobs["top_logprobs"] = top_logprobs
     return TextCompletionsTranslation(
         document={name: value for name, value in document.items() if name not in OWN_FIELDS},
         body={**passed_on, "messages": [{"role": "user", "content": _user_text(document)}], **logprobs},

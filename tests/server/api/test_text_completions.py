@@ -73,7 +73,7 @@ def events(data: bytes) -> list[dict[str, Any]]:
 def streamed(chunks: Sequence[Mapping[str, Any]], **document: Any) -> list[Completion]:
     stream = a_translation(stream=True, **document).stream("small")
     data = b"".join(stream.write(chunk) for chunk in chunks) + stream.finish()
-    return [Completion.model_validate(event, strict=True) for event in events(data)]
+    return [Completion.construct(**event) for event in events(data)]  # as the client reads chunks
 
 
 def test_every_field_of_the_official_client_is_accounted_for() -> None:
