@@ -26,6 +26,7 @@ from proxy.server.api.client_apis import (
     ROUTE,
     ClientAPI,
 )
+from proxy.server.api.translation import Translation
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
@@ -123,7 +124,9 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
     scope = request.scope
     headers = headers_of(scope)
     raw = await read_body(request, app.settings.max_body_bytes)
-    stated, translation, native_headers = headers.items_for(READ_HEADERS), None, ()
+    stated = headers.items_for(READ_HEADERS)
+    translation: Translation | None = None
+    native_headers: tuple[tuple[str, str], ...] = ()
     if api.translate is None:
         parsed = parse_chat(raw, stated)
     else:
@@ -224,7 +227,7 @@ async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestR
         content, answer = _in_clients_api(ctx, completion, record.model)
         response = CompletionResponse(content, completion.held, record.headers())
     except BaseException as failure:
-        await _finish_failed(record, failure)
+        await finish_failed(record, failure)
         raise
     record.finish("complete")
     await keep_answer(ctx, answer)
@@ -262,12 +265,12 @@ async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRec
         if pending.done():
             pending.result()
     except BaseException as failure:
-        await _finish_failed(record, failure, pending)
+        await finish_failed(record, failure, pending)
         raise
     return CompletionStream(ctx, pending, record, partial(keep_answer, ctx))
 
 
-async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
+async def finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
     """Finish the record of a request that ends before its response begins, and close the stream that was to come.
 
     The response to a failure of the models gets the headers that name the decision.

@@ -9,14 +9,14 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from proxy.errors import BadRequest, Forbidden, ModelNotFound
 from proxy.routing.affinity import NO_AFFINITY
-from proxy.routing.chat_request import _OWN_FIELDS, READ_HEADERS, ChatRequest, parse_object, read_options
+from proxy.routing.chat_request import OWN_FIELDS, READ_HEADERS, ChatRequest, parse_object, read_options
 from proxy.routing.cost_weight import ALIASES
 from proxy.routing.selection import Selection
 from proxy.routing.selection_context import ANY, may_use
 from proxy.server.admin_responses import Count, OpenResponseModel
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE
-from proxy.server.completions import CompletionResponse, _finish_failed
+from proxy.server.completions import CompletionResponse, finish_failed
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
 from proxy.server.disconnects import cancel_on_disconnect
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, UNSET, Error, client_key, errors, null_or
@@ -159,7 +159,7 @@ def parse_embeddings(raw: bytes) -> EmbeddingsBody:
     if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
         message = f"`dimensions` must be a whole number above 0; got {dimensions!r}"[:200]
         raise BadRequest(message, param="dimensions")
-    own = _OWN_FIELDS.intersection(body)
+    own = OWN_FIELDS.intersection(body)
     sent = {name: value for name, value in body.items() if name not in own}
     return EmbeddingsBody(
         body,
@@ -218,7 +218,7 @@ async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Respo
         answer = await EmbeddingsRunner(ctx, record, asked.upstream).embed()
         response = CompletionResponse(renamed(answer, asked.model), answer.held, record.headers())
     except BaseException as failure:
-        await _finish_failed(record, failure)
+        await finish_failed(record, failure)
         raise
     record.finish("complete")
     await record.wait_until_settled()

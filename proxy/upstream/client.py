@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
@@ -45,7 +45,7 @@ class NativeRequest:
     api: NativeAPI
     document: Mapping[str, Any]
     """The client's body, without UniRoute's own fields."""
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(default_factory=dict)
     """The client's `anthropic-version` and `anthropic-beta` may be among them."""
     max_output_tokens: int | None = None
     """An upper bound of the answer's tokens. None: the client's own holds."""

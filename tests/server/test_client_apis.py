@@ -41,7 +41,9 @@ CALLING = Step(message={"content": None, "tool_calls": [CALL]}, finish_reason="t
 @STREAMED_OR_NOT
 def test_a_routed_answer_arrives_whole(http: httpx.Client, fleet: Fleet, api: APIName, stream: bool) -> None:
     fleet.fair.then(Step(usage=USAGE))
-    options = {"stream_options": {"include_usage": True}} if stream and api in ("chat", "completions") else {}
+    options: dict[str, Any] = (
+        {"stream_options": {"include_usage": True}} if stream and api in ("chat", "completions") else {}
+    )
     reply = ask(http, api, body_of(api, stream=stream, **options))
 
     assert (reply.text, reply.model, reply.complete) == ("The fair answer.", "fair", True)

@@ -17,7 +17,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import is_finished
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.client import NativeRequest, UpstreamClient
 from proxy.upstream.payload import NativePayload, content_bytes, finish_reasons, has_content, is_empty_completion
 from tests.support.direct_calls import KEY, a_model
 from tests.support.makers import a_record
@@ -47,6 +47,8 @@ DOCUMENTS: dict[NativeAPI, dict[str, Any]] = {
     "messages": {"model": "auto", "max_tokens": 100, "messages": [{"role": "user", "content": "hi"}]},
     "responses": {"model": "auto", "input": "hi"},
 }
+ASKED = {api: NativeRequest(api, document) for api, document in DOCUMENTS.items()}
+TRACED = {"traceparent": "00-1-2-01"}
 STREAMS: dict[NativeAPI, tuple[bytes, ...]] = {"messages": MESSAGE_EVENTS, "responses": RESPONSE_EVENTS}
 ANSWERS: dict[NativeAPI, dict[str, Any]] = {"messages": MESSAGE, "responses": RESPONSE}
 QUESTION = TextSample("hi")
@@ -71,7 +73,7 @@ async def read(upstream: UpstreamClient, record: ModelRecord, api: NativeAPI) ->
 
 async def read_into(found: list[NativePayload], upstream: UpstreamClient, record: ModelRecord, api: NativeAPI) -> None:
     async with asyncio.timeout(60):
-        stream: Any = await upstream.stream_native(record, api, DOCUMENTS[api])
+        stream: Any = await upstream.stream_native(record, NativeRequest(api, DOCUMENTS[api]))
         try:
             async for block in stream:
                 found += block
@@ -83,7 +85,7 @@ async def ask(upstream: UpstreamClient, record: ModelRecord, api: NativeAPI, *, 
     if streamed:
         await read(upstream, record, api)
     else:
-        await upstream.complete_native(record, api, DOCUMENTS[api])
+        await upstream.complete_native(record, NativeRequest(api, DOCUMENTS[api]))
 
 
 async def failure_of(
@@ -125,7 +127,7 @@ async def test_a_whole_answer_comes_back_as_it_is_but_for_the_models_name(
 ) -> None:
     sent = json.dumps(ANSWERS[api], indent=1).encode()
     async with RawUpstream(plain(sent)) as server:
-        answer = await upstream.complete_native(native_model(server), api, DOCUMENTS[api])
+        answer = await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
 
     place = sent.rfind(b'"theirs"') if api == "responses" else sent.find(b'"theirs"')
     assert answer.with_model("ours") == sent[:place] + b'"ours"' + sent[place + 8 :]
@@ -136,7 +138,9 @@ async def test_a_whole_answer_comes_back_as_it_is_but_for_the_models_name(
 async def test_the_models_own_name_is_sent_and_whether_it_is_a_stream(upstream: UpstreamClient, api: NativeAPI) -> None:
     async with RawUpstream(Reply(chunked(*STREAMS[api])), plain(json.dumps(ANSWERS[api]).encode())) as server:
         await read(upstream, native_model(server), api)
-        await upstream.complete_native(native_model(server), api, DOCUMENTS[api], {"traceparent": "00-1-2-01"})
+        await upstream.complete_native(
+            native_model(server), NativeRequest(api, DOCUMENTS[api], {"traceparent": "00-1-2-01"})
+        )
 
     sent = [json.loads(body) for body in server.bodies]
     assert [(each["model"], each["stream"]) for each in sent] == [("theirs", True), ("theirs", False)]
@@ -146,7 +150,7 @@ async def test_the_models_own_name_is_sent_and_whether_it_is_a_stream(upstream: 
 async def test_usage_of_messages_counts_the_cache_as_part_of_the_prompt(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(*MESSAGE_EVENTS)), plain(json.dumps(MESSAGE).encode())) as server:
         events = await read(upstream, native_model(server), "messages")
-        answer = await upstream.complete_native(native_model(server), "messages", DOCUMENTS["messages"])
+        answer = await upstream.complete_native(native_model(server), ASKED["messages"])
 
     reports = [parse_usage(usage) for each in events if (usage := usage_of(each.body))]
     prompt = TokenCounts(prompt_tokens=2310, cached_tokens=2000, written_tokens=300, written_1h_tokens=200)
@@ -158,7 +162,9 @@ async def test_usage_of_messages_counts_the_cache_as_part_of_the_prompt(upstream
 async def test_usage_of_responses_is_read(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(*RESPONSE_EVENTS)), plain(json.dumps(RESPONSE).encode())) as server:
         events = await read(upstream, native_model(server), "responses")
-        answer = await upstream.complete_native(native_model(server), "responses", DOCUMENTS["responses"])
+        answer = await upstream.complete_native(
+            native_model(server), NativeRequest("responses", DOCUMENTS["responses"])
+        )
 
     whole = TokenCounts(prompt_tokens=100, cached_tokens=60, written_tokens=0, output_tokens=30, reasoning_tokens=12)
     assert [parse_usage(usage) for each in events if (usage := usage_of(each.body))] == [whole]
@@ -196,7 +202,7 @@ async def test_the_first_content_is_what_the_model_wrote_first(
 async def test_a_stream_says_as_much_as_the_whole_answer(upstream: UpstreamClient, api: NativeAPI) -> None:
     async with RawUpstream(Reply(chunked(*STREAMS[api])), plain(json.dumps(ANSWERS[api]).encode())) as server:
         events = await read(upstream, native_model(server), api)
-        answer = await upstream.complete_native(native_model(server), api, DOCUMENTS[api])
+        answer = await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
 
     (last,) = [each for each in events if is_finished(each.body)]
     assert finish_reasons(last.body) == finish_reasons(answer.body) == {"tool_calls"}
@@ -219,7 +225,7 @@ async def test_a_stream_says_as_much_as_the_whole_answer(upstream: UpstreamClien
 async def test_every_reason_to_stop_has_one_in_chat(upstream: UpstreamClient, stop_reason: Any, expected: str) -> None:
     answer = {**MESSAGE, "content": [], "stop_reason": stop_reason}
     async with RawUpstream(plain(json.dumps(answer).encode())) as server:
-        found = await upstream.complete_native(native_model(server), "messages", DOCUMENTS["messages"])
+        found = await upstream.complete_native(native_model(server), ASKED["messages"])
 
     assert finish_reasons(found.body) == {expected}
     assert is_empty_completion(found.body) is (expected == "stop")
@@ -263,7 +269,7 @@ TRANSLATED: dict[NativeAPI, dict[str, Any]] = {
 async def test_a_turn_that_comes_back_in_chat_is_recognised(upstream: UpstreamClient, api: NativeAPI) -> None:
     async with RawUpstream(Reply(chunked(*STREAMS[api])), plain(json.dumps(ANSWERS[api]).encode())) as server:
         events = await read(upstream, native_model(server), api)
-        answer = await upstream.complete_native(native_model(server), api, DOCUMENTS[api])
+        answer = await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
 
     (signature, *_), calls = fingerprints(TRANSLATED[api])
     deltas = [choice["delta"] for each in events for choice in each.body["choices"]]
@@ -274,7 +280,7 @@ async def test_a_turn_that_comes_back_in_chat_is_recognised(upstream: UpstreamCl
 async def test_anthropics_sdk_reads_what_is_relayed(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(*MESSAGE_EVENTS)), plain(json.dumps(MESSAGE).encode())) as server:
         events = relayed(await read(upstream, native_model(server), "messages"))
-        answer = await upstream.complete_native(native_model(server), "messages", DOCUMENTS["messages"])
+        answer = await upstream.complete_native(native_model(server), ASKED["messages"])
     whole = anthropic.types.Message.model_validate_json(answer.with_model("ours"))
     async with (
         RawUpstream(Reply(chunked(events))) as server,
@@ -290,7 +296,9 @@ async def test_anthropics_sdk_reads_what_is_relayed(upstream: UpstreamClient) ->
 async def test_openais_sdk_reads_what_is_relayed(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(*RESPONSE_EVENTS)), plain(json.dumps(RESPONSE).encode())) as server:
         events = relayed(await read(upstream, native_model(server), "responses"))
-        answer = await upstream.complete_native(native_model(server), "responses", DOCUMENTS["responses"])
+        answer = await upstream.complete_native(
+            native_model(server), NativeRequest("responses", DOCUMENTS["responses"])
+        )
     whole = openai.types.responses.Response.model_validate_json(answer.with_model("ours"))
     async with (
         RawUpstream(Reply(chunked(events))) as server,
@@ -398,7 +406,7 @@ async def test_a_failed_response_keeps_its_usage_which_is_billed(upstream: Upstr
     streamed, _ = await failure_of(upstream, Reply(chunked(sent)), "responses")
     async with RawUpstream(plain(json.dumps(failed).encode())) as server:
         with pytest.raises(UpstreamError) as whole:
-            await upstream.complete_native(native_model(server), "responses", DOCUMENTS["responses"])
+            await upstream.complete_native(native_model(server), ASKED["responses"])
 
     for failure in (streamed, whole.value):
         assert parse_usage(usage_of(cast("dict[str, Any]", failure.body))).output_tokens == 30
@@ -451,7 +459,7 @@ async def test_an_answer_in_the_other_form_is_an_error(upstream: UpstreamClient,
     failure, _ = await failure_of(upstream, plain(json.dumps(ANSWERS[api]).encode()), api)
     async with RawUpstream(Reply(chunked(*STREAMS[api]))) as server:
         with pytest.raises(UpstreamError) as caught:
-            await upstream.complete_native(native_model(server), api, DOCUMENTS[api])
+            await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
 
     assert (failure.status, failure.retryable, caught.value.status) == (502, True, 502)
 
@@ -491,7 +499,7 @@ async def test_answers_and_events_have_a_limit(api: NativeAPI) -> None:
             with pytest.raises(ResponseTooLarge):
                 await read(upstream, native_model(server), api)
             with pytest.raises(ResponseTooLarge):
-                await upstream.complete_native(native_model(server), api, DOCUMENTS[api])
+                await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
         assert upstream.memory.used_bytes == 0
     finally:
         await upstream.aclose()
@@ -549,7 +557,9 @@ async def test_tools_that_the_provider_runs_are_content_without_text(upstream: U
     end = event({"type": "response.completed", "response": response})
     async with RawUpstream(Reply(chunked(event(item), end)), plain(json.dumps(response).encode())) as server:
         found = await read(upstream, native_model(server), "responses")
-        answer = await upstream.complete_native(native_model(server), "responses", DOCUMENTS["responses"])
+        answer = await upstream.complete_native(
+            native_model(server), NativeRequest("responses", DOCUMENTS["responses"])
+        )
 
     assert [has_content(each.body) for each in (found[0], answer)] == [True, True]
     assert content_bytes(found[0].body) == 0
@@ -560,7 +570,9 @@ async def test_a_client_that_leaves_closes_the_upstreams_connection(upstream: Up
     events = (*THINKING_EVENTS[:2], *CALL_EVENTS)
     pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in events]
     async with RawUpstream(Reply((head, *pieces), "hang")) as server:
-        stream: Any = await upstream.stream_native(native_model(server), "messages", DOCUMENTS["messages"])
+        stream: Any = await upstream.stream_native(
+            native_model(server), NativeRequest("messages", DOCUMENTS["messages"])
+        )
         await anext(stream)
         await stream.aclose()
         await until(lambda: server.open == 0)

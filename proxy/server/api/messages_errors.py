@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.upstream.sse import encode_json
+
 # Statuses stay what they are: Anthropic's SDKs and Claude Code send a request again after 408, 409, 429 and every 5xx.
 # A 503 is "overloaded" as a 529 is. Claude Code reads that type, also in a stream, where there is no status, and goes
 # on with its fallback model when it comes several times.
@@ -37,6 +39,11 @@ def anthropic_error(error: Mapping[str, Any], status: int, request_id: str | Non
         text = f"{_TOO_LONG}: {text}"
     body = {"type": "error", "error": {"type": error_type(status), "message": text}}
     return body if request_id is None else {**body, "request_id": request_id}
+
+
+def error_event(error: Mapping[str, Any], status: int) -> bytes:
+    """Return the event that ends a stream. Arguments as of `anthropic_error`."""
+    return b"event: error\ndata: %b\n\n" % encode_json(anthropic_error(error, status))
 
 
 def error_type(status: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from proxy.routing.requirements import estimate_tokens
 from proxy.server.api.messages_answer import AnswerFacts, message_of
+from proxy.server.api.messages_errors import error_event
 from proxy.server.api.messages_stream import MessageStream
 from proxy.server.api.messages_turns import (
     MAX_ECHO,
@@ -52,6 +53,9 @@ class MessagesTranslation:
 
     def stream(self, model: str) -> MessageStream:
         return MessageStream(model, self.facts)
+
+    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
+        return error_event(error, status)
 
 
 def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -> MessagesTranslation:  # noqa: ARG001

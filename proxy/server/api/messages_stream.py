@@ -28,7 +28,7 @@ from proxy.server.api.messages_answer import (
     tool_input,
     usage_counts,
 )
-from proxy.server.api.messages_errors import anthropic_error
+from proxy.server.api.messages_errors import error_event
 from proxy.storage.usage import usage_of
 from proxy.upstream.endpoint import encode
 from proxy.upstream.payload import simple_text
@@ -157,7 +157,7 @@ class MessageStream:
         return self._take()
 
     def fail(self, error: Mapping[str, Any], status: int) -> bytes:
-        return b"event: error\ndata: %b\n\n" % encode(anthropic_error(error, status))
+        return error_event(error, status)
 
     def _take(self) -> bytes:
         taken, self._events = b"".join(self._events), []
@@ -167,7 +167,7 @@ class MessageStream:
         if self._started:
             return
         self._started = True
-        message = {
+        message: dict[str, Any] = {
             "id": self._facts.message_id,
             "type": "message",
             "role": "assistant",

@@ -490,7 +490,7 @@ class ResponseStream:
             "failed",
             output=[*self._output, *(item for item in open_items if item is not None)],
             usage=None if self._counts is None else _usage(self._counts),
-            error={"code": error_code(error, status), "message": str(error.get("message") or "the model failed")},
+            error=failure(error, status),
         )
         self._emit("response.failed", {"response": response})
         return self._take_events()
@@ -602,9 +602,8 @@ class ResponseStream:
         self._is_begun = False
 
     def _emit(self, kind: str, members: Mapping[str, Any]) -> None:
-        event = _encode({"type": kind, **members, "sequence_number": self._sequence})
+        self._events.append(format_typed_event(kind, {**members, "sequence_number": self._sequence}))
         self._sequence += 1
-        self._events.append(b"event: %b\ndata: %b\n\n" % (kind.encode(), event))
 
     def _take_events(self) -> bytes:
         events, self._events = b"".join(self._events), []
@@ -698,6 +697,15 @@ def error_code(error: Mapping[str, Any], status: int) -> str:
         return "rate_limit_exceeded"
     # What the client sent is at fault, and would be again.
     return "invalid_prompt" if 400 <= status < 500 and status != 408 else "server_error"
+
+
+def failure(error: Mapping[str, Any], status: int) -> dict[str, str]:
+    """Return the `error` of a failed response, for an error object of OpenAI and its HTTP status."""
+    return {"code": error_code(error, status), "message": str(error.get("message") or "the model failed")}
+
+
+def format_typed_event(kind: str, members: Mapping[str, Any]) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **members}))
 
 
 def _encode(payload: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.server.api.responses_answer import AnswerPlan, ResponseStream, request_echo, whole_answer
+from proxy.server.api.responses_answer import (
+    AnswerPlan,
+    ResponseStream,
+    failure,
+    format_typed_event,
+    request_echo,
+    whole_answer,
+)
 from proxy.server.api.responses_input import Conversation, numbered, tools_among
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
 from proxy.server.api.translation import APIName
@@ -62,6 +69,18 @@ class ResponsesTranslation:
 
     def stream(self, model: str) -> ResponseStream:
         return ResponseStream(self.plan, model)
+
+    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:
+        """Repeat the newest response that the client has seen, as one that failed."""
+        if "response" not in seen:
+            return self.stream(seen["model"]).fail(error, status)
+        response = {**seen["response"], "model": seen["model"], "status": "failed", "error": failure(error, status)}
+        return format_typed_event("response.failed", {"response": response, "sequence_number": _after(seen)})
+
+
+def _after(seen: Mapping[str, Any]) -> int:
+    number = seen.get("sequence_number")
+    return number + 1 if isinstance(number, int) else 0
 
 
 def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -> ResponsesTranslation:
