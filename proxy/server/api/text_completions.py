@@ -61,7 +61,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
     passed_on = {
         name: value
         for name, value in document.items()
-        if value is not None and name not in _TRANSLATED and name not in _ANSWERED_IN_CHAT
+        if (value is not None or name in OWN_FIELDS) and name not in _TRANSLATED and name not in _ANSWERED_IN_CHAT
     }
     top_logprobs = _top_logprobs(document)
     logprobs: dict[str, Any] = {} if top_logprobs is None else {"logprobs": True}
