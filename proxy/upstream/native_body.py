@@ -64,10 +64,13 @@ class ReasoningSupport:
         return self.flags is not None and self.flags.get(flag) is True
 
     def nearest_effort(self, effort: str) -> str:
-        """Return the strongest effort up to this one that the model takes, or else its weakest."""
-        if self.flags is None or effort not in _EFFORTS:
+        """Return the strongest effort up to this one that the model takes, or else its weakest.
+
+        Reasoning is switched off for those alone who ask for that.
+        """
+        if self.flags is None or effort not in _EFFORTS or self._takes(effort):
             return effort
-        taken = [each for each in _EFFORTS if self._takes(each)]
+        taken = [each for each in _EFFORTS if each != "none" and self._takes(each)]
         return next((each for each in reversed(taken) if _EFFORTS.index(each) <= _EFFORTS.index(effort)), taken[0])
 
     def _takes(self, effort: str) -> bool:
