@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +20,6 @@ TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
 MAX_WINDOW = 10**12
 
-# Flags that decide what a request in the model's own API may ask of it.
-_FLAGS = {
-    f"supports_{name}": name
-    for name in (
-        *("adaptive_thinking", "legacy_thinking", "output_config", "sampling_params", "mid_conversation_system"),
-        *(f"{level}_reasoning_effort" for level in ("none", "minimal", "low", "xhigh", "max")),
-    )
-} | {"thinking_always_on": "thinking_always_on"}
-
 # Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known".
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 
@@ -37,13 +28,39 @@ class InvalidPriceMap(InvalidInput):
     """A document is not a price map; the message names the entry."""
 
 
+# Ascending. `none` asks for no thinking at all.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# Those that every reasoning model has unless its entry says otherwise.
+COMMON_EFFORTS = frozenset({"low", "medium", "high"})
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingSupport:
+    """How a model is told to think."""
+
+    efforts: tuple[str, ...] = ("low", "medium", "high")
+    """Values of `reasoning_effort` that it knows, ascending."""
+    adaptive: bool = False
+    """Anthropic's `thinking` of type "adaptive"."""
+    budgets: bool = True
+    """Anthropic's `thinking` of type "enabled", with a budget of tokens."""
+    always: bool = False
+    """It cannot be told not to think."""
+
+
 @dataclass(frozen=True, slots=True)
 class PriceMapEntry:
     provider: str
     price: Price | None
     capabilities: Capabilities
-    flags: Mapping[str, bool] = field(default_factory=dict)
-    """What else it supports or not, such as `adaptive_thinking`: LiteLLM's names without `supports_`."""
+    thinking: ThinkingSupport = ThinkingSupport()
+    sampling: bool = True
+    """Whether it accepts `temperature`, `top_p` and `top_k`."""
+    output_config: bool = False
+    """Whether it accepts `output_config.effort` of Anthropic's Messages."""
+    system_turns: bool = False
+    """Whether it accepts system turns among the others in Anthropic's Messages."""
 
 
 class PriceMap:
@@ -126,7 +143,10 @@ def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
         provider=provider,
         price=_price(name, listed, provider),
         capabilities=_capabilities(listed),
-        flags={flag: listed[key] for key, flag in _FLAGS.items() if isinstance(listed.get(key), bool)},
+        thinking=_thinking(listed),
+        sampling=_ability(listed, "supports_sampling_params") is not False,
+        output_config=_ability(listed, "supports_output_config") is True,
+        system_turns=_ability(listed, "supports_mid_conversation_system") is True,
     )
 
 
@@ -151,6 +171,26 @@ def _capabilities(listed: dict[str, Any]) -> Capabilities:
         json_schema=_ability(listed, "supports_response_schema"),
         reasoning=_ability(listed, "supports_reasoning"),
     )
+
+
+def _thinking(listed: dict[str, Any]) -> ThinkingSupport:
+    levels = listed.get("reasoning_effort_levels")
+    adaptive = _ability(listed, "supports_adaptive_thinking") is True
+    return ThinkingSupport(
+        efforts=tuple(
+            effort
+            for effort in EFFORTS
+            if (effort in levels if isinstance(levels, list) else _knows_effort(listed, effort))
+        ),
+        adaptive=adaptive,
+        budgets=not adaptive or _ability(listed, "supports_legacy_thinking") is True,
+        always=_ability(listed, "thinking_always_on") is True,
+    )
+
+
+def _knows_effort(listed: dict[str, Any], effort: str) -> bool:
+    stated = _ability(listed, f"supports_{effort}_reasoning_effort")
+    return effort in COMMON_EFFORTS if stated is None else stated
 
 
 def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:

@@ -172,7 +172,10 @@ def test_sampling_is_left_to_models_that_refuse_to_be_told() -> None:
 def test_a_system_turn_becomes_a_users_where_the_model_knows_none() -> None:
     system = {"role": "system", "content": "Mind."}
 
-    assert messages(claude(HAIKU), HELLO, system)["messages"][1] == {"role": "user", "content": "Mind."}
+    assert messages(claude(HAIKU), HELLO, system)["messages"][1] == {
+        "role": "user",
+        "content": [{"type": "text", "text": "<system>\nMind.\n</system>"}],
+    }
     assert messages(claude(OPUS), HELLO, system)["messages"][1] == system
 
 
