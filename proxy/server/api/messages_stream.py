@@ -167,7 +167,7 @@ class MessageStream:
         if self._started:
             return
         self._started = True
-        message = {
+        message: dict[str, Any] = {
             "id": self._facts.message_id,
             "type": "message",
             "role": "assistant",
