@@ -175,7 +175,9 @@ class _Request:
         if kind == "disabled":
             return {"thinking": value, "reasoning_effort": "none"}
         if kind not in ("adaptive", "between_tools"):
-            raise bad_field("thinking.type", f"must be enabled, adaptive, between_tools or disabled; got {kind!r}"[:200])
+            raise bad_field(
+                "thinking.type", f"must be enabled, adaptive, between_tools or disabled; got {kind!r}"[:200]
+            )
         return {"thinking": value}
 
     def output_config(self, value: Any) -> dict[str, Any]:

@@ -95,9 +95,7 @@ def accumulated(events: Iterable[Mapping[str, Any]]) -> Message:
     snapshot: Any = None
     buffers: dict[int, bytes] = {}
     for event in events:
-        snapshot = accumulate_event(
-            event=EVENTS.validate_python(event), current_snapshot=snapshot, json_bufs=buffers
-        )
+        snapshot = accumulate_event(event=EVENTS.validate_python(event), current_snapshot=snapshot, json_bufs=buffers)
     return Message.model_validate(snapshot.to_dict())
 
 

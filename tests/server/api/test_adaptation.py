@@ -100,21 +100,20 @@ def test_parts_that_are_all_text_are_one_text_with_and_without_marks() -> None:
         (LOCAL, "max", "high"),
         (PLAIN, "high", None),
         (COHERE, "low", None),
-        (a_model("mistral/mistral-medium-3-5", "relay", supports_reasoning=False), "high", None),
+        (a_model("mistral/mistral-small-latest", "relay", supports_reasoning=False), "high", None),
         (OPUS, "xhigh", "xhigh"),
         (OPUS, "max", "max"),
         (HAIKU, "high", None),
     ],
-    ids=lambda value: getattr(value, "name", value) if not isinstance(value, ModelRecord) else value.litellm_params["model"],
 )
 def test_an_effort_is_told_in_a_word_that_the_model_knows(record: ModelRecord, effort: str, told: str | None) -> None:
     assert adapted(record, reasoning_effort=effort).get("reasoning_effort") == told
 
 
-def test_models_that_know_few_efforts_are_told_the_nearest() -> None:
-    record = a_model("mistral/mistral-small-latest", "relay", supports_reasoning=True)
-    efforts = adapted(record, reasoning_effort="low").get("reasoning_effort")
-    assert efforts in ("low", "high")
+@pytest.mark.parametrize(("effort", "told"), [("none", "none"), ("low", "high"), ("max", "high")])
+def test_whoever_asks_for_some_thinking_is_not_given_none(effort: str, told: str) -> None:
+    knows_two = a_model("mistral/mistral-small-latest", "relay")
+    assert adapted(knows_two, reasoning_effort=effort)["reasoning_effort"] == told
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def blocks(*chunks: dict[str, Any]) -> list[dict[str, Any]]:
 
 def test_a_text_is_streamed_as_it_comes() -> None:
     usage = {"prompt_tokens": 3, "completion_tokens": 2}
-    chunks = [a_chunk({"role": "assistant", "content": ""}), a_chunk({"content": "Hé"}), a_chunk({"content": "\n\"llo"})]
+    chunks = [a_chunk({"role": "assistant", "content": ""}), a_chunk({"content": "Hé"}), a_chunk({"content": '\n"llo'})]
     end = [a_chunk({}, "stop"), {"choices": [], "usage": usage}]
     events = streamed(ASKED, [*chunks, *end])
     assert [event["type"] for event in events] == [
