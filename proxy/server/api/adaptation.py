@@ -301,6 +301,8 @@ class _Contents:
         self._keeps_cache_control = upstream.reads_cache_control
         self._on_parts_alone = upstream.reads_cache_control and upstream.relayed
         self._keeps_system = upstream.is_openai
+        # Anthropic fetches files itself, from an address that litellm takes as their id. As data, it would fetch them.
+        self._fetches_files = upstream.reads_thinking
         names = [] if upstream.reads_thinking else ["thinking_blocks"]
         self._unread = (*names, *(() if keeps_reasoning else ("reasoning_content",)))
         self.lost_cache_control = False
@@ -322,7 +324,11 @@ class _Contents:
         if not self._keeps_cache_control or self._on_parts_alone:
             new = self._without_cache_control(new)
         content = new.get("content")
-        if self._keeps_cache_control or not isinstance(content, list):
+        if not isinstance(content, list):
+            return new
+        if self._fetches_files and any(_is_remote_file(part) for part in content):
+            new = {**new, "content": [_by_id(part) if _is_remote_file(part) else part for part in content]}
+        if self._keeps_cache_control:
             return new
         parts = [_without(part, "cache_control") for part in content]
         if any(part is not old for part, old in zip(parts, content, strict=True)):
@@ -340,6 +346,16 @@ class _Contents:
             new = {**new, "tool_calls": [_without(call, "cache_control") for call in calls]}
         self.lost_cache_control = self.lost_cache_control or new is not message
         return new
+
+
+def _is_remote_file(part: Mapping[str, Any]) -> bool:
+    file = part.get("file")
+    data = file.get("file_data") if isinstance(file, Mapping) else None
+    return isinstance(data, str) and data.startswith(("http://", "https://"))
+
+
+def _by_id(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {**part, "file": {"file_id": part["file"]["file_data"]}}
 
 
 def _tagged(content: Any) -> list[dict[str, Any]]:

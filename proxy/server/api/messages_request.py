@@ -179,7 +179,9 @@ class _Request:
         if kind == "disabled":
             return {"thinking": value, "reasoning_effort": "none"}
         if kind not in ("adaptive", "between_tools"):
-            raise bad_field("thinking.type", f'must be "enabled", "adaptive" or "disabled"; got {kind!r}'[:200])
+            raise bad_field(
+                "thinking.type", f"must be enabled, adaptive, between_tools or disabled; got {kind!r}"[:200]
+            )
         return {"thinking": value}
 
     def output_config(self, value: Any) -> dict[str, Any]:
@@ -235,7 +237,7 @@ class _Request:
         if kind == "tool":
             name = self.notes.tool_name(choice["name"])
             read["tool_choice"] = {"type": "function", "function": {"name": name}}
-        elif kind in _TOOL_CHOICES:
+        elif isinstance(kind, str) and kind in _TOOL_CHOICES:
             read["tool_choice"] = _TOOL_CHOICES[kind]
         else:
             raise bad_field("tool_choice.type", f"must be auto, any, tool or none; got {kind!r}"[:200])
