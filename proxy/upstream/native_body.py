@@ -36,10 +36,10 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 # Claude Code's first block of `system`, for Anthropic's accounting.
 _BILLING_PREFIX = "x-anthropic-billing-header:"
 
-_THINKING_BLOCKS = frozenset({"thinking", "redacted_thinking"})
+_THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 # Items whose ids say which reasoning belongs to them. Nothing else needs the ids.
-_ITEMS_AFTER_REASONING = frozenset({"message", "function_call", "custom_tool_call"})
+_ITEMS_AFTER_REASONING = ("message", "function_call", "custom_tool_call")
 
 
 @dataclass(frozen=True)

@@ -309,3 +309,11 @@ def test_a_model_without_reasoning_gets_none_of_anothers() -> None:
 
     assert "reasoning" not in body
     assert [item.get("type") for item in body["input"]] == [None, "function_call", "function_call_output"]
+
+
+@pytest.mark.parametrize("odd", [7, None, "x", [], {}, [7], [[]], {"type": []}, [{"type": {}}], {"edits": [{}, 7]}])
+def test_fields_of_odd_shapes_are_left_to_the_provider(odd: Any) -> None:
+    names = ("thinking", "output_config", "context_management", "system", "metadata")
+    for record in (claude(HAIKU), claude(info={"supports_reasoning": False}), gpt("gpt-4.1"), gpt()):
+        messages(record, {"role": "assistant", "content": odd}, odd, **dict.fromkeys(names, odd), max_tokens=odd)
+        responses(record, {"type": odd}, odd, include=odd, reasoning=odd, store=odd, limit=5)
