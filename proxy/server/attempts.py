@@ -360,8 +360,12 @@ class UpstreamStream:
     def _buffer(self, block: list[JSONPayload]) -> None:
         """Keep chunks that came before the first content, within the limits."""
         for chunk in block:
-            is_essential = usage_of(chunk.body) or is_finished(chunk.body)
+            is_essential = self.is_native or usage_of(chunk.body) or is_finished(chunk.body)
             limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
+            if self.is_native and len(self._buffered) < limit:
+                # Events of other APIs build on those before them. Large ones count in the memory for responses.
+                self._buffered.append(chunk)
+                continue
             if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
                 continue
             self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
