@@ -44,12 +44,11 @@ def test_a_plain_path_is_served_to_get_and_head(http: httpx.Client, fleet: Fleet
         ("POST", "/v1/messages", "Anthropic's API"),
         ("POST", "/v1/messages/count_tokens", "Anthropic's API"),
         ("POST", "/v1/responses", "only OpenAI's chat completions are served"),
-        ("POST", "/v1/embeddings", "chat completions alone"),
         ("POST", "/api/chat", "Ollama's API"),
         ("POST", "/v1beta/models/x:generateContent", "Gemini's API"),
         ("POST", "/v1/chat/completion", "did you mean /v1/chat/completions?"),
         ("GET", "/health", "did you mean /healthz?"),
-        ("GET", "/", "Served are POST /v1/chat/completions"),
+        ("GET", "/nowhere", "Served are POST /v1/chat/completions"),
         ("HEAD", "/nothing", ""),
     ],
 )
