@@ -312,7 +312,7 @@ def test_every_field_of_the_sdk_is_read_or_left_out() -> None:
         "cache_control", "container", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id",
         "billing_policy", "context_management", "fallback_credit_token", "fallbacks", "mcp_servers", "betas",
     }  # fmt: skip
-    translation = translated(**{name: "x" for name in left})
+    translation = translated(**dict.fromkeys(left, "x"))
     assert set(translation.left_out) == left
     assert names - left == {
         "max_tokens", "messages", "model", "metadata", "output_config", "service_tier", "stop_sequences", "system",
