@@ -279,7 +279,7 @@ def _lacks_thinking(messages: Any) -> bool:
     for message in reversed(turns):
         if message.get("role") == "assistant":
             return bool(message.get("tool_calls")) and not message.get("thinking_blocks")
-        if message.get("role") != "tool":
+        if message.get("role") not in ("tool", "system"):
             return False
     return False
 
