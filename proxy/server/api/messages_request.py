@@ -325,6 +325,7 @@ _FIELDS: Mapping[str, Callable[[_Request, Any], dict[str, Any]]] = {
     "top_k": lambda request, value: request.number("top_k", value),
     "metadata": _Request.metadata,
     "service_tier": _Request.service_tier,
+    "cache_control": lambda _, value: {"cache_control": read_object(value, "cache_control")},
     "tools": _Request.tools,
     "tool_choice": _Request.tool_choice,
     "thinking": _Request.thinking,

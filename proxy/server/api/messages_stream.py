@@ -22,7 +22,6 @@ from proxy.server.api.messages_answer import (
     ending_of,
     first_choice,
     message_part,
-    parse_lenient,
     pieces_of,
     refusal_of,
     tool_input,
@@ -46,6 +45,14 @@ def _encode_text(text: str) -> bytes:
         return orjson.dumps(text)
     except TypeError:  # half a surrogate pair
         return encode_json(text)  # type: ignore[arg-type]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def _before_delta(index: int, kind: bytes, member: bytes) -> bytes:
@@ -112,13 +119,8 @@ class _Call:
         if not self.is_object or len(self._pieces) == self._checked:
             return False
         text = self.text
-        if text.rstrip().endswith("}"):
-            try:
-                parse_lenient(text)
-            except ValueError:
-                pass
-            else:
-                return True
+        if text.rstrip().endswith("}") and _is_json(text):
+            return True
         self._checked = len(self._pieces)
         return False
 

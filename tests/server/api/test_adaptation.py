@@ -80,6 +80,11 @@ def test_marks_of_caches_go_where_they_are_read() -> None:
     assert routed["tools"] == fields["tools"]
 
 
+def test_a_mark_of_the_whole_body_goes_to_anthropics_format_alone() -> None:
+    assert "cache_control" in adapted(OPUS, **EPHEMERAL)
+    assert left_out(a_model("bedrock/us.anthropic.claude-opus-4-8"), **EPHEMERAL) == ("cache_control",)
+
+
 def test_parts_that_are_all_text_are_one_text_with_and_without_marks() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     for content in (parts, [parts[0], {**parts[1], **EPHEMERAL}]):
@@ -216,7 +221,7 @@ def test_later_system_messages_are_turns_of_the_user_except_at_openai() -> None:
     assert [message["role"] for message in adapted(LOCAL, messages=messages)["messages"]] == [
         "system", "user", "assistant", "user"
     ]  # fmt: skip
-    assert "later" in str(adapted(LOCAL, messages=messages)["messages"][3])
+    assert adapted(LOCAL, messages=messages)["messages"][3]["content"] == "<system>\nlater\n</system>\n\n?"
     assert adapted(GPT, messages=messages)["messages"] == messages
 
 
@@ -228,7 +233,10 @@ def test_anthropic_fetches_a_document_itself() -> None:
 
 
 def test_a_translated_loop_of_tools_stays_in_order_for_every_model() -> None:
-    turns = ({"role": "assistant", "content": [a_call()]}, {"role": "user", "content": [a_result("x", **EPHEMERAL)]})
+    turns = (
+        {"role": "assistant", "content": [a_call()]},
+        {"role": "user", "content": [{**a_result("x"), **EPHEMERAL}]},
+    )
     body = translated(USER, *turns, {"role": "system", "content": "go on"}).body
     for record in (OPUS, HAIKU, GPT, GEMINI, LOCAL, COHERE, OPENROUTER_CLAUDE):
         roles = [message["role"] for message in adapt(body, record)[0]["messages"]]

@@ -21,8 +21,11 @@ from tests.server.api.messages import (
     a_completion,
     a_request,
     a_result,
+    accumulated,
     an_image,
     captured,
+    check_order,
+    streamed,
     translated,
 )
 from tests.server.api.test_adaptation import COHERE, GEMINI, GPT, HAIKU, LOCAL, OPUS, a_model
@@ -217,3 +220,52 @@ def test_litellm_accepts_every_field_of_an_adapted_body(litellm: Any, record: An
 def test_a_local_server_gets_fields_that_openai_defined(litellm: Any) -> None:
     body = adapt(translate(captured(Path(CAPTURED[0])), id=ID, created_at=1).body, LOCAL)[0]
     assert body.keys() <= CHAT_FIELDS | {"model", "messages", "stream"}
+
+
+CLAUDE_STREAM: list[dict[str, Any]] = [
+    {
+        "type": "message_start",
+        "message": {
+            "id": "msg_1", "type": "message", "role": "assistant", "model": "claude", "content": [],
+            "stop_reason": None, "stop_sequence": None,
+            "usage": {"input_tokens": 5, "output_tokens": 1, "cache_read_input_tokens": 7,
+                      "cache_creation_input_tokens": 2},
+        },
+    },
+    {"type": "content_block_start", "index": 0,
+     "content_block": {"type": "thinking", "thinking": "", "signature": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "let "}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "me see"}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "U0lH"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "content_block_start", "index": 1, "content_block": {"type": "redacted_thinking", "data": "D"}},
+    {"type": "content_block_stop", "index": 1},
+    {"type": "content_block_start", "index": 2, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 2, "delta": {"type": "text_delta", "text": "so"}},
+    {"type": "content_block_stop", "index": 2},
+    {"type": "content_block_start", "index": 3,
+     "content_block": {"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {}}},
+    {"type": "content_block_delta", "index": 3, "delta": {"type": "input_json_delta", "partial_json": '{"path":'}},
+    {"type": "content_block_delta", "index": 3, "delta": {"type": "input_json_delta", "partial_json": '"x"}'}},
+    {"type": "content_block_stop", "index": 3},
+    {"type": "content_block_start", "index": 4,
+     "content_block": {"type": "tool_use", "id": "toolu_2", "name": "List", "input": {}}},
+    {"type": "content_block_stop", "index": 4},
+    {"type": "message_delta", "delta": {"stop_reason": "tool_use", "stop_sequence": None},
+     "usage": {"output_tokens": 40}},
+    {"type": "message_stop"},
+]  # fmt: skip
+
+
+def test_a_stream_of_claudes_is_the_same_behind_litellm(litellm: Any) -> None:
+    from litellm.llms.anthropic.chat.handler import ModelResponseIterator
+
+    iterator = ModelResponseIterator(streaming_response=iter(()), sync_stream=True)
+    chunks = [iterator.chunk_parser(copy.deepcopy(event)).model_dump(exclude_none=True) for event in CLAUDE_STREAM]
+    events = streamed(translated(tools=[TOOL]), chunks)
+    check_order(events)
+    ours, theirs = accumulated(events), accumulated(CLAUDE_STREAM)
+    assert ours.to_dict()["content"] == theirs.to_dict()["content"]
+    assert ours.stop_reason == theirs.stop_reason
+    names = ("input_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens")
+    assert [getattr(ours.usage, name) for name in names] == [getattr(theirs.usage, name) for name in names]

@@ -32,7 +32,9 @@ def test_a_text_becomes_a_message() -> None:
     assert answer({"content": "hello"}, usage=usage) == {
         "id": f"msg_{ID}", "type": "message", "role": "assistant", "model": "small",
         "content": [{"type": "text", "text": "hello"}], "stop_reason": "end_turn", "stop_sequence": None,
-        "usage": {"input_tokens": 9, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 2},
+        "usage": {
+            "input_tokens": 9, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 2,
+        },
     }  # fmt: skip
 
 
@@ -92,6 +94,7 @@ def test_thinking_is_shown_to_clients_that_asked_or_have_tools(fields: dict[str,
         ("null", {}),
         ({"a": 1}, {"a": 1}),
         ('"{\\"a\\": 1}"', {"a": 1}),
+        ('{"a": 9223372036854775809}', {"a": 9223372036854775809}),
         ("[1]", {"arguments": [1]}),
         ('{"a":', {"arguments": '{"a":'}),
         ("ls -l", {"arguments": "ls -l"}),
@@ -171,7 +174,7 @@ def test_only_the_first_choice_counts() -> None:
     ("usage", "told"),
     [
         (None, (0, 0, 0, 0)),
-        ({"prompt_tokens": 100, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60}}, (40, 0, 60, 5)),
+        ({"prompt_tokens": 99, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 60}}, (39, 0, 60, 5)),
         (
             {
                 "prompt_tokens": 100, "completion_tokens": 5, "cache_read_input_tokens": 60,

@@ -170,7 +170,8 @@ def test_signed_thinking_is_kept_with_its_signature_and_unsigned_as_text_alone()
     [
         ({"type": "image", "source": {"type": "url", "url": "https://a/b.png"}},
          [{"type": "image_url", "image_url": {"url": "https://a/b.png"}}]),
-        ({"type": "document", "title": "T.pdf", "source": {"type": "base64", "media_type": "application/pdf", "data": "A"}},
+        ({"type": "document", "title": "T.pdf",
+          "source": {"type": "base64", "media_type": "application/pdf", "data": "A"}},
          [{"type": "text", "text": "T.pdf"},
           {"type": "file", "file": {"filename": "T.pdf", "file_data": "data:application/pdf;base64,A"}}]),
         ({"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "words"}},
@@ -309,14 +310,14 @@ def test_every_field_of_the_sdk_is_read_or_left_out() -> None:
         *beta.MessageCreateParamsBase.__annotations__,
     }
     left = {
-        "cache_control", "container", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id",
+        "container", "diagnostics", "inference_geo", "speed", "user_profile_id", "workspace_id",
         "billing_policy", "context_management", "fallback_credit_token", "fallbacks", "mcp_servers", "betas",
     }  # fmt: skip
     translation = translated(**dict.fromkeys(left, "x"))
     assert set(translation.left_out) == left
     assert names - left == {
         "max_tokens", "messages", "model", "metadata", "output_config", "service_tier", "stop_sequences", "system",
-        "thinking", "tool_choice", "tools", "compaction", "thread",
+        "thinking", "tool_choice", "tools", "compaction", "thread", "cache_control",
     }  # fmt: skip
 
 
