@@ -12,7 +12,7 @@ from proxy.settings.model_config import ModelInfo, NativeAPI, UpstreamAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
-from proxy.upstream.client import UpstreamClient
+from proxy.upstream.client import NativeRequest, UpstreamClient
 from proxy.upstream.endpoint import Endpoint, Endpoints, url_of
 from proxy.upstream.native_api import native_apis, native_provider
 from tests.support.makers import a_record
@@ -217,8 +217,8 @@ async def test_one_model_is_asked_in_each_api_at_its_address() -> None:
     upstream = UpstreamClient(Settings(), ENVIRON)
     async with RawUpstream(*replies) as server:
         record = a_model(GPT, {"api": ["messages", "responses"]}, api_base=server.url, api_key="none")
-        await upstream.complete_native(record, "messages", {"messages": []})
-        await upstream.complete_native(record, "responses", {"input": []})
+        await upstream.complete_native(record, NativeRequest("messages", {"messages": []}))
+        await upstream.complete_native(record, NativeRequest("responses", {"input": []}))
         await upstream.complete(record, {"model": "x", "messages": []})
     await upstream.aclose()
 
@@ -231,7 +231,7 @@ async def test_a_model_that_litellm_serves_is_asked_under_its_providers_name(nam
     upstream = UpstreamClient(Settings(), ENVIRON)
     async with RawUpstream(plain(json.dumps(MESSAGE).encode())) as server:
         record = a_model(replace(CLAUDE, model=name), {"api": "messages"}, api_base=server.url)
-        await upstream.complete_native(record, "messages", {"messages": []})
+        await upstream.complete_native(record, NativeRequest("messages", {"messages": []}))
     await upstream.aclose()
 
     assert json.loads(server.bodies[0])["model"] == "claude-x"

@@ -591,7 +591,7 @@ async def test_reasoning_in_parts_is_recognised_however_it_came(upstream: Upstre
     end = event({"type": "response.completed", "response": whole})
     async with RawUpstream(Reply(chunked(*deltas, end)), plain(json.dumps(whole).encode())) as server:
         events = await read(upstream, native_model(server), "responses")
-        answer = await upstream.complete_native(native_model(server), "responses", DOCUMENTS["responses"])
+        answer = await upstream.complete_native(native_model(server), ASKED["responses"])
 
     expected, _ = fingerprints({"reasoning_content": "\n\n".join(texts)})
     found, _ = fingerprints(*(choice["delta"] for each in events for choice in each.body["choices"]))

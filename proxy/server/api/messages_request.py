@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.routing.requirements import estimate_tokens
 from proxy.server.api.messages_answer import AnswerFacts, message_of
 from proxy.server.api.messages_errors import error_event
@@ -28,8 +29,6 @@ from proxy.server.api.messages_turns import (
     with_cache_control,
 )
 from proxy.server.api.translation import APIName
-
-OWN_FIELDS = ("uniroute", "models", "route", "provider")
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
@@ -74,7 +73,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
     request = _Request(document)
     body = request.chat_body()
     return MessagesTranslation(
-        document={name: value for name, value in document.items() if name not in OWN_FIELDS},
+        document=without_own_fields(document),
         body=body,
         left_out=tuple(request.notes.left_out),
         facts=AnswerFacts(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.chat_request import OWN_FIELDS
+from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.server.api.translation import APIName
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import iter_choices
@@ -68,7 +68,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
     if top_logprobs:
         logprobs["top_logprobs"] = top_logprobs
     return TextCompletionsTranslation(
-        document={name: value for name, value in document.items() if name not in OWN_FIELDS},
+        document=without_own_fields(document),
         body={**passed_on, "messages": [{"role": "user", "content": _user_text(document)}], **logprobs},
         left_out=tuple(name for name in document if name in _ANSWERED_IN_CHAT and document[name]),
         id=f"cmpl-{answer_id}",

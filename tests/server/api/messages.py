@@ -33,7 +33,7 @@ def a_request(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def translated(*messages: dict[str, Any], **fields: Any) -> MessagesTranslation:
-    return translate(a_request(*messages, **fields), id=ID, created_at=1_700_000_000)
+    return translate(a_request(*messages, **fields), answer_id=ID, created_at=1_700_000_000)
 
 
 def chat_messages(*messages: dict[str, Any], **fields: Any) -> list[dict[str, Any]]:

@@ -94,7 +94,7 @@ def turns_of(messages: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_turns_tools_and_limits_are_those_that_litellm_makes(litellm: Any, request_: dict[str, Any]) -> None:
-    ours = adapt(translate(request_, id=ID, created_at=1).body, GPT)[0]
+    ours = adapt(translate(request_, answer_id=ID, created_at=1).body, GPT)[0]
     theirs = theirs_of(litellm, request_, "openai/gpt-5")
     # Earlier reasoning is not sent to OpenAI, which refuses the member; litellm sends it.
     expected = [(*turn[:4], None) for turn in turns_of(theirs["messages"])]
@@ -107,7 +107,7 @@ def test_turns_tools_and_limits_are_those_that_litellm_makes(litellm: Any, reque
 def test_what_litellm_does_otherwise(litellm: Any) -> None:
     """Budgets count for more here, a session's long user id goes to nobody, and nothing unknown is passed on."""
     request = captured(CAPTURED[2])
-    ours = adapt(translate(request, id=ID, created_at=1).body, GPT)[0]
+    ours = adapt(translate(request, answer_id=ID, created_at=1).body, GPT)[0]
     theirs = theirs_of(litellm, request, "openai/gpt-5")
     assert ours["reasoning_effort"] == "high"
     assert theirs["reasoning_effort"] in ("high", {"effort": "high", "summary": "detailed"})
@@ -183,7 +183,7 @@ def to_anthropic(litellm: Any, body: dict[str, Any], model: str) -> dict[str, An
 @pytest.mark.parametrize("request_", REQUESTS)
 def test_claude_gets_what_the_client_sent(litellm: Any, request_: dict[str, Any]) -> None:
     told = [message for message in request_["messages"] if message["role"] == "system"]
-    body = dict(adapt(translate(request_, id=ID, created_at=1).body, OPUS)[0])
+    body = dict(adapt(translate(request_, answer_id=ID, created_at=1).body, OPUS)[0])
     made = to_anthropic(litellm, body, "claude-opus-4-8")
     asked = [message for message in request_["messages"] if message["role"] != "system"]
     system = [*request_["system"], *({"type": "text", "text": message["content"]} for message in told)]
@@ -211,14 +211,14 @@ def test_litellm_accepts_every_field_of_an_adapted_body(litellm: Any, record: An
     fields = {"stop_sequences": ["END"], "temperature": 0.5, "top_p": 0.9, "service_tier": "standard_only"}
     choice = {"type": "auto", "disable_parallel_tool_use": True}
     request = {**request_, **fields, "tool_choice": choice}
-    body = adapt(translate(request, id=ID, created_at=1).body, record)[0]
+    body = adapt(translate(request, answer_id=ID, created_at=1).body, record)[0]
     sent = copy.deepcopy({name: value for name, value in body.items() if name in CHAT_FIELDS})
     assert record.resolved is not None
     litellm.get_optional_params(model=record.resolved.model, custom_llm_provider=record.resolved.provider, **sent)
 
 
 def test_a_local_server_gets_fields_that_openai_defined(litellm: Any) -> None:
-    body = adapt(translate(captured(Path(CAPTURED[0])), id=ID, created_at=1).body, LOCAL)[0]
+    body = adapt(translate(captured(Path(CAPTURED[0])), answer_id=ID, created_at=1).body, LOCAL)[0]
     assert body.keys() <= CHAT_FIELDS | {"model", "messages", "stream"}
 
 

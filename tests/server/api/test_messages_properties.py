@@ -55,7 +55,7 @@ DOCUMENTS = st.fixed_dictionaries(
 
 def translation_or_param(document: dict[str, Any]) -> tuple[MessagesTranslation | None, str | None]:
     try:
-        return translate(document, id=ID, created_at=1), None
+        return translate(document, answer_id=ID, created_at=1), None
     except BadRequest as error:
         return None, error.param
 

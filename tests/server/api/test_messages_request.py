@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest
-from proxy.routing.chat_request import read_options
-from proxy.server.api.messages_request import OWN_FIELDS, count_tokens, translate
+from proxy.routing.chat_request import OWN_FIELDS, read_options
+from proxy.server.api.messages_request import count_tokens, translate
 from tests.server.api.messages import (
     CAPTURED,
     ID,
@@ -45,7 +45,7 @@ def asks(*blocks: dict[str, Any]) -> dict[str, Any]:
 def test_a_captured_request_is_translated_and_every_field_accounted_for(path: Path) -> None:
     body = captured(path)
     before = copy.deepcopy(body)
-    translation = translate(body, id=ID, created_at=1)
+    translation = translate(body, answer_id=ID, created_at=1)
     kept = {
         "model": "model", "messages": "messages", "system": "messages", "max_tokens": "max_tokens", "tools": "tools",
         "metadata": "metadata", "stream": "stream", "thinking": "thinking", "output_config": "reasoning_effort",
@@ -58,14 +58,14 @@ def test_a_captured_request_is_translated_and_every_field_accounted_for(path: Pa
 
 @pytest.mark.parametrize("path", CAPTURED, ids=lambda path: path.stem)
 def test_tool_messages_of_captured_requests_stand_right_behind_their_calls(path: Path) -> None:
-    messages = translate(captured(path), id=ID, created_at=1).body["messages"]
+    messages = translate(captured(path), answer_id=ID, created_at=1).body["messages"]
     roles = [message["role"] for message in messages]
     assert [place for place, role in enumerate(roles) if role == "system"] == [0]
     assert all(roles[place - 1] in ("assistant", "tool") for place, role in enumerate(roles) if role == "tool")
 
 
 def test_claude_codes_session_is_the_session() -> None:
-    translation = translate(captured(CAPTURED[0]), id=ID, created_at=1)
+    translation = translate(captured(CAPTURED[0]), answer_id=ID, created_at=1)
     assert read_options(translation.body, []).session == "00000000-0000-4000-8000-000000000001"
 
 
@@ -324,5 +324,5 @@ def test_every_field_of_the_sdk_is_read_or_left_out() -> None:
 def test_nothing_of_a_body_is_shared_that_the_translation_changes() -> None:
     body = a_request(USER, answers(a_call()), asks(a_result("x", cache_control={"type": "ephemeral"})), tools=[TOOL])
     before = json.dumps(body)
-    translate(body, id=ID, created_at=1)
+    translate(body, answer_id=ID, created_at=1)
     assert json.dumps(body) == before

@@ -52,7 +52,7 @@ def check_is_valid_chat(messages: list[dict[str, Any]]) -> None:
 def test_what_clients_send_is_translated_and_each_field_accounted_for(name: str) -> None:
     body = captured_body(name)
     before = copy.deepcopy(body)
-    found = translate(body, id=ID, created_at=CREATED_AT)
+    found = translate(body, answer_id=ID, created_at=CREATED_AT)
     check_is_valid_chat(found.body["messages"])
     left_out = {path.partition("[")[0].partition(".")[0] for path in found.left_out}
     assert set(body) - left_out <= KNOWN_FIELDS
@@ -60,7 +60,7 @@ def test_what_clients_send_is_translated_and_each_field_accounted_for(name: str)
 
 
 def test_codex_keeps_its_tools_but_for_the_search_of_the_provider() -> None:
-    found = translate(captured_body("codex-2-tool-result"), id=ID, created_at=CREATED_AT)
+    found = translate(captured_body("codex-2-tool-result"), answer_id=ID, created_at=CREATED_AT)
     names = [tool["function"]["name"] for tool in found.body["tools"]]
     assert names == ["exec_command", "write_stdin", "request_user_input", "multi_agent_v1__close_agent"]
     assert found.left_out == ("client_metadata", "tools[4] (web_search)")
@@ -68,7 +68,9 @@ def test_codex_keeps_its_tools_but_for_the_search_of_the_provider() -> None:
 
 
 def test_codex_history_becomes_one_system_message_and_one_turn() -> None:
-    messages = translate(captured_body("codex-4-reasoning-carried"), id=ID, created_at=CREATED_AT).body["messages"]
+    messages = translate(captured_body("codex-4-reasoning-carried"), answer_id=ID, created_at=CREATED_AT).body[
+        "messages"
+    ]
     assert [message["role"] for message in messages] == ["system", "user", "user", "assistant", "tool"]
     assert messages[3]["reasoning_content"] == "Thinking."
     assert messages[2]["content"][1]["image_url"]["detail"] == "high"
