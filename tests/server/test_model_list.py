@@ -126,7 +126,8 @@ def test_the_official_client_of_anthropic_reads_its_page(claude: anthropic.Anthr
 def test_pages_hold_every_model_once_forwards_and_backwards(claude: anthropic.Anthropic, limit: int) -> None:
     whole = [model.id for model in claude.models.list(limit=1000).data]
     assert [model.id for model in claude.models.list(limit=limit)] == whole
-    page, pages = claude.models.list(limit=limit, before_id=whole[-1]), []
+    page = claude.models.list(limit=limit, before_id=whole[-1])
+    pages: list[list[str]] = []
     while True:
         pages.insert(0, [model.id for model in page.data])
         if not page.has_more or page.first_id is None:
