@@ -53,13 +53,13 @@ class AttemptRunner:
             UpstreamError: the last model that was asked has failed.
             ModelAtCapacity: no model had a free slot.
         """
-        return await self._run(self._complete, lambda answer: is_empty_completion(answer.body))
+        return await self.run(self._complete, lambda answer: is_empty_completion(answer.body))
 
     async def open_stream(self) -> UpstreamStream:
         """Return the first stream with content. Raises as `complete` does."""
-        return await self._run(self._stream, lambda stream: stream.is_empty)
+        return await self.run(self._stream, lambda stream: stream.is_empty)
 
-    async def _run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
+    async def run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
         """Ask the candidates in their order. If every circuit is open, ask the model that recovers first."""
         outcome: Answer | UpstreamError | None = None
         at_capacity: list[ModelAtCapacity] = []

@@ -278,7 +278,7 @@ class EmbeddingsRunner(AttemptRunner):
 
     async def embed(self) -> JSONPayload:
         """Return the embeddings. Raises UpstreamError or ModelAtCapacity."""
-        return await self._run(self._embed, lambda _: False)
+        return await self.run(self._embed, lambda _: False)
 
     async def _embed(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         upstream = self._ctx.app.upstream
