@@ -27,7 +27,7 @@ def captured_body(name: str) -> dict[str, Any]:
 
 
 def translated(**fields: Any) -> ResponsesTranslation:
-    return translate({"model": "auto", "input": "hi", **fields}, id=ID, created_at=CREATED_AT)
+    return translate({"model": "auto", "input": "hi", **fields}, answer_id=ID, created_at=CREATED_AT)
 
 
 def messages_of(*items: Any, **fields: Any) -> list[dict[str, Any]]:
