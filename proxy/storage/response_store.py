@@ -107,10 +107,7 @@ class ResponseStore:
         return False
 
     def _read(self, text: str) -> dict[str, Any] | None:
-        try:
-            record = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            record = None
+        record = _from_json(text)
         if not isinstance(record, dict):
             self._warn_once(PREFIX, "is not what we write")
             return None
@@ -137,3 +134,15 @@ def _to_json(record: Mapping[str, Any]) -> str:
         return orjson.dumps(record).decode()
     except TypeError:  # half characters, and integers beyond 64 bits
         return json.dumps(record)
+
+
+def _from_json(text: str) -> Any:
+    """Parse a stored record; return None if it is no JSON."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:  # half characters are read by the other parser alone
+        pass
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

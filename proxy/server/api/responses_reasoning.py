@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ import orjson
 
 # `encrypted_content` that begins so was written here.
 CARRIED_MARK = "uniroute1."
+
+# Of an item in an answer of ours: the id of its response is a part of it.
+OWN_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})_\d+", re.ASCII)
 
 # Members of a chat message that a provider may have signed.
 CARRIED_FIELDS = ("thinking_blocks", "reasoning_details")
@@ -107,6 +111,15 @@ class _Block:
 
     def to_json(self) -> dict[str, Any]:
         return {**self._members, **{name: "".join(pieces) for name, pieces in self._pieces.items()}}
+
+
+def is_own_reasoning(item: Any) -> bool:
+    """Return whether an item is reasoning that was made here: its id or its content says so."""
+    if not isinstance(item, Mapping) or item.get("type") != "reasoning":
+        return False
+    stated, encrypted = item.get("id"), item.get("encrypted_content")
+    has_own_id = isinstance(stated, str) and OWN_ITEM_ID.fullmatch(stated) is not None
+    return has_own_id or (isinstance(encrypted, str) and encrypted.startswith(CARRIED_MARK))
 
 
 def encode_carried(members: Mapping[str, Any]) -> str:

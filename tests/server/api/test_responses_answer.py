@@ -69,7 +69,12 @@ def test_a_text_is_streamed_as_the_api_describes_it() -> None:
 
 
 def test_an_answer_repeats_the_request_and_counts_all_tokens() -> None:
-    fields = {"instructions": "Be brief.", "temperature": 0.5, "metadata": {"k": "v"}, "tools": [function("f"), SPACE]}
+    fields: dict[str, Any] = {
+        "instructions": "Be brief.",
+        "temperature": 0.5,
+        "metadata": {"k": "v"},
+        "tools": [function("f"), SPACE],
+    }
     answer = translated(**fields, store=False).answer(completion(content="x", usage=USAGE), "big")
     found = check_response(answer)
     assert {name: answer[name] for name in fields} == fields
@@ -139,7 +144,7 @@ def test_reasoning_is_found_wherever_servers_write_it(message: dict[str, Any]) -
 
 
 def test_signed_reasoning_is_carried_by_the_client_and_comes_back_unchanged() -> None:
-    pieces = [
+    pieces: list[dict[str, Any]] = [
         {"reasoning_content": "a", "thinking_blocks": [{"type": "thinking", "thinking": "a", "signature": None}]},
         {"reasoning_content": "b", "thinking_blocks": [{"type": "thinking", "thinking": "b"}]},
         {"thinking_blocks": [{"type": "thinking", "thinking": "", "signature": "c2ln"}]},
