@@ -98,6 +98,14 @@ async def test_what_has_expired_makes_room(store: Store) -> None:
     assert await kept(responses, "key", 3) == [0, 2]
 
 
+async def test_the_newest_is_kept_even_if_the_clock_of_redis_was_set_back(store: Store) -> None:
+    responses = a_store(store, max_responses_per_key=1)
+    await responses.save("key", "resp_0", a_record())
+    await store.client.zadd(f"{PREFIX}:{{key}}:ids", {"resp_0": 1e11})
+    await responses.save("key", "resp_1", a_record())
+    assert 1 in await kept(responses, "key", 2)
+
+
 async def test_many_at_once_keep_within_the_limits(store: Store, second_store: Store) -> None:
     ours, theirs = (a_store(each, max_responses_per_key=5) for each in (store, second_store))
     await asyncio.gather(

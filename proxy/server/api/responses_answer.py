@@ -581,7 +581,7 @@ class ResponseStream:
         first = self._queue[0]
         if not self._is_begun and first.ready:
             self._begin_first()
-        pieces = first.open_text if len(self._queue) == 1 and isinstance(first, _Message) else None
+        pieces = first.open_text if isinstance(first, _Message) else None
         if pieces is None or not isinstance(first, _Message):
             self._text = None
         elif self._text is None or self._text[1] is not pieces:

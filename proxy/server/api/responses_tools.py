@@ -147,7 +147,7 @@ class ToolTable:
                 ambiguous.add(tool.name)
             else:
                 found[tool.name] = tool
-        return {name: tool for name, tool in found.items() if name not in ambiguous | self._tools.keys()}
+        return {name: tool for name, tool in found.items() if name not in ambiguous}
 
 
 def _checked(tool: Any, path: str) -> Mapping[str, Any]:
