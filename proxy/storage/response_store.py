@@ -84,7 +84,8 @@ class ResponseStore:
             async with self._store.operation("read a kept response") as client:
                 text: Any = await client.get(_key(scope, response_id))
         except StoreUnavailable as error:
-            raise ServiceUnavailable(str(error)) from error
+            raise self._unavailable(error) from error
+        self._availability.mark_available()
         return None if text is None else self._read(text)
 
     async def delete(self, scope: str, response_id: str) -> bool:
@@ -99,7 +100,13 @@ class ResponseStore:
             async with self._store.operation("delete a kept response") as client:
                 return bool(await awaited(client.eval(_DELETE, 3, *_keys(scope, response_id), response_id)))
         except StoreUnavailable as error:
-            raise ServiceUnavailable(str(error)) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: StoreUnavailable) -> ServiceUnavailable:
+        """Say it to a client, which has no use for the address of Redis; the log has that."""
+        self._availability.mark_unavailable(f"kept responses are not read: {error}")
+        message = "the responses that are kept cannot be reached for now; try again, or send the whole input"
+        return ServiceUnavailable(message, headers={"retry-after": "1"})
 
     def _drop(self, why: str) -> bool:
         log.warning("a response is not kept: %s", why)

@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 
+from proxy.upstream.sse import decode_json, encode_json
+
 # `encrypted_content` that begins so was written here.
 CARRIED_MARK = "uniroute1."
 
@@ -53,6 +55,14 @@ def mappings(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the objects in a list; nothing if it is no list."""
     if isinstance(value, list):
         yield from (each for each in value if isinstance(each, Mapping))
+
+
+def encode(value: Any) -> bytes:
+    """Encode JSON, also what the faster encoder refuses: half characters, and integers beyond 64 bits."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return encode_json(value)
 
 
 class CarriedReasoning:
@@ -124,7 +134,7 @@ def is_own_reasoning(item: Any) -> bool:
 
 def encode_carried(members: Mapping[str, Any]) -> str:
     """Write members of a chat message as `encrypted_content`."""
-    return CARRIED_MARK + base64.urlsafe_b64encode(orjson.dumps(members)).decode()
+    return CARRIED_MARK + base64.urlsafe_b64encode(encode(members)).decode()
 
 
 def decode_carried(text: Any) -> dict[str, Sequence[Mapping[str, Any]]] | None:
@@ -132,7 +142,7 @@ def decode_carried(text: Any) -> dict[str, Sequence[Mapping[str, Any]]] | None:
     if not isinstance(text, str) or not text.startswith(CARRIED_MARK):
         return None
     try:
-        members = orjson.loads(base64.urlsafe_b64decode(text.removeprefix(CARRIED_MARK)))
+        members = decode_json(base64.urlsafe_b64decode(text.removeprefix(CARRIED_MARK)))
     except (binascii.Error, ValueError):
         return None
     if not isinstance(members, dict):
