@@ -27,7 +27,7 @@ def captured_body(name: str) -> dict[str, Any]:
 
 
 def translated(**fields: Any) -> ResponsesTranslation:
-    return translate({"model": "auto", "input": "hi", **fields}, id=ID, created_at=CREATED_AT)
+    return translate({"model": "auto", "input": "hi", **fields}, answer_id=ID, created_at=CREATED_AT)
 
 
 def messages_of(*items: Any, **fields: Any) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def check_events(events: list[dict[str, Any]]) -> None:
     """Check that the official types can read events, that none is missing, and that items never overlap."""
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     opened: list[int] = []
-    done = 0
+    done = parts = 0
     for event in events:
         if event["type"] != "response.failed":  # its codes are more than the types list
             EVENT.validate_python(event)
@@ -81,12 +81,15 @@ def check_events(events: list[dict[str, Any]]) -> None:
             assert not opened
             assert event["output_index"] == done
             opened.append(done)
+            parts = 0
         elif event["type"] == "response.output_item.done":
             assert opened == [event["output_index"]]
             opened.clear()
             done += 1
         elif "output_index" in event:
             assert opened == [event["output_index"]]
+            parts += event["type"] == "response.content_part.added"
+            assert event.get("content_index", parts - 1) == parts - 1
 
 
 def check_response(response: Mapping[str, Any]) -> Response:

@@ -312,8 +312,12 @@ class _Contents:
         self._keeps_system = upstream.is_openai
         # Anthropic fetches files itself, from an address that litellm takes as their id. As data, it would fetch them.
         self._fetches_files = upstream.reads_thinking
-        names = [] if upstream.reads_thinking else ["thinking_blocks"]
-        self._unread = (*names, *(() if keeps_reasoning else ("reasoning_content",)))
+        reads = {
+            "thinking_blocks": upstream.reads_thinking,
+            "reasoning_content": keeps_reasoning,
+            "reasoning_details": keeps_reasoning and upstream.provider == "openrouter",
+        }
+        self._unread = tuple(name for name, is_read in reads.items() if not is_read)
         self.lost_cache_control = False
 
     def messages(self, messages: list[Any]) -> list[Any]:

@@ -69,7 +69,12 @@ def test_a_text_is_streamed_as_the_api_describes_it() -> None:
 
 
 def test_an_answer_repeats_the_request_and_counts_all_tokens() -> None:
-    fields = {"instructions": "Be brief.", "temperature": 0.5, "metadata": {"k": "v"}, "tools": [function("f"), SPACE]}
+    fields: dict[str, Any] = {
+        "instructions": "Be brief.",
+        "temperature": 0.5,
+        "metadata": {"k": "v"},
+        "tools": [function("f"), SPACE],
+    }
     answer = translated(**fields, store=False).answer(completion(content="x", usage=USAGE), "big")
     found = check_response(answer)
     assert {name: answer[name] for name in fields} == fields
@@ -87,6 +92,12 @@ def test_usage_is_whole_even_if_the_model_reported_none() -> None:
     found = check_response(translated().answer(completion(content="x"), "big"))
     assert found.usage is not None
     assert found.usage.total_tokens == found.usage.input_tokens_details.cached_tokens == 0
+
+
+def test_usage_that_is_reported_in_halves_is_put_together() -> None:
+    halves = [{"prompt_tokens": 7, "completion_tokens": 0}, {"prompt_tokens": 0, "completion_tokens": 3}]
+    events = played(translated().stream("big"), [{"choices": [], "usage": half} for half in halves])
+    assert events[-1]["response"]["usage"]["total_tokens"] == 10
 
 
 @pytest.mark.parametrize(
@@ -139,7 +150,7 @@ def test_reasoning_is_found_wherever_servers_write_it(message: dict[str, Any]) -
 
 
 def test_signed_reasoning_is_carried_by_the_client_and_comes_back_unchanged() -> None:
-    pieces = [
+    pieces: list[dict[str, Any]] = [
         {"reasoning_content": "a", "thinking_blocks": [{"type": "thinking", "thinking": "a", "signature": None}]},
         {"reasoning_content": "b", "thinking_blocks": [{"type": "thinking", "thinking": "b"}]},
         {"thinking_blocks": [{"type": "thinking", "thinking": "", "signature": "c2ln"}]},
@@ -156,6 +167,13 @@ def test_signed_reasoning_is_carried_by_the_client_and_comes_back_unchanged() ->
         {"type": "thinking", "thinking": "ab", "signature": "c2ln"},
         {"type": "redacted_thinking", "data": "xx"},
     ]
+
+
+def test_blocks_of_one_list_stay_apart() -> None:
+    blocks = [{"type": "reasoning.text", "text": text} for text in "ab"]
+    blocks.append({"type": "reasoning.text", "text": "c", "signature": "c2ln"})
+    (thought,) = items_of({"reasoning_details": blocks}, include=["reasoning.encrypted_content"])
+    assert decode_carried(thought["encrypted_content"]) == {"reasoning_details": blocks}
 
 
 def test_what_was_asked_for_to_be_carried_is_there_even_if_nothing_was_signed() -> None:
@@ -224,6 +242,13 @@ def test_a_function_call_is_the_call_of_the_tool_that_the_client_offered(call: A
     (item,) = items_of({"tool_calls": [{"id": "c", "type": "function", "function": call}]}, tools=tools)
     assert {name: item.get(name) for name in expected} == expected
     assert item["call_id"] == "c"
+
+
+def test_a_name_that_is_repeated_or_comes_in_pieces_is_one_name() -> None:
+    for pieces in (["f", "f"], ["get_", "weather"]):
+        chunks = [calls_chunk(call_delta(0, id="a", name=piece)) for piece in pieces]
+        events = played(translated().stream("big"), [*chunks, calls_chunk(call_delta(0, "{}", name=pieces[-1]))])
+        assert events[-1]["response"]["output"][0]["name"] == "".join(dict.fromkeys(pieces))
 
 
 def test_calls_of_every_kind_stream_by_the_rules() -> None:

@@ -396,3 +396,13 @@ def test_a_free_form_tool_is_a_function_with_one_text() -> None:
 def test_tools_that_the_input_adds_are_offered() -> None:
     added = {"type": "additional_tools", "role": "developer", "tools": [function("g")]}
     assert [tool["function"]["name"] for tool in translated(input=[USER, added]).body["tools"]] == ["g"]
+
+
+def test_reasoning_of_chat_models_is_not_sent_to_an_upstream_of_this_api() -> None:
+    summary = [{"type": "summary_text", "text": "x"}]
+    theirs = {"type": "reasoning", "id": "rs_68af", "summary": [], "encrypted_content": "gAAAA"}
+    by_id = {"type": "reasoning", "id": f"rs_{ID}_0", "summary": summary}
+    by_mark = {"type": "reasoning", "summary": summary, "encrypted_content": encode_carried({})}
+    found = translated(input=[USER, theirs, by_id, by_mark, USER], previous_response_id="resp_1")
+    assert found.document == {"model": "auto", "input": [USER, theirs, USER]}
+    assert found.input == [USER, theirs, by_id, by_mark, USER]
