@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
@@ -31,7 +30,7 @@ from proxy.server.requests import (
 from proxy.server.responses import error_response, http_error_body
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
-from proxy.upstream.sse import encode_json
+from proxy.upstream.sse import decode_json, encode_json
 from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
@@ -171,7 +170,7 @@ class MessagesErrorResponse:
         headers = MutableHeaders(scope=start)
         body = self._body
         if headers.get("content-type", "").startswith("application/json"):
-            error = orjson.loads(body)["error"]
+            error = decode_json(body)["error"]  # as `encode_json` wrote it, with half characters of an upstream's words
             body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
             headers["content-length"] = str(len(body))
         await self._send(start)

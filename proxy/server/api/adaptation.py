@@ -388,7 +388,7 @@ def _joined(turn: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Return messages of one role as one."""
     if len(turn) == 1:
         return turn[0]
-    contents = [message.get("content") for message in turn]
+    contents: list[Any] = [message.get("content") for message in turn]
     if all(isinstance(content, str) for content in contents):
         return {**turn[0], "content": "\n\n".join(contents)}
     lists = [[{"type": "text", "text": each}] if isinstance(each, str) else (each or []) for each in contents]
