@@ -128,8 +128,8 @@ def _too_many_connections() -> JSONResponse:
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
 
 
-class MessagesErrorsMiddleware:
-    """Put every error into the shape of Anthropic's API for its clients, whichever layer answers.
+class MessagesMiddleware:
+    """Answer clients of Anthropic's API in its shape: the request's id under its name, and errors of every layer.
 
     It is outside of all layers that answer with errors.
     """
@@ -141,11 +141,11 @@ class MessagesErrorsMiddleware:
         if scope["type"] != "http" or not speaks_messages(path_of(scope), headers_of(scope)):
             await self.app(scope, receive, send)
             return
-        error = MessagesErrorResponse(send)
-        await self.app(scope, receive, error.send)
+        response = MessagesResponse(send)
+        await self.app(scope, receive, response.send)
 
 
-class MessagesErrorResponse:
+class MessagesResponse:
     """Pass on the messages of a response; rewrite the body of an error once it is whole."""
 
     def __init__(self, send: Send) -> None:
@@ -155,6 +155,9 @@ class MessagesErrorResponse:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if (request_id := headers.get("x-request-id")) is not None:
+                headers["request-id"] = request_id
             if message["status"] < 400:
                 await self._send(message)
             else:

@@ -68,6 +68,7 @@ def rejection_bytes(
     body = encode_json(anthropic_error(error["error"], why.status, request_id) if in_messages else error)
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     own += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
+    own += [(b"request-id", request_id.encode())] if in_messages else []
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]
     return b"".join((STATUS_LINE[why.status], *lines, b"\r\n", body))
 
