@@ -122,22 +122,25 @@ def _opencode(target: Target) -> Setup:
 
 
 def _aider(target: Target) -> Setup:
-    settings = {
-        "name": f"openai/{target.model}",
-        "edit_format": "diff",
-        "use_repo_map": True,
-        "weak_model_name": f"openai/{target.cheap_model}",
-    }
+    names = (f"openai/{target.model}", f"openai/{target.cheap_model}")
+    settings = {"name": names[0], "edit_format": "diff", "use_repo_map": True, "weak_model_name": names[1]}
     return Setup(
         {
             "OPENAI_API_BASE": target.v1,
             "OPENAI_API_KEY": target.key,
-            "AIDER_MODEL": f"openai/{target.model}",
+            "AIDER_MODEL": names[0],
             "AIDER_MODEL_SETTINGS_FILE": f"{target.folder}/aider.model.settings.yml",
+            "AIDER_MODEL_METADATA_FILE": f"{target.folder}/aider.model.metadata.json",
             # It warns of every model whose price it does not know.
             "AIDER_SHOW_MODEL_WARNINGS": "false",
         },
-        files={"aider.model.settings.yml": _yaml([settings])},
+        files={
+            "aider.model.settings.yml": _yaml([settings]),
+            # It looks for models that it does not know in a list on the internet.
+            "aider.model.metadata.json": json.dumps(
+                {key: {"litellm_provider": "openai", "mode": "chat"} for key in names}
+            ),
+        },
     )
 
 
