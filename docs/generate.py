@@ -58,7 +58,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("profile.prompts", "profile.max_usd", "profile.concurrency", "profile.on_start", "profile.timeout_s"),
     ),
     "Prices": ("price_url", "price_refresh_minutes"),
-    "Conversations": ("sticky_sessions", "session_ttl_s", "prompt_cache_s"),
+    "Conversations": (
+        *("sticky_sessions", "session_ttl_s", "prompt_cache_s"),
+        *("response_ttl_s", "max_responses_per_key", "max_response_bytes", "max_stored_bytes_per_key"),
+    ),
     "Timeouts and fallbacks": (
         *("fallback_attempts", "request_timeout_s", "connect_timeout_s", "first_token_timeout_s", "idle_timeout_s"),
         *("stream_timeout_s", "keep_alive_s", "queue_wait_s"),

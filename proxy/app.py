@@ -27,15 +27,17 @@ from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
-from proxy.server.completions import ChatCompletionsEndpoint
+from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
+from proxy.server.embeddings import router as embeddings_router
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
     FIXED_PATHS,
     AuditLogMiddleware,
     HeadMiddleware,
+    MessagesErrorsMiddleware,
     RequestContextMiddleware,
     ServedPaths,
     corrected_path,
@@ -46,6 +48,7 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
+from proxy.server.stored_responses import router as responses_router
 from proxy.server.strict_bodies import handle_validation_error
 from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
@@ -55,6 +58,7 @@ from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.registry import Registry
+from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher, TrafficStats
 from proxy.storage.usage_journal import JournalDirectory
@@ -73,7 +77,10 @@ log = logging.getLogger("uniroute")
 # Opens the state of an app on entry, and closes it on exit.
 Opening = AbstractAsyncContextManager[AppState]
 
-ROUTERS = (open_router, keyed_router, completions_router, models_router, jobs_router, keys_router, audit_router)
+ROUTERS = (
+    *(open_router, keyed_router, completions_router, responses_router, embeddings_router),
+    *(models_router, jobs_router, keys_router, audit_router),
+)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -83,6 +90,7 @@ EXPOSED_HEADERS = (
     "x-uniroute-reason",
     "x-uniroute-overhead-ms",
     "x-uniroute-max-tokens",
+    "x-uniroute-left-out",
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -160,11 +168,12 @@ class Application(FastAPI):
             self.include_router(router)
 
         middleware = [
+            Middleware(MessagesErrorsMiddleware),
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
             Middleware(AuthMiddleware, settings=settings, current_snapshot=current_snapshot),
-            Middleware(ChatCompletionsEndpoint),
+            Middleware(CompletionEndpoints),
             Middleware(HeadMiddleware, paths=paths),
         ]
         self.outermost: ASGIApp = super().__call__
@@ -321,6 +330,14 @@ async def app_state(
             on_dropped=metrics.conversations_dropped.inc,
         )
         await closing.enter_async_context(_running(sessions))
+        responses = ResponseStore(
+            store,
+            settings.response_ttl_s,
+            max_responses_per_key=settings.max_responses_per_key,
+            max_response_bytes=settings.max_response_bytes,
+            max_stored_bytes_per_key=settings.max_stored_bytes_per_key,
+            on_dropped=metrics.responses_dropped.inc,
+        )
         limiter = RateLimiter(
             store,
             metrics,
@@ -356,6 +373,7 @@ async def app_state(
             health=health,
             concurrency_limiter=ConcurrencyLimiter(),
             sessions=sessions,
+            responses=responses,
             resolver=resolver,
             environ=environ,
         )

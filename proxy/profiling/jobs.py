@@ -347,6 +347,8 @@ async def profile_new_models(settings: Settings, state: SnapshotWatcher, jobs: J
 async def _profile_if_new(name: str, settings: Settings, state: SnapshotWatcher, jobs: Jobs) -> None:
     await state.refresh()
     snapshot = state.current
+    if name in snapshot.embeddings:  # they answer no prompts
+        return
     if name in snapshot.profiles or await jobs.migrate_profile(name):
         return
     if name not in snapshot.prices:

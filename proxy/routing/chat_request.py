@@ -16,7 +16,7 @@ from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from router_core.text import closest_name
 
 # Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
-_OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
+OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,11 @@ class ChatRequest:
     """What `body` was parsed from, byte for byte; None if that held more than goes upstream."""
     contents: ContentSummary | None = field(default=None, repr=False)
     """What the parser has counted of `body`. None: it has not."""
+    translated: bool = False
+    """The client speaks another API: its token limit is a cap, and what a model may lack is left out for it."""
 
 
-def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
+def parse_chat(raw: bytes, headers: Sequence[tuple[str, str]]) -> ChatRequest:
     """Parse and check the body of a chat request.
 
     Args:
@@ -49,6 +51,23 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
     fast = parse_fast(raw)
     body = parse_strict(raw) if fast is None else fast.document
     reject_control_fields(body)
+    contents = None if fast is None else fast.contents
+    return read_chat(body, headers, raw=raw.removeprefix(codecs.BOM_UTF8), contents=contents)
+
+
+def read_chat(
+    body: dict[str, Any],
+    headers: Sequence[tuple[str, str]],
+    *,
+    raw: bytes | None = None,
+    contents: ContentSummary | None = None,
+    translated: bool = False,
+) -> ChatRequest:
+    """Check a chat body that was parsed from `raw`, or translated from another API.
+
+    Raises:
+        BadRequest: naming the field.
+    """
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise BadRequest('`model` must be the name of a model, or "auto" to have one chosen', param="model")
@@ -57,16 +76,21 @@ def parse_chat(raw: bytes, headers: list[tuple[str, str]]) -> ChatRequest:
         raise BadRequest("`messages` must be a list with at least one message", param="messages")
     if set(map(type, body["messages"])) != {dict}:
         raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
-    has_own_fields = not _OWN_FIELDS.isdisjoint(body)
+    has_own_fields = not OWN_FIELDS.isdisjoint(body)
     return ChatRequest(
-        body={name: value for name, value in body.items() if name not in _OWN_FIELDS} if has_own_fields else body,
+        body=without_own_fields(body) if has_own_fields else body,
         model=model,
         stream=_flag(body, "stream"),
         include_usage=_asks_for_usage(body),
         options=read_options(body, headers),
-        raw=None if has_own_fields else raw.removeprefix(codecs.BOM_UTF8),
-        contents=None if fast is None else fast.contents,
+        raw=None if has_own_fields else raw,
+        contents=contents,
+        translated=translated,
     )
+
+
+def without_own_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in OWN_FIELDS}
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

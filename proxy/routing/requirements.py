@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,12 +139,14 @@ def requirements_of(
     caps: PriceCaps = NO_CAPS,
     *,
     limit_is_cap: bool = False,
+    wishes: Collection[str] = (),
 ) -> Requirements:
     """Read from a body what its model must be able to do.
 
     Args:
         contents: what the body holds, if it was counted already.
         limit_is_cap: a limit of the answer above a model's own rules out no model.
+        wishes: capabilities that rule out no model: what asks for them is left out for one that lacks them.
     """
     contents = _summarize_body(body) if contents is None else contents
     return Requirements(
@@ -154,7 +156,7 @@ def requirements_of(
         answers=requested_answers(body),
         max_input_cost_per_token=caps[0],
         max_output_cost_per_token=caps[1],
-        **dict.fromkeys(_detect(body, contents), True),
+        **dict.fromkeys(_detect(body, contents).keys() - wishes, True),
     )
 
 
@@ -239,6 +241,9 @@ def _is_thinking(value: Any) -> bool:
     """Whether Anthropic's object asks for it; "adaptive" leaves it to the model, which must be able to."""
     return isinstance(value, Mapping) and value.get("type") in ("enabled", "adaptive")
 
+
+# What clients of other APIs ask of any model, able or not. `server/api/adaptation.py` leaves it out where it must be.
+WISHES = frozenset({"reasoning", "parallel_tools"})
 
 # Without either of these, and without calls, a request has nothing to do with tools.
 _TOOLS = frozenset({"tools", "functions"})

@@ -6,6 +6,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from proxy.errors import (
+    BadRequest,
     ContextLengthExceeded,
     Forbidden,
     ModelNotFound,
@@ -16,7 +17,7 @@ from proxy.errors import (
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
-from proxy.routing.requirements import requirement_sources, requirements_of
+from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
@@ -73,11 +74,13 @@ class SelectionContext:
     def _requirements(self) -> Requirements:
         """Read what the body needs of a model, at prices within the request's caps."""
         provider, clamped = self.request.options.provider, self.settings.clamp_max_tokens
+        translated = self.request.translated
         return requirements_of(
             self.request.body,
             self.request.contents,
             (provider.max_input_cost_per_token, provider.max_output_cost_per_token),
-            limit_is_cap=clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+            limit_is_cap=translated or clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
+            wishes=WISHES if translated else (),
         )
 
     def _scoring_params(self) -> ScoringParams:
@@ -99,6 +102,7 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
     Raises:
         ModelNotFound: no model and no alias has this name.
         Forbidden: the key may not use this model.
+        BadRequest: the model answers with embeddings.
     """
     if name in ALIASES:
         return ALIASES[name]
@@ -106,6 +110,7 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
         return RoutingMode.SCORED
     if name in snapshot.models:
         _check_allowed(name, key)
+        _check_chats(name, "model", snapshot)
         return RoutingMode.PINNED
     if ANY in settings.route_names:
         return RoutingMode.SCORED
@@ -113,8 +118,12 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
 
 
 def allowed_models(snapshot: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
-    """Return the registered names that this key may use, sorted."""
-    return tuple(name for name in sorted(snapshot.models) if key is None or key.models is None or name in key.models)
+    """Return the names of the chat models that this key may use, sorted."""
+    return tuple(name for name in snapshot.pool.names if may_use(name, key))
+
+
+def may_use(name: str, key: ClientKey | None) -> bool:
+    return key is None or key.models is None or name in key.models
 
 
 def restrict_candidates(
@@ -125,7 +134,7 @@ def restrict_candidates(
     A name to be ignored need not exist: then it is no candidate anyway.
 
     Raises:
-        ModelNotFound, Forbidden: of a name that the request lists.
+        ModelNotFound, Forbidden, BadRequest: of a name that the request lists.
     """
     lists = [
         _checked(options.models, "models", snapshot, key),
@@ -146,12 +155,18 @@ def _checked(
         if name not in snapshot.models:
             raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
         _check_allowed(name, key)
+        _check_chats(name, param, snapshot)
     return names
 
 
 def _check_allowed(name: str, key: ClientKey | None) -> None:
-    if key is not None and key.models is not None and name not in key.models:
+    if not may_use(name, key):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
+
+
+def _check_chats(name: str, param: str, snapshot: RoutingSnapshot) -> None:
+    if name in snapshot.embeddings:
+        raise BadRequest(f"{name!r} answers with embeddings, at /v1/embeddings; name a chat model here", param=param)
 
 
 class IneligibleReasons(Mapping[str, str]):

@@ -16,6 +16,7 @@ from proxy.server.admin_bodies import (
     NewKey,
     NewModel,
     PriceBody,
+    ProfileDocument,
     ProfileRequest,
     Reprofile,
     Rotation,
@@ -97,14 +98,19 @@ async def list_models(state: AdminState) -> dict[str, Any]:
 @models_router.post(
     "",
     summary="Add a model while the server runs",
-    description="202 with the job that measures the model, or 201 if its profile came with it.",
+    description="202 with the job that measures the model, or 201 if its profile came with it, or it answers with"
+    " embeddings.",
     status_code=201,
     responses={202: {"model": Accepted}, **BODY_ERRORS, **errors(409)},
 )
 async def add_model(body: NewModel, response: Response, state: AdminState) -> Accepted:
     # stored with its profile or its job, or not at all
     record = body.to_record(state.settings, state.environ, time.time())
-    if isinstance(body.profile, ProfileRequest):
+    if state.snapshots.embeds(record):
+        _refuse_profile(body.profile)
+        record = await state.resolver.resolve(record)
+        job, version = None, await state.registry.add_model(record)
+    elif isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         record = await state.resolver.resolve(record)
         job, version = await state.jobs.submit_with_model(record, asked.prompts, asked.max_usd, state.registry)
@@ -117,6 +123,11 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
     return Accepted(model=record.name, job=job)
 
 
+def _refuse_profile(profile: ProfileRequest | ProfileDocument) -> None:
+    if isinstance(profile, ProfileDocument):
+        raise BadRequest("a model that answers with embeddings has no profile", param="profile")
+
+
 @models_router.post(
     "/{name:path}/profile",
     summary="Measure it again, or hand over a profile",
@@ -126,6 +137,8 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
 async def reprofile_model(
     record: RegisteredModel, body: Reprofile, response: Response, state: AdminState, audit: Audit
 ) -> Accepted:
+    if state.snapshots.embeds(record):
+        raise BadRequest(f"{record.name!r} answers with embeddings, which are not measured", param="profile")
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
         job = await state.jobs.submit(record.name, asked.prompts, asked.max_usd)

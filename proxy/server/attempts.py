@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.token_limits import with_limit
+from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
@@ -14,8 +15,9 @@ from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_ti
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import is_finished
-from proxy.upstream.client import Blocks
+from proxy.upstream.client import Blocks, NativeRequest
 from proxy.upstream.health import Attempt
+from proxy.upstream.native_api import native_apis
 from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
@@ -43,7 +45,6 @@ class AttemptRunner:
         self._headers = ctx.ids.upstream_headers(instance_id(str(settings.data_dir)))
         # Models that rejected the prompt as too long.
         self._rejected_as_too_long: list[str] = []
-        self._has_asked = False
 
     async def complete(self) -> JSONPayload:
         """Return the first answer that is not empty, or else the last one, which may be empty.
@@ -126,9 +127,8 @@ class AttemptRunner:
             timeouts = timeouts_for(app.settings, model.info, overrides)
             attempt.is_cut_short = timeouts.stricter_than(plan.timeouts)
         remaining_s = self._remaining_s()
-        if self._has_asked and remaining_s < timeouts.first_token_s:
-            attempt.is_cut_short = True  # the models before took the time
-        self._has_asked = True
+        if self._record.has_asked and remaining_s < timeouts.first_token_s:
+            attempt.is_cut_short = True  # the attempts before took the time
         self._record.start_attempt(name)
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
@@ -178,11 +178,13 @@ class AttemptRunner:
             self._rejected_as_too_long.append(attempt.model)
 
     async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
-        record = self._record
-        body, raw = self._body_for(model.name)
-        answer = await self._ctx.app.upstream.complete(
-            model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s
-        )
+        record, upstream = self._record, self._ctx.app.upstream
+        answer: JSONPayload
+        if (native := self._native_request(model)) is not None:
+            answer = await upstream.complete_native(model, native, connect_timeout_s=timeouts.connect_s)
+        else:
+            body, raw = self._body_for(model)
+            answer = await upstream.complete(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         attempt.succeeded()
         record.add_output(content_bytes(answer.body))
         record.set_usage(answer.body)
@@ -190,23 +192,53 @@ class AttemptRunner:
         return answer
 
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:
-        app = self._ctx.app
-        body, raw = self._body_for(model.name)
-        source = await app.upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
+        app, upstream = self._ctx.app, self._ctx.app.upstream
+        if (native := self._native_request(model)) is not None:
+            source = await upstream.stream_native(model, native, connect_timeout_s=timeouts.connect_s)
+        else:
+            body, raw = self._body_for(model)
+            source = await upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         deadline = monotonic() + app.settings.stream_timeout_s
-        stream = UpstreamStream(source, attempt, self._record, idle_s=timeouts.idle_s, deadline=deadline)
+        stream = UpstreamStream(
+            source,
+            attempt,
+            self._record,
+            idle_s=timeouts.idle_s,
+            deadline=deadline,
+            is_native=native is not None,
+        )
         await stream.read_until_content()
         return stream
 
-    def _body_for(self, name: str) -> tuple[Mapping[str, Any], bytes | None]:
-        """Return the caller's body and its bytes; a changed body and no bytes if the model needs a smaller limit."""
-        request, selection = self._ctx.request, self._record.selection
+    def _native_request(self, model: ModelRecord) -> NativeRequest | None:
+        """Return the client's own request, if the model's upstream speaks the client's API, and that is not chat."""
+        translation = self._ctx.translation
+        if translation is None or translation.api not in native_apis(model):
+            return None
+        headers = {**self._headers, **dict(self._ctx.native_headers)}
+        limit = self._smaller_limit(model.name)
+        return NativeRequest(translation.api, translation.document, headers, limit)
+
+    def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
+        """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""
+        request, translation = self._ctx.request, self._ctx.translation
+        body, raw, sent = request.body, request.raw, self._smaller_limit(model.name)
+        if sent is not None:
+            body, raw = with_limit(body, sent), None
+        if translation is not None:
+            body, left_out = adapt(body, model)
+            self._record.left_out = (*translation.left_out, *left_out)
+        return body, raw
+
+    def _smaller_limit(self, name: str) -> int | None:
+        """Return the token limit that the model needs in place of a larger one of the caller's, and note it."""
+        selection = self._record.selection
         requested = selection.requirements.max_output_tokens
         sent = None if requested is None else selection.output_limit_for(self._ctx.snapshot.pool, name)
-        if sent is None or sent == requested:
-            return request.body, request.raw
+        if sent == requested:
+            return None
         self._record.clamped = sent
-        return with_limit(request.body, sent), None
+        return sent
 
     def _first_to_recover(self, names: list[str]) -> str:
         cooling_down = self._ctx.app.health.cooling_down()
@@ -243,13 +275,22 @@ class UpstreamStream:
     """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
 
     def __init__(
-        self, source: Blocks, attempt: Attempt, record: RequestRecord, *, idle_s: float, deadline: float
+        self,
+        source: Blocks,
+        attempt: Attempt,
+        record: RequestRecord,
+        *,
+        idle_s: float,
+        deadline: float,
+        is_native: bool = False,
     ) -> None:
         self._source = source
         self._attempt = attempt
         self._record = record
         self._idle_s = idle_s
         self._deadline = deadline  # monotonic seconds
+        # The upstream speaks the client's own API, and that is not chat.
+        self.is_native = is_native
         self._buffered: list[JSONPayload] = []
         self._buffered_bytes = 0
         self._ended = False

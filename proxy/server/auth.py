@@ -28,7 +28,8 @@ PRINCIPAL = "uniroute.who"
 
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
-UNAUTHENTICATED_PATHS = frozenset({"/healthz", "/readyz"})
+# Clients look for the server at `/` before they send a key.
+UNAUTHENTICATED_PATHS = frozenset({"/", "/healthz", "/readyz"})
 
 _ADMIN: Final = "/admin"
 

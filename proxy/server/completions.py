@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -10,9 +13,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
-from proxy.routing.chat_request import READ_HEADERS, parse_chat
+from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext
+from proxy.server.api import messages_request
+from proxy.server.api.client_apis import (
+    CHAT,
+    CLIENT_APIS,
+    COUNT_TOKENS,
+    NATIVE_HEADERS,
+    RESPONSES,
+    ROUTE,
+    ClientAPI,
+)
+from proxy.server.api.translation import Translation
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE, path_of
 from proxy.server.dependencies import AppState, AppStateDep, RequestContext
@@ -36,48 +50,64 @@ from proxy.server.reservations import (
     reservation_request,
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
+from proxy.server.stored_responses import expand, record_of, scope_of
 from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
+from proxy.settings.litellm_params import reject_control_fields
+from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
-
-PATH = "/v1/chat/completions"
 
 router = APIRouter()
 
 
-class ChatCompletionsEndpoint:
-    """Answer chat completions before the framework, whose routing and dependencies cost more than model selection."""
+class CompletionEndpoints:
+    """Answer what asks a model before the framework, whose routing and dependencies cost more than model selection."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or path_of(scope) != PATH:
+        api = CLIENT_APIS.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if api is None:
             await self.app(scope, receive, send)
             return
         try:
-            response = await chat_completions(Request(scope, receive), scope[APP_STATE])
+            response = await complete(Request(scope, receive), scope[APP_STATE], api)
         except HANDLED_EXCEPTIONS as error:
             response = error_response(error)
         await response(scope, receive, send)
 
 
-@router.post(PATH, response_model=None)
-async def chat(request: Request, app: AppStateDep) -> Response:
-    # Registered for the route table, in which the allowed methods of a path are looked up. ChatCompletionsEndpoint
-    # answers before a request comes here.
-    return await chat_completions(request, app)
+def _register(api: ClientAPI) -> None:
+    async def endpoint(request: Request, app: AppStateDep) -> Response:
+        return await complete(request, app, api)
+
+    router.add_api_route(api.path, endpoint, methods=["POST"], response_model=None)
 
 
-@router.post("/v1/route", response_model=None)
+# For the route table, in which the allowed methods of a path are looked up. CompletionEndpoints answers before.
+for each in CLIENT_APIS.values():
+    _register(each)
+
+
+@router.post(ROUTE, response_model=None)
 async def route(request: Request, app: AppStateDep) -> Response:
-    selection, _ = await select(await _context(request, app), explain=True)
+    selection, _ = await select(await read_request(request, app, CHAT), explain=True)
     return Response(encode_json(selection_to_json(selection)), media_type="application/json")
 
 
-async def chat_completions(request: Request, app: AppState) -> Response:
-    """Serve one chat request, which is cancelled when its client leaves."""
-    ctx = await _context(request, app)
+@router.post(COUNT_TOKENS, response_model=None)
+async def count_tokens(request: Request, app: AppStateDep) -> Response:
+    document = parse_object(await read_body(request, app.settings.max_body_bytes))
+    reject_control_fields(document)
+    return Response(
+        encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json"
+    )
+
+
+async def complete(request: Request, app: AppState, api: ClientAPI) -> Response:
+    """Serve one request for an answer, which is cancelled when its client leaves."""
+    ctx = await read_request(request, app, api)
     app.metrics.in_flight += 1
     try:
         return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _close_if_stream)
@@ -85,17 +115,37 @@ async def chat_completions(request: Request, app: AppState) -> Response:
         app.metrics.in_flight -= 1
 
 
-async def _context(request: Request, app: AppState) -> RequestContext:
-    """Read and parse a request.
+async def read_request(request: Request, app: AppState, api: ClientAPI) -> RequestContext:
+    """Read, parse and translate a request.
 
     Raises:
         ProxyError: the body could not be read, or is not what an upstream may be sent.
     """
     scope = request.scope
+    headers = headers_of(scope)
     raw = await read_body(request, app.settings.max_body_bytes)
-    parsed = parse_chat(raw, headers_of(scope).items_for(READ_HEADERS))
+    stated = headers.items_for(READ_HEADERS)
+    translation: Translation | None = None
+    native_headers: tuple[tuple[str, str], ...] = ()
+    if api.translate is None:
+        parsed = parse_chat(raw, stated)
+    else:
+        document: Mapping[str, Any] = parse_object(raw)
+        reject_control_fields(document)
+        if api is RESPONSES:
+            document = await expand(document, app.responses, scope_of(scope[KEY_IN_SCOPE]))
+        translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
+        parsed = read_chat(dict(translation.body), stated, translated=True)
+        native_headers = tuple(headers.items_for(NATIVE_HEADERS))
     return RequestContext(
-        app, app.snapshots.current, parsed, scope[KEY_IN_SCOPE], scope[REQUEST_IDS], scope[RECEIVED_AT]
+        app,
+        app.snapshots.current,
+        parsed,
+        scope[KEY_IN_SCOPE],
+        scope[REQUEST_IDS],
+        scope[RECEIVED_AT],
+        translation,
+        native_headers,
     )
 
 
@@ -123,7 +173,7 @@ async def create_completion(ctx: RequestContext) -> Response:
     runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
         return await _stream(ctx, runner, record)
-    return await _complete(runner, record)
+    return await _complete(ctx, runner, record)
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
@@ -170,17 +220,37 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(runner: AttemptRunner, record: RequestRecord) -> Response:
+async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
     """Wait for the first whole answer, and finish the record before it is sent."""
     try:
-        answer = await runner.complete()
-        response = CompletionResponse(answer.with_model(record.model), answer.held, record.headers())
+        completion = await runner.complete()
+        content, answer = _in_clients_api(ctx, completion, record.model)
+        response = CompletionResponse(content, completion.held, record.headers())
     except BaseException as failure:
-        await _finish_failed(record, failure)
+        await finish_failed(record, failure)
         raise
     record.finish("complete")
+    await keep_answer(ctx, answer)
     await record.wait_until_settled()
     return response
+
+
+def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) -> tuple[bytes, Mapping[str, Any] | None]:
+    """Return what the client is sent, and the same parsed if it is of another API than chat."""
+    if ctx.translation is None:
+        return completion.with_model(model), None
+    if isinstance(completion, NativePayload):
+        return completion.with_model(model), {**completion.native, "model": model}
+    answer = ctx.translation.answer(completion.body, model)
+    return encode_json(answer), answer
+
+
+async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> None:
+    """Store a whole answer that later requests may ask for."""
+    if answer is None or ctx.translation is None or not ctx.translation.stored:
+        return
+    kept = record_of(ctx.translation.document, answer)
+    await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 
 async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
@@ -195,12 +265,12 @@ async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRec
         if pending.done():
             pending.result()
     except BaseException as failure:
-        await _finish_failed(record, failure, pending)
+        await finish_failed(record, failure, pending)
         raise
-    return CompletionStream(pending, record, keep_alive_s=keep_alive_s, include_usage=ctx.request.include_usage)
+    return CompletionStream(ctx, pending, record, partial(keep_answer, ctx))
 
 
-async def _finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
+async def finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
     """Finish the record of a request that ends before its response begins, and close the stream that was to come.
 
     The response to a failure of the models gets the headers that name the decision.

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
+from proxy.server.api.translation import Translation
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
@@ -19,6 +20,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
+from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
 from proxy.storage.usage_writer import UsageWriter
@@ -55,6 +57,7 @@ class AppState:
     health: HealthRegistry
     concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
+    responses: ResponseStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
@@ -80,6 +83,10 @@ class RequestContext:
     ids: RequestIds
     received_at: float
     """Monotonic seconds."""
+    translation: Translation | None = None
+    """None: the client speaks the chat API."""
+    native_headers: tuple[tuple[str, str], ...] = ()
+    """Headers of the client that go to an upstream of the client's own API alone."""
 
 
 async def app_state_of(request: Request) -> AppState:

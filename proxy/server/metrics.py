@@ -62,6 +62,9 @@ class Metrics:
         self.conversations_dropped = self._total(
             "conversations_dropped", "Conversations forgotten while Redis was away"
         )
+        self.responses_dropped = self._total(
+            "responses_dropped", "Responses that were not kept: too large, or Redis was away"
+        )
         self.limited = self._total("limited", "Requests refused by a limit of their key", "limit")
         self.limits_unchecked = self._total(
             "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
+import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
@@ -14,6 +15,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
+from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
+from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
     APP_STATE,
@@ -28,14 +31,13 @@ from proxy.server.requests import (
 from proxy.server.responses import error_response, http_error_body
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
+from proxy.upstream.sse import encode_json
 from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
 
-CHAT, MODELS, ROUTE = "/v1/chat/completions", "/v1/models", "/v1/route"
-
-# What is served beside `/v1/models/NAME` and the admin side.
-FIXED_PATHS = frozenset({CHAT, MODELS, ROUTE, "/healthz", "/readyz", "/metrics", "/openapi.json"})
+# What is served beside `/v1/models/NAME`, `/v1/responses/ID` and the admin side.
+FIXED_PATHS = CLIENT_PATHS | {"/", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 
 _ID_HEADERS = (b"x-request-id", b"traceparent")
 
@@ -127,6 +129,55 @@ def _too_many_connections() -> JSONResponse:
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
 
 
+class MessagesErrorsMiddleware:
+    """Put every error into the shape of Anthropic's API for its clients, whichever layer answers.
+
+    It is outside of all layers that answer with errors.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not speaks_messages(path_of(scope), headers_of(scope)):
+            await self.app(scope, receive, send)
+            return
+        error = MessagesErrorResponse(send)
+        await self.app(scope, receive, error.send)
+
+
+class MessagesErrorResponse:
+    """Pass on the messages of a response; rewrite the body of an error once it is whole."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._body = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] < 400:
+                await self._send(message)
+            else:
+                self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._send_error(self._start)
+
+    async def _send_error(self, start: Message) -> None:
+        headers = MutableHeaders(scope=start)
+        body = self._body
+        if headers.get("content-type", "").startswith("application/json"):
+            error = orjson.loads(body)["error"]
+            body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
+            headers["content-length"] = str(len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
 # Key of the scope: what an endpoint has made, which no path names yet.
 TARGET_IN_SCOPE = "uniroute.target"
 
@@ -203,41 +254,41 @@ class ServedPaths:
 
 
 _SERVED = (
-    f"POST {CHAT} and {ROUTE}; GET {MODELS}, {MODELS}/NAME, /healthz, /readyz, /metrics and /openapi.json;"
-    " and the admin side under /admin"
+    f"POST {', '.join(sorted(CLIENT_PATHS - {MODELS}))}; GET {MODELS}, {MODELS}/NAME, {RESPONSES.path}/ID, /healthz,"
+    " /readyz, /metrics and /openapi.json; and the admin side under /admin"
 )
 
 # Start of a path that another API or a wrong base URL has, and what to do.
 _HINTS = {
     "/openai/deployments": "this is Azure's path: use the client for OpenAI itself, with the deployment as `model`",
     "/openai": "the base URL of this server ends in /v1, without /openai",
-    "/v1/v1": "the client adds /v1 to a base URL that has it already: give it once",
-    "/v1/messages": "this is Anthropic's API: use a client of OpenAI's chat completions",
-    "/v1/responses": "only OpenAI's chat completions are served: choose that API in the client",
-    "/v1/completions": "only OpenAI's chat completions are served: choose that API in the client",
-    "/v1/embeddings": "models are asked for chat completions alone; embeddings need another server",
-    "/v1beta": "this is Gemini's API: use a client of OpenAI's chat completions",
-    "/api": "this is Ollama's API: use a client of OpenAI's chat completions",
+    "/v1beta": "this is Gemini's API: use a client of OpenAI's or Anthropic's",
+    "/api": "this is Ollama's API: use a client of OpenAI's or Anthropic's",
 }
 
 
 def corrected_path(path: str) -> str | None:
-    """Return the served path that `path` is, but for doubled slashes, a last slash or a missing /v1; else None.
+    """Return the served path that `path` is, but for doubled slashes, a last slash, and no /v1 or two; else None.
 
     Admin paths are not corrected: they have one spelling. Dots and encoded slashes are parts of a name.
     """
-    if path.startswith(f"{MODELS}/") and not path.endswith("/"):
+    if path.startswith(_NAMING_PATHS) and not path.endswith("/"):
         return None
     parts = [part for part in path.split("/") if part]
     plain = "/" + "/".join(parts)
     if plain in FIXED_PATHS:
         return plain
-    below_v1 = parts[1:] if parts[:1] == ["v1"] else parts
-    if below_v1[:1] == ["models"] and len(below_v1) > 1:
+    while parts[:1] == ["v1"]:
+        parts = parts[1:]
+    if parts[:1] == ["models"] and len(parts) > 1:
         name = path.partition("models")[2].strip("/")
         return f"{MODELS}/{name}"
-    versioned = "/v1/" + "/".join(below_v1)
-    return versioned if versioned in (CHAT, MODELS, ROUTE) else None
+    versioned = "/v1/" + "/".join(parts)
+    return versioned if versioned in CLIENT_PATHS or versioned.startswith(_NAMING_PATHS) else None
+
+
+# Paths that end in a name or an id.
+_NAMING_PATHS = (f"{MODELS}/", f"{RESPONSES.path}/")
 
 
 def unknown_path_message(method: str, path: str) -> str:

@@ -12,7 +12,7 @@ from fastapi.utils import deep_dict_update
 from pydantic import BaseModel, ConfigDict
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
-from proxy.server.middleware import CHAT, ROUTE
+from proxy.server.api.client_apis import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, ROUTE, TEXT_COMPLETIONS
 
 Schema = dict[str, Any]
 
@@ -138,8 +138,66 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
         },
         additionalProperties=False,
     ),
+    "MessagesBody": _object(
+        {
+            "model": {"type": "string", "minLength": 1, "example": "auto"},
+            "messages": _array(_ANY_OBJECT, minItems=1, example=[{"role": "user", "content": "What is 2 + 2?"}]),
+            "max_tokens": {"type": "integer", "minimum": 1, "example": 1000},
+            "stream": null_or({"type": "boolean"}),
+            "uniroute": _ref("Options"),
+        },
+        *("model", "messages", "max_tokens"),
+        description="Anthropic's body. What the chosen model cannot read is left out, and named in a header.",
+    ),
+    "CountTokensBody": _object(
+        {
+            "model": {"type": "string", "minLength": 1, "example": "auto"},
+            "messages": _array(_ANY_OBJECT, minItems=1, example=[{"role": "user", "content": "What is 2 + 2?"}]),
+        },
+        *("model", "messages"),
+        description="Anthropic's body of a request, without a limit.",
+    ),
+    "ResponsesBody": _object(
+        {
+            "model": {"type": "string", "minLength": 1, "example": "auto"},
+            "input": {"anyOf": [_TEXT, _array(_ANY_OBJECT)], "example": "What is 2 + 2?"},
+            "stream": null_or({"type": "boolean"}),
+            "uniroute": _ref("Options"),
+        },
+        *("model", "input"),
+        description="The body of OpenAI's Responses API. What the chosen model cannot be sent is left out, and named in"
+        " a header.",
+    ),
+    "TextCompletionBody": _object(
+        {
+            "model": {"type": "string", "minLength": 1, "example": "auto"},
+            "prompt": {"anyOf": [_TEXT, _array(_TEXT, minItems=1, maxItems=1)], "example": "What is 2 + 2?"},
+            "stream": null_or({"type": "boolean"}),
+            "uniroute": _ref("Options"),
+        },
+        *("model", "prompt"),
+        description="OpenAI's older body, with one prompt.",
+    ),
+    "Message": _object(
+        {"id": _TEXT, "type": _TEXT, "role": _TEXT, "model": _TEXT, "content": _array(_ANY_OBJECT), "usage": {}},
+        *("id", "type", "role", "model", "content", "usage"),
+    ),
+    "MessagesError": _object(
+        {"type": {"const": "error"}, "error": _object({"type": _TEXT, "message": _TEXT}, "type", "message")},
+        *("type", "error"),
+        description="An error as Anthropic writes it.",
+    ),
+    "TokenCount": _object({"input_tokens": _COUNT}, "input_tokens"),
+    "Response": _object(
+        {"id": _TEXT, "object": {"const": "response"}, "status": _TEXT, "model": _TEXT, "output": _array(_ANY_OBJECT)},
+        *("id", "object", "status", "model", "output"),
+    ),
+    "TextCompletion": _object(
+        {"id": _TEXT, "object": {"const": "text_completion"}, "model": _TEXT, "choices": _array(_ANY_OBJECT)},
+        *("object", "model", "choices"),
+    ),
     "Completion": _object({"model": _TEXT, "choices": _array(_ANY_OBJECT), "usage": {}}, "model", "choices"),
-    "Event": _object({"data": _TEXT}, "data", description="A chunk of OpenAI's as JSON, an error object, or [DONE]."),
+    "Event": _object({"data": _TEXT}, "data", description="An event of the API as JSON, an error object, or [DONE]."),
     "Decision": _object(
         {
             "decision": _TEXT,
@@ -183,6 +241,7 @@ _DECISION_HEADERS = {
         "x-uniroute-reason",
         "x-uniroute-overhead-ms",
         "x-uniroute-max-tokens",
+        "x-uniroute-left-out",
     )
 }
 
@@ -191,42 +250,59 @@ def _json_of(schema: str) -> Schema:
     return {"application/json": {"schema": _ref(schema)}}
 
 
-def _error_responses(*statuses: int) -> Schema:
+def _error_responses(*statuses: int, schema: str = "Error") -> Schema:
     return {
-        str(status): {"description": HTTPStatus(status).phrase, "content": _json_of("Error")} for status in statuses
+        str(status): {"description": _PHRASES.get(status) or HTTPStatus(status).phrase, "content": _json_of(schema)}
+        for status in statuses
     }
 
 
-_CHAT_OPERATION: Schema = {
-    "tags": ["chat"],
-    "security": [{"client": []}],
-    "parameters": [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": _WEIGHT}],
-    "requestBody": {"required": True, "content": _json_of("ChatBody")},
-    "responses": _error_responses(400, 401, 403, 404, 408, 413, 415, 503),
-}
+# Of statuses that the standard does not know.
+_PHRASES = {529: "Overloaded"}
+
+# Before a model is asked.
+_REFUSALS = (400, 401, 403, 404, 408, 413, 415, 503)
+
+# A model's own status passes through; these are the usual ones.
+_FAILURES = (402, 409, 422, 429, 500, 502, 504)
+
+
+def _operation(summary: str, body: str, answer: str, error: str = "Error") -> Schema:
+    """Describe a call that asks no model."""
+    return {
+        "tags": ["chat"],
+        "summary": summary,
+        "security": [{"client": []}],
+        "parameters": [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": _WEIGHT}],
+        "requestBody": {"required": True, "content": _json_of(body)},
+        "responses": {
+            "200": {"description": "OK", "content": _json_of(answer)},
+            **_error_responses(*_REFUSALS, schema=error),
+        },
+    }
+
+
+def _completion_operation(summary: str, body: str, answer: str, error: str = "Error") -> Schema:
+    """Describe a call that asks a model, streamed or not."""
+    operation = _operation(summary, body, answer, error)
+    content = {**_json_of(answer), "text/event-stream": {"schema": _ref("Event")}}
+    operation["responses"] |= {
+        "200": {"description": "OK", "content": content, "headers": _DECISION_HEADERS},
+        **_error_responses(*_FAILURES, schema=error),
+        "default": {"description": "What the model itself answered", "content": _json_of(error)},
+    }
+    return operation
+
 
 CLIENT_OPERATIONS: Mapping[str, Schema] = {
-    CHAT: {
-        **_CHAT_OPERATION,
-        "summary": "Ask the model that is chosen for this prompt",
-        "responses": {
-            "200": {
-                "description": "OK",
-                "content": {**_json_of("Completion"), "text/event-stream": {"schema": _ref("Event")}},
-                "headers": _DECISION_HEADERS,
-            },
-            **_CHAT_OPERATION["responses"],
-            # a model's own status passes through; these are the usual ones
-            **_error_responses(402, 409, 422, 429, 500, 502, 504),
-            "default": {"description": "What the model itself answered", "content": _json_of("Error")},
-        },
-    },
-    ROUTE: {
-        **_CHAT_OPERATION,
-        "summary": "The decision for a chat body, nothing forwarded",
-        "responses": {
-            "200": {"description": "OK", "content": _json_of("Decision")},
-            **_CHAT_OPERATION["responses"],
-        },
-    },
+    CHAT.path: _completion_operation("Ask the model that is chosen for this prompt", "ChatBody", "Completion"),
+    MESSAGES.path: _completion_operation(
+        "The same for clients of Anthropic's API", "MessagesBody", "Message", "MessagesError"
+    ),
+    RESPONSES.path: _completion_operation("The same for clients of OpenAI's Responses", "ResponsesBody", "Response"),
+    TEXT_COMPLETIONS.path: _completion_operation(
+        "The same for clients of OpenAI's older completions", "TextCompletionBody", "TextCompletion"
+    ),
+    COUNT_TOKENS: _operation("Estimate the tokens of a request", "CountTokensBody", "TokenCount", "MessagesError"),
+    ROUTE: _operation("The decision for a chat body, nothing forwarded", "ChatBody", "Decision"),
 }

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -32,6 +32,9 @@ _EMPTY = "it gave an empty answer"
 # A discarded answer with more bytes is not searched for its usage.
 _MAX_DISCARDED_BYTES = 256 * 1024
 
+# Of the header that names what was left out of a request.
+MAX_LEFT_OUT_CHARS = 1000
+
 
 class RequestRecord:
     """Collect what one request used, and write it down: usage record, metrics, traffic statistics, one log line.
@@ -53,6 +56,8 @@ class RequestRecord:
         self.overhead_s: float | None = None
         # The output token limit that the last attempt sent in place of a larger one of the caller's.
         self.clamped: int | None = None
+        # Fields of the client's request that the last attempt could not send to its model.
+        self.left_out: tuple[str, ...] = ()
         self._ctx = ctx
         self._reservation = reservation
         self._output_bytes = 0
@@ -77,7 +82,12 @@ class RequestRecord:
         self.model = model
         self._counts, self._first_content_at = TokenCounts(), None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
-        self.clamped = None
+        self.clamped, self.left_out = None, ()
+
+    @property
+    def has_asked(self) -> bool:
+        """Whether a model was asked."""
+        return self.overhead_s is not None
 
     @property
     def has_content(self) -> bool:
@@ -150,6 +160,8 @@ class RequestRecord:
         }
         if self.clamped is not None:
             headers["x-uniroute-max-tokens"] = str(self.clamped)
+        if self.left_out:
+            headers["x-uniroute-left-out"] = _header_list(self.left_out)
         if self._reservation is not None:
             headers |= self._reservation.headers
         return headers
@@ -256,13 +268,21 @@ class RequestRecord:
             if self.clamped is None
             else f" max_tokens={self.selection.requirements.max_output_tokens}>{self.clamped}"
         )
+        left_out = f" left_out={_header_list(self.left_out)!r}" if self.left_out else ""
         info(
             log,
             f"request={self._ctx.ids.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}",
+            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}",
         )
+
+
+def _header_list(names: Sequence[str]) -> str:
+    """Join names for a header of limited length, without characters that no header may have."""
+    text = ", ".join(names).encode("ascii", "replace").decode()
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= MAX_LEFT_OUT_CHARS else f"{text[:MAX_LEFT_OUT_CHARS]}..."
 
 
 def _json_with_usage(body: Mapping[str, Any] | list[Any] | bytes | None) -> object:

@@ -148,7 +148,7 @@ class UsageEstimate:
         largest_usd = max_price_usd(
             prompt,
             output,
-            _price(self.snapshot, name),
+            known_price(self.snapshot, name),
             audio_input=needs.audio_input,
             audio_output=needs.audio_output,
         )
@@ -203,7 +203,8 @@ def _mean(row: Doubles) -> float:
     return float(np.add.reduce(row)) / len(row)
 
 
-def _price(snapshot: RoutingSnapshot, name: str) -> Price:
+def known_price(snapshot: RoutingSnapshot, name: str) -> Price:
+    """Return the price of a model whose cost is to be reserved. Raises NoEligibleModelError: it is not known."""
     current = snapshot.prices.get(name)
     if current is None:
         message = f"this key has a spend limit, and no price of the model {name!r} is known; state one, or free: true"

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -18,12 +18,21 @@ from proxy.errors import (
     ShuttingDown,
     UpstreamError,
 )
+from proxy.server.api.translation import StreamTranslation, Translation
 from proxy.server.attempts import UpstreamStream
+from proxy.server.dependencies import RequestContext
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
-from proxy.upstream.payload import JSONPayload, content_bytes, is_null_usage_chunk, is_usage_chunk, usage_chunk
+from proxy.upstream.payload import (
+    JSONPayload,
+    NativePayload,
+    content_bytes,
+    is_null_usage_chunk,
+    is_usage_chunk,
+    usage_chunk,
+)
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 
 HEADERS = {
@@ -34,6 +43,8 @@ HEADERS = {
 
 PendingStream = asyncio.Task[UpstreamStream]
 
+Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
+
 
 class CompletionStream(Response):
     """Relay a stream until the upstream ends or breaks it, the client leaves, or the server shuts down.
@@ -42,18 +53,23 @@ class CompletionStream(Response):
 
     Args:
         pending: the attempts to open the stream. The client is sent comments until they are done.
+        keep: is given the whole answer before its last bytes are sent, if later requests may ask for it.
     """
 
-    def __init__(
-        self, pending: PendingStream, record: RequestRecord, *, keep_alive_s: float, include_usage: bool
-    ) -> None:
+    def __init__(self, ctx: RequestContext, pending: PendingStream, record: RequestRecord, keep: Keep) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({**HEADERS, **record.headers()})
         self._pending = pending
         self._record = record
-        self._keep_alive_s = keep_alive_s
-        self._include_usage = include_usage
+        self._keep = keep
+        self._keep_alive_s = ctx.app.settings.keep_alive_s
+        self._translation = ctx.translation
+        self._events: EventWriter = (
+            ChatEventWriter(record, include_usage=ctx.request.include_usage)
+            if ctx.translation is None
+            else TranslatedEventWriter(record, ctx.translation)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -81,12 +97,12 @@ class CompletionStream(Response):
                 ending = "complete"
             except (UpstreamError, ModelAtCapacity) as failure:
                 ending = "broken" if self._record.has_content else "failed"
-                await _send(send, format_event(_error_event(failure)))
+                await _send(send, self._events.fail(failure))
             except asyncio.CancelledError:
                 ending = cancelled_ending()
                 self._record.finish(ending)
                 if ending == "shutdown":
-                    await _send_shutting_down(send)
+                    await self._send_shutting_down(send)
                 raise
             finally:
                 keep_alive.stop()
@@ -94,31 +110,35 @@ class CompletionStream(Response):
             # Before the client can read the end of the stream: an answer that it has read is on record.
             self._record.finish(ending)
             await cancel_or_close(self._pending)
+        end = b""
+        if ending == "complete":
+            end = self._events.end()
+            await self._keep(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
         await self._record.wait_until_settled()
-        await send({"type": "http.response.body", "body": DONE if ending == "complete" else b"", "more_body": False})
+        await send({"type": "http.response.body", "body": end, "more_body": False})
 
     async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:
+        """Send all events but those that end the answer."""
         stream = await self._pending
-        rewriter = StreamRewriter(self._record, include_usage=self._include_usage)
+        if stream.is_native and self._translation is not None:
+            self._events = NativeEventWriter(self._record, self._translation)
+        events = self._events
         async for block in stream:
-            if data := rewriter.rewrite(block):
-                keep_alive.reset()
+            if data := events.write(block):
+                keep_alive.reset(events.keep_alive)
                 await _send(send, data)
-        if data := rewriter.final_usage():
-            await _send(send, data)
+
+    async def _send_shutting_down(self, send: Send) -> None:
+        """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
+                await _send(send, self._events.fail(ShuttingDown(SHUTTING_DOWN_MESSAGE)))
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send(send: Send, data: bytes) -> None:
     await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-async def _send_shutting_down(send: Send) -> None:
-    """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-            await _send(send, format_event(_error_event(ShuttingDown(SHUTTING_DOWN_MESSAGE))))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def cancel_or_close(pending: PendingStream) -> None:
@@ -134,13 +154,36 @@ async def cancel_or_close(pending: PendingStream) -> None:
             await pending.result().aclose()
 
 
-def _error_event(failure: APIError) -> Mapping[str, Any]:
-    _, body, _ = render_error(failure)
-    return {"error": body["error"]}
+class EventWriter(Protocol):
+    """Turn the blocks of one stream into what the client is sent, and record their usage and size."""
+
+    keep_alive: bytes
+    """What is sent while the model is silent."""
+
+    answer: Mapping[str, Any] | None
+    """The whole answer, once `end` was called; None if nobody can ask for it later."""
+
+    def write(self, block: list[JSONPayload]) -> bytes:
+        """Return the events of a block; no bytes if none of it is for the client."""
+
+    def end(self) -> bytes:
+        """Return what ends a complete answer. It is sent once everything is recorded."""
+
+    def fail(self, failure: APIError) -> bytes:
+        """Return the events that end a stream which failed."""
 
 
-class StreamRewriter:
-    """Turn an upstream's chunks into events for the client, and add their usage and size to the request's record."""
+def _error_of(failure: APIError) -> tuple[int, Mapping[str, Any]]:
+    """Return the status and OpenAI's error object of a failure."""
+    status, body, _ = render_error(failure)
+    return status, body["error"]
+
+
+class ChatEventWriter:
+    """Send the chunks themselves, under our name of the model."""
+
+    keep_alive = KEEP_ALIVE
+    answer: Mapping[str, Any] | None = None
 
     def __init__(self, record: RequestRecord, *, include_usage: bool) -> None:
         self._record = record
@@ -149,12 +192,11 @@ class StreamRewriter:
         self._usage_sent = False
         self._last: dict[str, Any] = {}
 
-    def rewrite(self, chunks: list[JSONPayload]) -> bytes:
-        """Return the chunks as SSE events; no bytes if none of them is for the client."""
+    def write(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
-        for chunk in chunks:
+        for chunk in block:
             body = chunk.body
             record.affinity.observe(body, model)
             size += content_bytes(body)
@@ -168,16 +210,19 @@ class StreamRewriter:
                 sent = None
             if sent is not None:
                 pieces += (b"data: ", sent.with_model(model), b"\n\n")
-        if chunks:
-            self._last = chunks[-1].body
+        if block:
+            self._last = block[-1].body
         record.add_output(size)
         return b"".join(pieces)
 
-    def final_usage(self) -> bytes:
-        """Return the usage chunk that the caller asked for, if the upstream reported usage only in other chunks."""
+    def end(self) -> bytes:
+        """Return [DONE], after the usage that the caller asked for if the upstream reported it in other chunks only."""
         if not self._include_usage or self._usage is None or self._usage_sent:
-            return b""
-        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage))
+            return DONE
+        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage)) + DONE
+
+    def fail(self, failure: APIError) -> bytes:
+        return format_event({"error": _error_of(failure)[1]})
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
         """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
@@ -194,10 +239,97 @@ class StreamRewriter:
         return chunk.without("usage")
 
 
-class SSEKeepAlive:
-    """Send an SSE comment whenever nothing was sent for `interval_s`, from now on until `stop`.
+class TranslatedEventWriter:
+    """Send events of another API, translated from chunks."""
 
-    It keeps one timer, and starts a task only to send a comment.
+    keep_alive = KEEP_ALIVE
+    answer: Mapping[str, Any] | None = None
+
+    def __init__(self, record: RequestRecord, translation: Translation) -> None:
+        self._record = record
+        self._translation = translation
+        # Begun at the first event: only then is it known which model answers.
+        self._stream: StreamTranslation | None = None
+
+    def write(self, block: list[JSONPayload]) -> bytes:
+        stream = self._begin()
+        pieces: list[bytes] = []
+        for chunk in block:
+            record_chunk(self._record, chunk.body)
+            pieces.append(stream.write(chunk.body))
+        return b"".join(pieces)
+
+    def end(self) -> bytes:
+        stream = self._begin()
+        data = stream.finish()
+        self.answer = stream.answer
+        return data
+
+    def fail(self, failure: APIError) -> bytes:
+        status, error = _error_of(failure)
+        return self._begin().fail(error, status)
+
+    def _begin(self) -> StreamTranslation:
+        if self._stream is None:
+            self._stream = self._translation.stream(self._record.model)
+            self.keep_alive = self._stream.keep_alive
+        return self._stream
+
+
+class NativeEventWriter:
+    """Send the events of an upstream that speaks the client's own API, under our name of the model."""
+
+    keep_alive = KEEP_ALIVE
+
+    def __init__(self, record: RequestRecord, translation: Translation) -> None:
+        self.answer: Mapping[str, Any] | None = None
+        self._record = record
+        self._translation = translation
+        # The last event is held back until everything is recorded.
+        self._last = b""
+        # What the client has seen: the newest `response` and the newest `sequence_number`, where events have them.
+        self._seen: dict[str, Any] = {}
+
+    def write(self, block: list[JSONPayload]) -> bytes:
+        pieces: list[bytes] = []
+        for event in block:
+            assert isinstance(event, NativePayload)
+            record_chunk(self._record, event.body)
+            self._seen |= {name: event.native[name] for name in _REMEMBERED if name in event.native}
+            data = event.with_model(self._record.model)
+            if event.event_type in _LAST_EVENTS:
+                self._last = data
+            else:
+                pieces.append(data)
+        return b"".join(pieces)
+
+    def end(self) -> bytes:
+        if "response" in self._seen:
+            self.answer = {**self._seen["response"], "model": self._record.model}
+        return self._last
+
+    def fail(self, failure: APIError) -> bytes:
+        status, error = _error_of(failure)
+        return self._translation.fail_relayed({**self._seen, "model": self._record.model}, error, status)
+
+
+_REMEMBERED = ("response", "sequence_number")
+
+_LAST_EVENTS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
+
+
+def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> None:
+    """Add a chunk's size, usage and fingerprints to the request's record."""
+    record.affinity.observe(chunk, record.model)
+    record.add_output(content_bytes(chunk))
+    if usage := usage_of(chunk):
+        record.set_usage(usage)
+
+
+class SSEKeepAlive:
+    """Send a comment or a ping whenever nothing was sent for `interval_s`, from now on until `stop`.
+
+    It keeps one timer, and starts a task only to send one.
 
     Args:
         sent: whether something is sent just now; otherwise the first comment is sent at once.
@@ -208,11 +340,13 @@ class SSEKeepAlive:
         self._interval_s = interval_s
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time() if sent else float("-inf")
+        self._data = KEEP_ALIVE
         self._sending: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
 
-    def reset(self) -> None:
-        """Start the interval again, because something else is sent now."""
+    def reset(self, data: bytes = KEEP_ALIVE) -> None:
+        """Start the interval again, because something else is sent now. `data`: what keeps the stream alive then."""
+        self._data = data
         self._sent_at = self._loop.time()
 
     def stop(self) -> None:
@@ -224,8 +358,8 @@ class SSEKeepAlive:
         waited = self._loop.time() - self._sent_at
         if waited >= self._interval_s:
             waited = 0.0
-            self.reset()
-            # If the last comment is still being sent, the client reads nothing: do not send another.
+            self.reset(self._data)
+            # If the last one is still being sent, the client reads nothing: do not send another.
             if self._sending is None or self._sending.done():
-                self._sending = asyncio.create_task(_send(self._send, KEEP_ALIVE), name="uniroute-keep-alive")
+                self._sending = asyncio.create_task(_send(self._send, self._data), name="uniroute-keep-alive")
         self._timer = self._loop.call_later(self._interval_s - waited, self._tick)

@@ -33,7 +33,7 @@ IGNORED_PARAMS = frozenset(
 _INFO = frozenset(
     """
     id db_model updated_at updated_by created_at created_by base_model tier team_id team_public_model_name blocked
-    discoverable access_windows access_groups litellm_provider mode max_tokens metadata description comment rules
+    discoverable access_windows access_groups litellm_provider max_tokens metadata description comment rules
     source supported_endpoints supported_modalities supported_output_modalities supported_regions
     supported_audio_formats deprecation_date tpm rpm output_vector_size off_peak_pricing prompt_cache_min_tokens
     supported_openai_params health_check_model health_check_timeout disable_background_health_check
@@ -299,9 +299,9 @@ def merge_model_params(litellm_params: Mapping[str, Any], body: Mapping[str, Any
     kept = {name: value for name, value in fixed.items() if name not in stated and value is not None}
     settled = _with_synonyms(kept)
     merged = {**kept, **{name: value for name, value in body.items() if value is not None or name not in settled}}
-    system = litellm_params.get("system")
-    if system and not any(message.get("role") in ("system", "developer") for message in body["messages"]):
-        merged["messages"] = [{"role": "system", "content": system}, *body["messages"]]
+    system, messages = litellm_params.get("system"), body.get("messages")  # a request for embeddings has no messages
+    if system and messages and not any(message.get("role") in ("system", "developer") for message in messages):
+        merged["messages"] = [{"role": "system", "content": system}, *messages]
     return merged
 
 

@@ -40,8 +40,38 @@ RESERVED_NAMES = frozenset({"auto", "uniroute/auto", "uniroute/best", "uniroute/
 
 _REFERENCE = "os.environ/"
 
+# What LiteLLM says a model is for. Models of EMBEDDING are asked for embeddings, all others for chat completions.
+Mode = Literal[
+    "chat",
+    "completion",
+    "responses",
+    "embedding",
+    "rerank",
+    "moderation",
+    "realtime",
+    "batch",
+    "search",
+    "ocr",
+    "image_generation",
+    "image_edit",
+    "audio_transcription",
+    "audio_speech",
+    "video_generation",
+    "vector_store",
+    "evaluation",
+    "extraction",
+    "guardrail",
+]
+
+EMBEDDING = "embedding"
+
 # How requests reach a model: as they are, or in its provider's own format, or as is right for the provider.
 Forward = Literal["relay", "translate", "auto"]
+
+# APIs that an upstream may speak besides chat completions: a client of the same API is relayed.
+NativeAPI = Literal["responses", "messages"]
+
+UpstreamAPI = Literal["chat", NativeAPI]
 
 
 def check_model_name(name: str) -> str:
@@ -123,6 +153,8 @@ OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
+APIList = Annotated[tuple[UpstreamAPI, ...], BeforeValidator(split_list), Field(min_length=1)]
+
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 
 
@@ -192,6 +224,8 @@ class ModelInfo(FrozenModel):
     output_cost_per_audio_token: TokenCost | None = None
     output_cost_per_image_token: TokenCost | None = None
     free: bool = False
+    mode: Mode | None = None
+    """What it is for. None: as litellm's price map says, else chat."""
     max_input_tokens: PositiveInt | None = None
     max_output_tokens: PositiveInt | None = None
     supports_function_calling: bool | None = None
@@ -210,6 +244,9 @@ class ModelInfo(FrozenModel):
     idle_timeout_s: Seconds | None = None
     forward: Forward = "auto"
     """relay: OpenAI's format is passed through. translate: through litellm. auto: by the provider."""
+    api: APIList | None = None
+    """What its upstream speaks: chat, responses (OpenAI's), messages (Anthropic's), a name or a list. Clients of the
+    same API are relayed, others translated. None: by the provider, at its own address alone."""
     max_parallel_requests: PositiveInt | None = None
     """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None
@@ -231,6 +268,8 @@ class ModelInfo(FrozenModel):
         if not isinstance(stated, dict):
             return stated
         tiered = dict(with_flat_tiers(stated))
+        if tiered.get("mode") == EMBEDDING and tiered.get(PRICE_FIELDS[0]) is not None:
+            tiered.setdefault(PRICE_FIELDS[1], 0.0)  # nothing is written, and so nothing costs
         unknown = [name for name in tiered if name not in cls.model_fields and price_field(str(name)) is None]
         if unknown:
             errors = [InitErrorDetails(type="extra_forbidden", loc=(name,), input=tiered[name]) for name in unknown]

@@ -277,6 +277,22 @@ class Settings(FrozenModel):
     prompt_cache_s: NonNegativeFloat = Field(
         default=300, description="Seconds that a provider is assumed to keep a prompt in its cache."
     )
+    response_ttl_s: PositiveInt = Field(
+        default=2_592_000,
+        description=(
+            "Seconds that a response of `/v1/responses` is kept, unless its request has `store: false`. The default is "
+            "OpenAI's 30 days, on which clients rely that continue a conversation by its id."
+        ),
+    )
+    max_responses_per_key: PositiveInt = Field(
+        default=1000, description="Responses kept for one client key; the oldest go first."
+    )
+    max_response_bytes: PositiveInt = Field(
+        default=4_000_000, description="Bytes of the largest response that is kept, its whole input included."
+    )
+    max_stored_bytes_per_key: PositiveInt = Field(
+        default=64_000_000, description="Bytes of all responses kept for one client key; the oldest go first."
+    )
     fallback_attempts: Annotated[StrictInt, Field(ge=1, le=20)] = Field(
         default=3, description="Models that are asked, at most, until one begins to answer."
     )

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from proxy.settings.model_config import with_flat_tiers
+from proxy.settings.model_config import EMBEDDING, with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
 
@@ -20,6 +20,15 @@ TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
 MAX_WINDOW = 10**12
 
+# Flags that decide what a request in the model's own API may ask of it.
+_FLAGS = {
+    f"supports_{name}": name
+    for name in (
+        *("adaptive_thinking", "legacy_thinking", "output_config", "sampling_params", "mid_conversation_system"),
+        *(f"{level}_reasoning_effort" for level in ("none", "minimal", "low", "xhigh", "max")),
+    )
+} | {"thinking_always_on": "thinking_always_on"}
+
 # Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known".
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 
@@ -28,11 +37,39 @@ class InvalidPriceMap(InvalidInput):
     """A document is not a price map; the message names the entry."""
 
 
+# Ascending. `none` asks for no thinking at all.
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# Those that every reasoning model has unless its entry says otherwise.
+COMMON_EFFORTS = frozenset({"low", "medium", "high"})
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingSupport:
+    """How a model is told to think."""
+
+    efforts: tuple[str, ...] = ("low", "medium", "high")
+    """Values of `reasoning_effort` that it knows, ascending."""
+    adaptive: bool = False
+    """Anthropic's `thinking` of type "adaptive"."""
+    budgets: bool = True
+    """Anthropic's `thinking` of type "enabled", with a budget of tokens."""
+    always: bool = False
+    """It cannot be told not to think."""
+
+
 @dataclass(frozen=True, slots=True)
 class PriceMapEntry:
     provider: str
     price: Price | None
     capabilities: Capabilities
+    flags: Mapping[str, bool] = field(default_factory=dict)
+    """What else it supports or not, such as `adaptive_thinking`: LiteLLM's names without `supports_`."""
+    thinking: ThinkingSupport = ThinkingSupport()
+    sampling: bool = True
+    """Whether it accepts `temperature`, `top_p` and `top_k`."""
+    mode: str | None = None
+    """What the model is for."""
 
 
 class PriceMap:
@@ -60,7 +97,7 @@ class PriceMap:
 
 
 def parse_price_map(document: object) -> PriceMap:
-    """Check the whole document, then read its text models.
+    """Check the whole document, then read its models of text and of embeddings.
 
     Raises:
         InvalidPriceMap: one broken entry refuses the map, so that a damaged feed changes nothing.
@@ -70,7 +107,7 @@ def parse_price_map(document: object) -> PriceMap:
     entries = {
         name: _entry(name, listed)
         for name, listed in document.items()
-        if name != SAMPLE_ENTRY and _is_text(_checked(name, listed).get("mode"))
+        if name != SAMPLE_ENTRY and _is_served(_checked(name, listed).get("mode"))
     }
     if not any(entry.price for entry in entries.values()):
         raise InvalidPriceMap("the price map states no price of any text model")
@@ -99,8 +136,8 @@ def _same_provider(asked: str, listed: str) -> bool:
     return listed == asked or listed.startswith((f"{asked}-", f"{asked}_"))
 
 
-def _is_text(mode: object) -> bool:
-    return (mode is None or isinstance(mode, str)) and mode in TEXT_MODES
+def _is_served(mode: object) -> bool:
+    return (mode is None or isinstance(mode, str)) and (mode in TEXT_MODES or mode == EMBEDDING)
 
 
 def _checked(name: str, listed: object) -> dict[str, Any]:
@@ -115,6 +152,10 @@ def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
         provider=provider,
         price=_price(name, listed, provider),
         capabilities=_capabilities(listed),
+        flags={flag: listed[key] for key, flag in _FLAGS.items() if isinstance(listed.get(key), bool)},
+        thinking=_thinking(listed),
+        sampling=_ability(listed, "supports_sampling_params") is not False,
+        mode=listed.get("mode"),
     )
 
 
@@ -141,9 +182,31 @@ def _capabilities(listed: dict[str, Any]) -> Capabilities:
     )
 
 
+def _thinking(listed: dict[str, Any]) -> ThinkingSupport:
+    levels = listed.get("reasoning_effort_levels")
+    adaptive = _ability(listed, "supports_adaptive_thinking") is True
+    return ThinkingSupport(
+        efforts=tuple(
+            effort
+            for effort in EFFORTS
+            if (effort in levels if isinstance(levels, list) else _knows_effort(listed, effort))
+        ),
+        adaptive=adaptive,
+        budgets=not adaptive or _ability(listed, "supports_legacy_thinking") is True,
+        always=_ability(listed, "thinking_always_on") is True,
+    )
+
+
+def _knows_effort(listed: dict[str, Any], effort: str) -> bool:
+    stated = _ability(listed, f"supports_{effort}_reasoning_effort")
+    return effort in COMMON_EFFORTS if stated is None else stated
+
+
 def _price(name: str, listed: dict[str, Any], provider: str) -> Price | None:
     tiered = with_flat_tiers(listed)
     amounts = {field: _amount(name, tiered, field) for field in tiered if price_field(field)}
+    if listed.get("mode") == EMBEDDING and amounts.get(PRICE_FIELDS[0]) is not None:
+        amounts[PRICE_FIELDS[1]] = 0.0  # nothing is written
     base = [amounts.get(field) for field in PRICE_FIELDS[:2]]
     if None in base:
         return None

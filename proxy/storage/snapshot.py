@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any, cast
@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from proxy.concurrency import BackgroundTasks
-from proxy.settings.model_config import ModelInfo
+from proxy.settings.model_config import EMBEDDING, ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
 from proxy.storage.price_map import PriceMap, PriceMapEntry
 from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile
@@ -161,6 +161,8 @@ class RoutingSnapshot:
     keys: Mapping[str, ClientKey]
     """By the digest of each secret, also of a secret before the last rotation; without revoked keys."""
     keys_required: bool
+    embeddings: Mapping[str, Capabilities] = field(default_factory=dict)
+    """The models that are asked for embeddings. They are not in the pool."""
 
     @property
     def is_loaded(self) -> bool:
@@ -181,7 +183,7 @@ class RoutingSnapshot:
 
     def model_state(self, name: str) -> str:
         """Return ready, foreign_profile, unprofiled or unpriced. The jobs say whether it is being profiled."""
-        if name not in self.profiles:
+        if name not in self.profiles and name not in self.embeddings:
             return "foreign_profile" if name in self.unused_profiles else "unprofiled"
         return "ready" if name in self.prices else "unpriced"
 
@@ -207,7 +209,11 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
     models = {**stored.models, **inputs.configured}
     listed = {name: inputs.price_map.find(str(record.litellm_params["model"])) for name, record in models.items()}
     prices = prices_of(models, stored, listed)
-    profiles = _in_use(models, stored, inputs.cluster_map)
+    profiles = {
+        name: profile
+        for name, profile in _in_use(models, stored, inputs.cluster_map).items()
+        if not embeds(models[name].info, listed[name])
+    }
     unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
     expected = profiles
     if (traffic_stats := inputs.traffic_stats) is not None:
@@ -220,7 +226,13 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
             capabilities=capabilities_of(record.info, listed[name]),
         )
         for name, record in sorted(models.items())
+        if not embeds(record.info, listed[name])
     ]
+    embeddings = {
+        name: capabilities_of(record.info, listed[name])
+        for name, record in models.items()
+        if embeds(record.info, listed[name])
+    }
     return RoutingSnapshot(
         version=stored.version,
         cluster_map=inputs.cluster_map,
@@ -234,7 +246,14 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
         },
         keys=_by_digest([key for key in stored.keys.values() if not key.revoked]),
         keys_required=keys_latched or stored.keys_exist,
+        embeddings=embeddings,
     )
+
+
+def embeds(info: ModelInfo, listed: PriceMapEntry | None) -> bool:
+    """Return whether a model is asked for embeddings, and not for chat completions."""
+    mode = listed.mode if info.mode is None and listed is not None else info.mode
+    return mode == EMBEDDING
 
 
 def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
@@ -350,6 +369,10 @@ class SnapshotWatcher:
     def loaded(self) -> bool:
         """Return whether Redis was ever read. It stays true when Redis goes away, and makes the process ready."""
         return self.current.is_loaded
+
+    def embeds(self, record: ModelRecord) -> bool:
+        """Return whether a model that may not be registered yet is asked for embeddings."""
+        return embeds(record.info, self._inputs.price_map.find(str(record.litellm_params["model"])))
 
     async def start(self) -> None:
         """Read once, and watch from then on. If Redis is away, the first reading comes when it is back."""

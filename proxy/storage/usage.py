@@ -46,7 +46,10 @@ class TokenCounts:
         """Complete a later report of the same answer with the half, prompt or answer, that only `earlier` has."""
         if self.prompt_tokens and self.output_tokens:
             return self
-        kept = [*([] if self.prompt_tokens else _OF_PROMPT), *([] if self.output_tokens else _OF_ANSWER)]
+        kept = [
+            *(_OF_PROMPT if earlier.prompt_tokens and not self.prompt_tokens else ()),
+            *(_OF_ANSWER if earlier.output_tokens and not self.output_tokens else ()),
+        ]
         return replace(self, **{name: getattr(earlier, name) for name in kept})
 
 

@@ -32,9 +32,9 @@ _BLANK = b" \t\r\n"
 # Fields of an event stream; `error` is llama.cpp's.
 _EVENT_FIELDS = (b"data:", b"event:", b"id:", b"retry:", b"error:", b":")
 
-_NOT_JSON = "the model sent an event that is not JSON"
+NOT_JSON = "the model sent an event that is not JSON"
 
-_REPORTED = "the model reported an error within its stream"
+REPORTED = "the model reported an error within its stream"
 
 _CHOICE_MEMBERS = frozenset({"index", "message", "delta", "finish_reason", "usage"})
 
@@ -128,14 +128,14 @@ class ChunkReader:
         self._memory = memory or ResponseMemory()
         # For the event that is not complete yet.
         self._held = HeldMemory(self._memory)
-        self._decoder = SSEDecoder(self._memory.max_response_bytes)
+        self._decoder = self._new_decoder()
         self._parse = parse
         self._choices = choices
         self._headers = headers
         self._tracker = FinishTracker()
         # What came before it could be said what this is; None once it is known.
         self._undecided: bytes | None = b""
-        self._json: _JSONBody | None = None
+        self._json: JSONBody | None = None
         # The start of a body that is neither JSON nor events.
         self._other: bytes | None = None
         self._seen_done = False
@@ -145,6 +145,9 @@ class ChunkReader:
         self.done = False
         # What ended the stream, after the chunks before.
         self.error: UpstreamError | None = None
+
+    def _new_decoder(self) -> SSEDecoder:
+        return SSEDecoder(self._memory.max_response_bytes)
 
     @property
     def finished(self) -> bool:
@@ -169,7 +172,7 @@ class ChunkReader:
         if not self.done:
             finished = self.finished
             block += self._read_block(self._decoder.close())
-            if finished and self.error is not None and self.error.message == _NOT_JSON:
+            if finished and self.error is not None and self.error.message == NOT_JSON:
                 self.error = None  # half an event, from a connection that broke after the end of the answer
         self.done = True
         self.release()
@@ -203,13 +206,13 @@ class ChunkReader:
             return []
         self._undecided = None
         if form == "json":
-            self._json = _JSONBody(self._memory)
+            self._json = JSONBody(self._memory)
             return self._add_json(self._json, start.removeprefix(codecs.BOM_UTF8).lstrip())
         if form == "other":
             self._other = b""
         return self._read_events(start)
 
-    def _add_json(self, body: _JSONBody, piece: bytes) -> list[JSONPayload]:
+    def _add_json(self, body: JSONBody, piece: bytes) -> list[JSONPayload]:
         was_small = body.size < MAX_OTHER_BYTES
         try:
             body.add(piece)
@@ -217,17 +220,17 @@ class ChunkReader:
             return self._fail(error)
         if was_small and b"\n" in piece:
             data = body.join()
-            if _is_stream_line(data.partition(b"\n")[0]):
+            if is_stream_line(data.partition(b"\n")[0]):
                 return self._read_as_events(body, data)
         return []
 
-    def _read_as_events(self, body: _JSONBody, data: bytes) -> list[JSONPayload]:
+    def _read_as_events(self, body: JSONBody, data: bytes) -> list[JSONPayload]:
         """Read as events what had only started like JSON."""
         body.bounds.restart()
         self._json = None
         return self._read_events(data)
 
-    def _read_json(self, body: _JSONBody) -> list[JSONPayload]:
+    def _read_json(self, body: JSONBody) -> list[JSONPayload]:
         """Read a whole completion that came in place of a stream, or an error."""
         data = body.join()
         try:
@@ -238,6 +241,10 @@ class ChunkReader:
             self._other = b""
             return self._read_as_events(body, data)
         self.done = True
+        return self._read_whole(completion, data, body)
+
+    def _read_whole(self, completion: Any, data: bytes, body: JSONBody) -> list[JSONPayload]:
+        """Read a JSON value that is all of the body."""
         if not isinstance(completion, dict) or find_error(completion) is not None or not is_completion(completion):
             return self._fail(not_a_completion("the model", completion, self._headers))
         chunks = split_completion(reparse(data, completion))
@@ -285,8 +292,8 @@ class ChunkReader:
         """Append the chunk of an event to the block. Raises UpstreamError."""
         data = event.strip()
         if type(event) is ErrorData:
-            raise error_from_body(_REPORTED, _parse_error(data), self._headers)
-        if not data or (type(event) is RawLine and not _is_stream_line(data)):
+            raise error_from_body(REPORTED, parse_error(data), self._headers)
+        if not data or (type(event) is RawLine and not is_stream_line(data)):
             return
         if data == _DONE:
             self._seen_done = self.done = True
@@ -294,21 +301,24 @@ class ChunkReader:
         try:
             value, raw = self._parse(data)
         except JSONTooLarge as error:
-            raise _event_too_large(error) from error
+            raise event_too_large(error) from error
         except ValueError as error:
             self._read_lines(data.split(b"\n"), block, error)
             return
         chunk = _make_chunk(value, raw, data, self._headers)
-        if len(data) > SMALL_BYTES:
-            chunk.held = HeldMemory(self._memory, len(data))
+        self._append(chunk, len(data), block)
+        self._tracker.observe(chunk.body["choices"])
+
+    def _append(self, chunk: JSONPayload, size: int, block: list[JSONPayload]) -> None:
+        if size > SMALL_BYTES:
+            chunk.held = HeldMemory(self._memory, size)
         block.append(chunk)
         self.started = True
-        self._tracker.observe(chunk.body["choices"])
 
     def _read_lines(self, lines: list[bytes], block: list[JSONPayload], error: ValueError) -> None:
         """Read events with no blank line between them, as some servers send them."""
         if len(lines) == 1:
-            raise UpstreamError(_NOT_JSON) from error
+            raise UpstreamError(NOT_JSON) from error
         for line in lines:
             if not self.done:
                 self._read_event(line, block)
@@ -319,7 +329,7 @@ class ChunkReader:
         return []
 
 
-class _JSONBody:
+class JSONBody:
     """All that came of a body that is JSON."""
 
     def __init__(self, memory: ResponseMemory) -> None:
@@ -337,7 +347,7 @@ class _JSONBody:
         return b"".join(self._pieces)
 
 
-def _is_stream_line(line: bytes) -> bool:
+def is_stream_line(line: bytes) -> bool:
     """Return whether a line of JSON outside of events is an error or a chunk."""
     try:
         value = parse_exact(line)[0]
@@ -348,7 +358,7 @@ def _is_stream_line(line: bytes) -> bool:
     )
 
 
-def _parse_error(data: bytes) -> Any:
+def parse_error(data: bytes) -> Any:
     """Parse the data of an event that is called an error."""
     try:
         value = parse_exact(data)[0]
@@ -357,7 +367,7 @@ def _parse_error(data: bytes) -> Any:
     return value if find_error(value) is not None else {"error": value}
 
 
-def _event_too_large(error: JSONTooLarge) -> ResponseTooLarge:
+def event_too_large(error: JSONTooLarge) -> ResponseTooLarge:
     return ResponseTooLarge(f"the model sent an event that {error}")
 
 
@@ -380,7 +390,7 @@ def _make_chunk(value: Any, raw: bytes | None, data: bytes, headers: Mapping[str
         may_be_error = may_be_error or "error" in choice or bool(choice.get("finish_reason"))
         is_complete = is_complete and choice.get("delta") is not None and "usage" not in choice
     if may_be_error and (error := find_error(value)) is not None:
-        raise error_from_body(_REPORTED, error, headers)
+        raise error_from_body(REPORTED, error, headers)
     if not is_complete or b"\n" in data or b"\r" in data:  # an event is one line here
         return JSONPayload(_complete_chunk(reparse(data, value)))
     return JSONPayload(value, raw)
@@ -389,7 +399,7 @@ def _make_chunk(value: Any, raw: bytes | None, data: bytes, headers: Mapping[str
 def _not_a_chunk(value: dict[str, Any], headers: Mapping[str, str] | None) -> UpstreamError:
     error = find_error(value)
     if error is not None:
-        return error_from_body(_REPORTED, error, headers)
+        return error_from_body(REPORTED, error, headers)
     return UpstreamError("the model sent a chunk whose `choices` are not a list of objects")
 
 

@@ -4,17 +4,22 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait
 from proxy.errors import LiteLLMUnavailable, UpstreamError
+from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
+from proxy.upstream.embeddings import EmbeddingsRequest
 from proxy.upstream.litellm_client import LiteLLMClient
+from proxy.upstream.native_api import native_provider
+from proxy.upstream.native_body import native_body
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
-from proxy.upstream.payload import JSONPayload
+from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.response_memory import ResponseMemory
 from proxy.upstream.sse import encode_json
@@ -31,6 +36,19 @@ _REFUSING_STATUSES = frozenset({400, 422, 500, 501})
 
 # Chunks of a stream. Those that arrived together are in one list.
 Blocks = AsyncIterator[list[JSONPayload]]
+
+
+@dataclass(frozen=True, slots=True)
+class NativeRequest:
+    """A request in the client's own API, for an upstream that speaks it."""
+
+    api: NativeAPI
+    document: Mapping[str, Any]
+    """The client's body, without UniRoute's own fields."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """The client's `anthropic-version` and `anthropic-beta` may be among them."""
+    max_output_tokens: int | None = None
+    """An upper bound of the answer's tokens. None: the client's own holds."""
 
 
 class UpstreamClient:
@@ -106,6 +124,26 @@ class UpstreamClient:
         self._stream_options.mark_refused(record)
         return stream
 
+    async def complete_native(
+        self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
+    ) -> NativePayload:
+        """Return a whole answer of a model in the client's own API, which must be one of `native_apis(record)`.
+
+        Raises:
+            UpstreamError: there is none.
+        """
+        return await self._openai.complete_native(_native_request(record, request, connect_timeout_s))
+
+    async def stream_native(
+        self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
+    ) -> Blocks:
+        """Open a stream of NativePayload, the events of a model in the client's own API. Close it as any other.
+
+        Raises:
+            UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
+        """
+        return await self._openai.stream_native(_native_request(record, request, connect_timeout_s))
+
     async def _stream(
         self,
         record: ModelRecord,
@@ -127,6 +165,22 @@ class UpstreamClient:
                 record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
             )
         )
+
+    async def embed(
+        self,
+        record: ModelRecord,
+        asked: EmbeddingsRequest,
+        headers: Mapping[str, str],
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> JSONPayload:
+        """Return embeddings in OpenAI's format. Raises UpstreamError."""
+        resolved = is_direct(record)
+        if resolved is not None:
+            request = UpstreamRequest(record, resolved, asked.body, headers, asked.raw, connect_timeout_s)
+            return await self._openai.embed(request, asked)
+        await self.ensure_litellm()
+        return await self._litellm.embed(record, asked, headers, connect_timeout_s=connect_timeout_s)
 
     async def warm_up(self) -> None:
         """Do what the first request would wait for otherwise: import litellm if a model needs it."""
@@ -188,6 +242,16 @@ def is_direct(record: ModelRecord) -> ResolvedProvider | None:
     """Return what the model was resolved to if it is called directly, else None."""
     resolved = record.resolved or resolve_static(record.litellm_params, record.info.forward)
     return resolved if resolved is not None and resolved.mode == "relay" else None
+
+
+def _native_request(record: ModelRecord, request: NativeRequest, connect_timeout_s: float | None) -> UpstreamRequest:
+    resolved = native_provider(record)
+    if resolved is None:
+        raise UpstreamError(f"{record.name}: its provider is not known yet", retryable=True)
+    # Some models are listed under a prefix that tells litellm to use this very API.
+    resolved = replace(resolved, model=resolved.model.removeprefix(f"{request.api}/"))
+    body = native_body(request.api, request.document, record, max_output_tokens=request.max_output_tokens)
+    return UpstreamRequest(record, resolved, body, request.headers, None, connect_timeout_s, api=request.api)
 
 
 async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 from urllib.parse import SplitResult, quote, urlsplit
 
 import orjson
@@ -24,7 +24,7 @@ from proxy.settings.litellm_params import (
     secrets_of,
     stated_address,
 )
-from proxy.settings.model_config import SettingsError, referred_variable, resolve_secret
+from proxy.settings.model_config import SettingsError, UpstreamAPI, referred_variable, resolve_secret
 from proxy.settings.outbound import DEFAULT_TRUST, Outbound, OutboundError, Trust
 from proxy.settings.redaction import holds_secret, is_reference
 from proxy.settings.schema import Settings
@@ -35,6 +35,9 @@ from proxy.upstream.pool import DEFAULT_PORTS, Origin, authority_of, basic_auth_
 from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
+
+# What an address below the model's own is for.
+EndpointAPI = UpstreamAPI | Literal["embeddings"]
 
 # Scheme, host and port.
 KeyOrigin = tuple[str, str, int | None]
@@ -64,6 +67,9 @@ _OTHER_BASES = {
     "ollama_chat": "http://localhost:11434",
 }
 
+# Variables of the keys of providers whose own API may be spoken without litellm.
+_KEY_VARIABLES = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
+
 # Providers whose own addresses are all below one domain.
 _OWN_DOMAINS = {"vertex_ai": ".googleapis.com", "bedrock": ".amazonaws.com", "sagemaker": ".amazonaws.com"}
 
@@ -85,6 +91,19 @@ def is_own_address(address: str, provider: str, default: str | None, environ: Ma
     return origin in [origin_of(each) for each in own_addresses if each] or (
         domain is not None and scheme == "https" and host.endswith(domain)
     )
+
+
+def own_base(provider: str, environ: Mapping[str, str]) -> str:
+    """Return a provider's own address, which the environment may name; an empty text if it is not known."""
+    for name in ("API_BASE", "BASE_URL"):
+        if stated := environ.get(f"{provider.upper()}_{name}"):
+            return stated
+    return DEFAULT_BASES.get(provider) or _OTHER_BASES.get(provider) or ""
+
+
+def is_anthropics(params: Mapping[str, Any], resolved: ResolvedProvider) -> bool:
+    """Return whether requests go to Anthropic's own address."""
+    return resolved.provider == "anthropic" and (resolved.own_address or not stated_address(params))
 
 
 ADDRESSES = ("api_base", "base_url")
@@ -344,6 +363,22 @@ def _header_lines(headers: Mapping[str, str]) -> bytes:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()]).encode()
 
 
+# Of Anthropic's Messages. Newer behaviour is asked for by `anthropic-beta`.
+ANTHROPIC_VERSION = "2023-06-01"
+
+_VERSION = re.compile(r"\d{4}-\d\d-\d\d", re.ASCII)
+
+_BETA = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
+
+# Of names in `anthropic-beta`.
+_MAX_BETAS = 100
+
+# How Anthropic's tokens of a login begin. They are no API keys, and go with a beta of their own.
+_LOGIN_TOKEN = "sk-ant-oat"  # noqa: S105
+
+_LOGIN_BETA = "oauth-2025-04-20"
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """How one model is called directly, with its secrets resolved."""
@@ -355,6 +390,28 @@ class Endpoint:
     model_params: Mapping[str, Any] | None = field(repr=False)
     """The model's own parameters, if any of them goes into the body."""
     secrets: frozenset[str] = field(repr=False)
+    api: EndpointAPI = "chat"
+    is_anthropics: bool = False
+    """Whether it is Anthropic's own."""
+
+    def render_head(self, headers: Mapping[str, str]) -> bytes:
+        """Encode the head of a request with the caller's headers; those for Anthropic reach Anthropic alone."""
+        return self.head.render(headers if self.api == "chat" else self._without_versions(headers))
+
+    def _without_versions(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """Leave out the caller's version and betas of Anthropic's API, or add them to the model's own."""
+        headers = {name.lower(): text for name, text in headers.items()}
+        kept = {name: text for name, text in headers.items() if not name.startswith("anthropic-")}
+        if self.api != "messages" or not self.is_anthropics:
+            return kept
+        version, own = headers.get("anthropic-version", ""), self.head.headers
+        if own["anthropic-version"] == ANTHROPIC_VERSION and _VERSION.fullmatch(version):
+            kept["anthropic-version"] = version
+        stated = f"{own.get('anthropic-beta', '')},{headers.get('anthropic-beta', '')}".split(",")
+        betas = dict.fromkeys(beta for each in stated if _BETA.fullmatch(beta := each.strip()))
+        if betas:
+            kept["anthropic-beta"] = ",".join([*betas][:_MAX_BETAS])
+        return kept
 
     def build_body(
         self, body: Mapping[str, Any], raw: bytes | None, *, stream: bool, include_usage: bool = True
@@ -390,46 +447,47 @@ class Endpoints:
         self._settings = settings
         self._environ = environ
         self._outbound = outbound
-        self._endpoints: dict[str, tuple[ModelRecord, Endpoint]] = {}
+        self._endpoints: dict[tuple[str, EndpointAPI], tuple[ModelRecord, Endpoint]] = {}
 
-    def get(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
-        """Return the endpoint of a model.
+    def get(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI = "chat") -> Endpoint:
+        """Return the endpoint of a model for one of the APIs that it speaks.
 
         Raises:
             UpstreamError: a key is missing, or the address cannot be used.
         """
-        cached = self._endpoints.get(record.name)
+        cached = self._endpoints.get((record.name, api))
         if cached is not None and cached[0] is record:
             return cached[1]
         try:
-            endpoint = self._make_endpoint(record, resolved)
+            endpoint = self._make_endpoint(record, resolved, api)
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
         except (OutboundError, ValueError) as error:
             log.error("model %s: %s", record.name, error)
             raise unreachable(error, record.name) from None
-        self._endpoints[record.name] = (record, endpoint)
+        self._endpoints[record.name, api] = (record, endpoint)
         return endpoint
 
     def retain(self, models: Mapping[str, ModelRecord]) -> None:
         """Keep only the endpoints of models that are registered and unchanged."""
-        self._endpoints = {name: cached for name, cached in self._endpoints.items() if models.get(name) is cached[0]}
+        self._endpoints = {key: cached for key, cached in self._endpoints.items() if models.get(key[0]) is cached[0]}
 
-    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider) -> Endpoint:
+    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI) -> Endpoint:
         params = record.litellm_params
-        base = self._resolve(stated_address(params) or resolved.api_base or "")
-        key = self._key(params, resolved)
+        base = stated_address(params) or resolved.api_base
+        base = self._resolve(base) if base else own_base(resolved.provider, self._environ)
+        anthropics = is_anthropics(params, resolved)
+        key = self._key(params, resolved if api == "chat" else _with_key_variable(resolved, params))
         own_headers = {
             param: {name: self._resolve(text) for name, text in (params.get(param) or {}).items()}
             for param in _HEADER_PARAMS
         }
         headers = {"content-type": "application/json", "accept-encoding": "identity", "user-agent": "uniroute"}
-        if key:
-            headers["authorization"] = f"Bearer {key}"
-        if params.get("organization"):
+        headers |= _key_headers(key or "", api, anthropics=anthropics)
+        if params.get("organization") and api != "messages":
             headers["openai-organization"] = self._resolve(params["organization"])
-        url = url_of(base)
+        url = url_of(base, api)
         trust = self._trust(params) if url.startswith("https:") else DEFAULT_TRUST
         for each in own_headers.values():
             headers |= {name.lower(): text for name, text in each.items()}
@@ -440,6 +498,8 @@ class Endpoints:
             param_aliases=resolved.param_aliases,
             model_params=params if record.has_body_params else None,
             secrets=secrets_of({**params, "api_key": key, "api_base": base, **own_headers}, key),
+            api=api,
+            is_anthropics=anthropics,
         )
 
     def _trust(self, params: Mapping[str, Any]) -> Trust:
@@ -454,7 +514,8 @@ class Endpoints:
         address = stated_address(params)
         if address and not (resolved.own_address or is_openai_url(address)):
             return None  # even if there is a `key_variable`: an older version may have stored one
-        name = referred_variable(f"os.environ/{resolved.key_variable}") if resolved.key_variable else None
+        variable = resolved.key_variable
+        name = referred_variable(f"os.environ/{variable}") if variable else None
         return self._environ.get(name) if name else None
 
     def _resolve(self, stated: str) -> str:
@@ -462,11 +523,49 @@ class Endpoints:
         return resolve_secret(stated, self._environ, self._settings.allowed_env)
 
 
-PATH = "/chat/completions"
+def _with_key_variable(resolved: ResolvedProvider, params: Mapping[str, Any]) -> ResolvedProvider:
+    """Name the variable of the key, which is not looked up for providers that litellm calls."""
+    if resolved.key_variable or (stated_address(params) and not resolved.own_address):
+        return resolved
+    return replace(resolved, key_variable=_KEY_VARIABLES.get(resolved.provider))
 
 
-def url_of(base: str) -> str:
-    """Return the address of chat completions below `base`. Its query stays."""
+def _key_headers(key: str, api: EndpointAPI, *, anthropics: bool) -> dict[str, str]:
+    """Return the headers of a key, and of the version of Anthropic's API.
+
+    Other servers of that API look for a key in either of two headers.
+    """
+    bearer = {"authorization": f"Bearer {key}"} if key else {}
+    if api != "messages":
+        return bearer
+    version = {"anthropic-version": ANTHROPIC_VERSION}
+    if anthropics and key.startswith(_LOGIN_TOKEN):
+        return {**version, **bearer, "anthropic-beta": _LOGIN_BETA}
+    named = {"x-api-key": key} if key else {}
+    return {**version, **named} if anthropics else {**version, **named, **bearer}
+
+
+# Below the address of a model.
+_PATHS: Mapping[EndpointAPI, str] = {
+    "chat": "/chat/completions",
+    "responses": "/responses",
+    "messages": "/v1/messages",
+    "embeddings": "/embeddings",
+}
+
+# With which an address may end, though the path of a request begins with it or replaces it.
+_ENDS: Mapping[EndpointAPI, tuple[str, ...]] = {
+    "chat": ("/chat/completions",),
+    "responses": ("/responses", "/chat/completions"),
+    "messages": ("/messages", "/chat/completions", "/v1"),
+    "embeddings": ("/embeddings", "/chat/completions"),
+}
+
+
+def url_of(base: str, api: EndpointAPI = "chat") -> str:
+    """Return the address of an API below `base`. Its query stays."""
     address, mark, query = base.partition("?")
     path = address.rstrip("/")
-    return (path if path.endswith(PATH) else path + PATH) + mark + query
+    for end in _ENDS[api]:
+        path = path.removesuffix(end)
+    return path + _PATHS[api] + mark + query

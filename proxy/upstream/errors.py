@@ -117,9 +117,11 @@ def _error_in_stream(error: Exception, model: str) -> UpstreamError:
     return UpstreamError(f"{model} broke off its answer: {message}")
 
 
-def not_a_completion(model: str, body: Any = None, headers: Mapping[str, str] | None = None) -> UpstreamError:
-    """Make an error of a response with a success status and no completion in it."""
-    message = f"{model} answered with success and no completion"
+def not_a_completion(
+    model: str, body: Any = None, headers: Mapping[str, str] | None = None, *, what: str = "completion"
+) -> UpstreamError:
+    """Make an error of a response with a success status and no completion in it, or not what else it should hold."""
+    message = f"{model} answered with success and no {what}"
     if body is None:
         return UpstreamError(message, headers=headers)
     parsed = _parse(body)

@@ -13,6 +13,7 @@ import httpx
 
 from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
 from proxy.errors import UpstreamError
+from proxy.json_limits import MAX_VALUES
 from proxy.settings.litellm_params import (
     CHAT_FIELDS,
     FOLLOWS_REDIRECTS,
@@ -28,6 +29,7 @@ from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.chunk_reader import FinishTracker, is_finished, requested_choices
+from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
 from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
 from proxy.upstream.litellm_transport import (
@@ -41,6 +43,7 @@ from proxy.upstream.litellm_transport import (
     reap_connections,
     warm_up,
 )
+from proxy.upstream.payload import JSONPayload
 from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
@@ -155,6 +158,39 @@ class LiteLLMClient:
                 chunks = self._convert(response, captured)
             return _finish_stream(chunks, captured, target.secrets)
 
+    async def embed(
+        self,
+        record: ModelRecord,
+        asked: EmbeddingsRequest,
+        headers: Mapping[str, str],
+        *,
+        connect_timeout_s: float | None = None,
+    ) -> JSONPayload:
+        """Return embeddings in OpenAI's format. Raises UpstreamError."""
+        await self.prepare()
+        timeout_s = connect_timeout_s or self._settings.connect_timeout_s
+        with capture(timeout_s, memory=self._memory, model=record.name, max_vector_values=MAX_VALUES) as captured:
+            target, params = self._connection_params(record, headers, captured)
+            client = self._embeddings_client(target, params)
+            arguments = {**embedding_arguments(target, merge_model_params(record.litellm_params, asked.body)), **params}
+            disable_request_logging()
+            try:
+                call = self._litellm.aembedding(**arguments, client=client)
+                response = await run_uncancelled(call, cancelled_again_s=GRACE_PERIOD_S)
+                embeddings: dict[str, Any] = response.model_dump(mode="json", exclude_none=True)
+                check_embeddings(record.name, embeddings)
+                return with_encoding(record.name, JSONPayload(embeddings), asked.encoding)
+            except UpstreamError as error:
+                raise redact(target.secrets, error) from error.__cause__
+            except self._call_errors as error:
+                raise redact(target.secrets, captured.error_from(error)) from error
+
+    def _embeddings_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
+        """Return a client of the class that litellm calls this provider's embeddings with, over our pool."""
+        if target.name == "azure":
+            return None
+        return self._openai_client(target, params) if target.name in _EMBEDS_WITH_OPENAI_SDK else self._handler
+
     def _capture(
         self, record: ModelRecord, body: Mapping[str, Any], connect_timeout_s: float | None, *, stream: bool = False
     ) -> contextlib.AbstractContextManager[CapturedResponse]:
@@ -211,22 +247,31 @@ class LiteLLMClient:
         include_usage: bool = True,
     ) -> tuple[LiteLLMTarget, dict[str, Any]]:
         """Return who serves the model, and the arguments of `litellm.acompletion`."""
+        target, params = self._connection_params(record, headers, captured)
+        merged = merge_model_params(record.litellm_params, body)
+        return target, {
+            **params,
+            **call_arguments(target, merged, stream=captured.stream, include_usage=include_usage),
+            "client": self._client(target, params),
+            "_skip_mcp_handler": True,
+        }
+
+    def _connection_params(
+        self, record: ModelRecord, headers: Mapping[str, str] | None, captured: CapturedResponse
+    ) -> tuple[LiteLLMTarget, dict[str, Any]]:
+        """Return who serves the model, and the arguments of any call of it."""
         params = self._provider_params(record)
         captured.transport, captured.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
         target = self._target(record, params)
         if target.api_key == PLACEHOLDER_KEY:
             params["api_key"] = PLACEHOLDER_KEY
-        merged = merge_model_params(record.litellm_params, body)
         own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
         return target, {
             **params,
-            **call_arguments(target, merged, stream=captured.stream, include_usage=include_usage),
             "model": record.litellm_params["model"],
-            "client": self._client(target, params),
             "extra_headers": own_headers or None,
             "timeout": self._max_timeout_s,
             "max_retries": 0,
-            "_skip_mcp_handler": True,
             "no-log": True,
         }
 
@@ -327,6 +372,12 @@ _OWN_HANDLER = frozenset(
 )
 
 
+# Providers whose embeddings litellm asks for with an AsyncOpenAI.
+_EMBEDS_WITH_OPENAI_SDK = frozenset(
+    "openai together_ai nvidia_nim litellm_proxy mistral fireworks_ai nebius wandb xinference".split()
+)
+
+
 async def _finish_stream(chunks: Chunks, captured: CapturedResponse, secrets: Collection[str]) -> Chunks:
     """Yield the chunks, then close the upstream's connection. Redact the provider's keys in an error."""
     try:
@@ -404,6 +455,21 @@ def call_arguments(
     if not target.openai_format:
         fields, rest = _without(fields, OPENAI_ONLY), _without(rest, OPENAI_ONLY)
     return copy.deepcopy({**arguments, **fields, **({"extra_body": rest} if rest else {})})  # litellm rewrites in place
+
+
+def embedding_arguments(target: LiteLLMTarget, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a litellm call for embeddings that come from the body.
+
+    Vectors are asked for as numbers, which every provider knows. Fields for OpenAI's own records stay here.
+    """
+    sent = {
+        name: value for name, value in body.items() if name not in ("model", "encoding_format") and value is not None
+    }
+    if target.openai_format:
+        sent |= {"encoding_format": "float", "allowed_openai_params": ["dimensions"]}
+    else:
+        sent.pop("user", None)
+    return copy.deepcopy(sent)
 
 
 def _without(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]:

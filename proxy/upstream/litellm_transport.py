@@ -178,6 +178,7 @@ class CapturedResponse:
         choices: int = 1,
         memory: ResponseMemory | None = None,
         model: str = "the model",
+        max_vector_values: int | None = None,
     ) -> None:
         """
         Args:
@@ -185,6 +186,7 @@ class CapturedResponse:
             choices: how many were asked for (`n`).
             memory: for what is held of the response.
             model: our name of the model.
+            max_vector_values: how many numbers embeddings may hold; None: a completion was asked for.
         """
         self.connect_timeout_s = connect_timeout_s
         self.model = model
@@ -192,7 +194,8 @@ class CapturedResponse:
         self.choices = choices
         # Whether a stream is in OpenAI's format.
         self.openai_format = False
-        self.bounds = ResponseBounds(memory or ResponseMemory(), MAX_VALUES_AT_ONCE)
+        self.embeds = max_vector_values is not None
+        self.bounds = ResponseBounds(memory or ResponseMemory(), max_vector_values or MAX_VALUES_AT_ONCE)
         # A whole completion in OpenAI's format.
         self.completion: dict[str, Any] | None = None
         # What was wrong with the response, whatever litellm made of that.
@@ -234,6 +237,9 @@ class CapturedResponse:
 
     async def read(self, response: httpx.Response) -> None:
         """Read a response that is no stream. Raises UnusableResponse: litellm must not see it."""
+        if self.embeds:  # what litellm makes of them is checked
+            await response.aread()
+            return
         if not self.is_chat_format:
             await response.aread()
             try:
@@ -272,12 +278,20 @@ def capture(
     choices: int = 1,
     memory: ResponseMemory | None = None,
     model: str = "the model",
+    max_vector_values: int | None = None,
 ) -> Iterator[CapturedResponse]:
     """Capture what the pool receives in this context, and connect within the timeout.
 
     The call ends with the context, but a stream only when it is closed.
     """
-    captured = CapturedResponse(connect_timeout_s, stream=stream, choices=choices, memory=memory, model=model)
+    captured = CapturedResponse(
+        connect_timeout_s,
+        stream=stream,
+        choices=choices,
+        memory=memory,
+        model=model,
+        max_vector_values=max_vector_values,
+    )
     token = _current.set(captured)
     try:
         yield captured

@@ -9,14 +9,17 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
+from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
 from proxy.upstream.completion_reader import CompletionReader
-from proxy.upstream.endpoint import Endpoint, Endpoints
+from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
+from proxy.upstream.endpoint import Endpoint, Endpoints, encode
 from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
-from proxy.upstream.payload import JSONPayload
+from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
+from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.pool import (
     ConnectionClosed,
     ConnectionPool,
@@ -37,6 +40,9 @@ DRAIN_TIMEOUT_S = 1.0
 _READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
 
 
+BodyReader = CompletionReader | NativeAnswerReader | EmbeddingsReader
+
+
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
     """One request to one model."""
@@ -51,6 +57,8 @@ class UpstreamRequest:
     """None: as in the settings."""
     include_usage: bool = True
     """Whether a stream is asked for its usage, by `stream_options`."""
+    api: UpstreamAPI = "chat"
+    """Of which `body` is, and in which the upstream is to answer."""
 
     @property
     def choices(self) -> int:
@@ -80,7 +88,10 @@ class UpstreamResponse:
 
 
 class OpenAIClient:
-    """Call servers of OpenAI's format directly. One per process, on one event loop."""
+    """Call servers directly: in OpenAI's chat completions, or in another API that their clients speak too.
+
+    One per process, on one event loop.
+    """
 
     def __init__(
         self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, memory: ResponseMemory | None = None
@@ -114,13 +125,49 @@ class OpenAIClient:
         reader = ChunkReader(memory=self.memory, choices=request.choices, headers=response.headers)
         return UpstreamChunks(self, response, reader, endpoint.secrets)
 
+    async def complete_native(self, request: UpstreamRequest) -> NativePayload:
+        """Return the whole answer of another API than chat completions. Raises UpstreamError."""
+        assert request.api != "chat"
+        endpoint = self.endpoints.get(request.record, request.resolved, request.api)
+        response = await self._post(endpoint, request, stream=False)
+        with ResponseBounds(self.memory) as bounds:
+            reader = NativeAnswerReader(request.api, endpoint.name, bounds, response.headers)
+            try:
+                await _read_body(response, endpoint, reader)
+                return await reader.answer_in_thread()
+            except UpstreamError as error:
+                raise redact(endpoint.secrets, error) from error.__cause__
+
+    async def stream_native(self, request: UpstreamRequest) -> UpstreamChunks:
+        """Open a stream of NativePayload. Raises as `stream` does."""
+        assert request.api != "chat"
+        endpoint = self.endpoints.get(request.record, request.resolved, request.api)
+        response = await self._post(endpoint, request, stream=True)
+        reader = NativeReader(request.api, memory=self.memory, headers=response.headers)
+        return UpstreamChunks(self, response, reader, endpoint.secrets)
+
+    async def embed(self, request: UpstreamRequest, asked: EmbeddingsRequest) -> JSONPayload:
+        """Return the embeddings of the request's body. Raises UpstreamError."""
+        endpoint = self.endpoints.get(request.record, request.resolved, "embeddings")
+        response = await self._post(endpoint, request, stream=False)
+        with ResponseBounds(self.memory, MAX_VECTOR_VALUES) as bounds:
+            reader = EmbeddingsReader(endpoint.name, bounds, response.headers)
+            try:
+                await _read_body(response, endpoint, reader)
+                return reader.embeddings(asked.encoding)
+            except UpstreamError as error:
+                raise redact(endpoint.secrets, error) from error.__cause__
+
     async def aclose(self) -> None:
         await cancel_and_wait(*self._draining)
         await self._pool.aclose()
 
     async def _post(self, endpoint: Endpoint, request: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
         """Send the request and return a successful response. Raises UpstreamError."""
-        body = endpoint.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
+        if request.api == "chat":
+            body = endpoint.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
+        else:
+            body = encode({**request.body, "model": endpoint.model, "stream": stream})
         try:
             response = await self._send(endpoint, request, body)
         except (ProxyError, OutboundError, *_READ_ERRORS) as error:
@@ -133,7 +180,7 @@ class OpenAIClient:
         origin = endpoint.head.origin
         connection = await self._pool.acquire(origin, request.connect_timeout_s or self._connect_timeout_s)
         try:
-            await connection.send(endpoint.head.render(request.headers), body)
+            await connection.send(endpoint.render_head(request.headers), body)
             await connection.wait_for_head()
         except BaseException:
             self._pool.discard(connection)
@@ -224,7 +271,7 @@ async def _drain(response: UpstreamResponse) -> None:
         response.close()
 
 
-async def _read_next(response: UpstreamResponse, reader: ChunkReader | CompletionReader) -> bytes:
+async def _read_next(response: UpstreamResponse, reader: ChunkReader | BodyReader) -> bytes:
     """Read the next piece. TimeoutError if the answer has finished and nothing more comes soon."""
     if not reader.finished:
         return await response.read()
@@ -232,7 +279,7 @@ async def _read_next(response: UpstreamResponse, reader: ChunkReader | Completio
         return await response.read()
 
 
-async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: CompletionReader) -> None:
+async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: BodyReader) -> None:
     """Read all of a body and close the response.
 
     Raises:

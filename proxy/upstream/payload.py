@@ -43,6 +43,23 @@ def replace_model(raw: bytes, body: Mapping[str, Any], model: str) -> bytes | No
     return _replace_near_start(raw, stated, model) or _replace_anywhere(raw, model)
 
 
+def replace_inner_model(raw: bytes, body: Mapping[str, Any], within: str, model: str) -> bytes | None:
+    """Replace the value of `model` in the object `within`, as `replace_model` does in the outermost."""
+    wanted = _parse_object(raw)
+    inner = wanted.get(within)
+    if not isinstance(inner, dict) or not isinstance(body[within].get("model"), str):
+        return None
+    inner["model"] = model
+    for number, match in enumerate(_MODEL.finditer(raw)):
+        if number == _MAX_MATCHES:
+            return None
+        start, end = match.span(1)
+        changed = raw[:start] + _encode_name(model) + raw[end:]
+        if _parse_object(changed) == wanted:
+            return changed
+    return None
+
+
 def _replace_near_start(raw: bytes, stated: str, model: str) -> bytes | None:
     """Replace a member that the usual encoders wrote, before any inner object.
 
@@ -147,6 +164,52 @@ class JSONPayload:
 
     def _exact(self) -> dict[str, Any]:
         return self.body if self.raw is None else reparse(self.raw, self.body)
+
+
+# Members of an event with the answer so far, under its own `model`.
+_ANSWER_MEMBERS = ("message", "response")
+
+
+@dataclass(slots=True)
+class NativePayload(JSONPayload):
+    """A whole answer of another API than chat completions, or one event of a stream.
+
+    `body` is a completion or a chunk that says the same, `raw` is the upstream's JSON.
+    """
+
+    native: dict[str, Any] = field(default_factory=dict)
+    """What `raw` was parsed to."""
+    event_type: bytes | None = None
+    """Of an event; an empty one for an event without a type. None: it is a whole answer."""
+
+    def with_model(self, model: str) -> bytes:
+        """Return what the client is sent, under our name of the model: a whole answer, or an event with its lines."""
+        if self.event_type is None:
+            return self._answer(model)
+        data = self._event(model).replace(b"\n", b"\ndata: ")
+        return b"event: %b\ndata: %b\n\n" % (self.event_type, data) if self.event_type else b"data: %b\n\n" % data
+
+    def _exact(self) -> dict[str, Any]:
+        return self.body
+
+    def _answer(self, model: str) -> bytes:
+        raw = self._raw_or_encoded()
+        return replace_model(raw, self.native, model) or encode_json({**reparse(raw, self.native), "model": model})
+
+    def _event(self, model: str) -> bytes:
+        raw = self._raw_or_encoded()
+        for name in _ANSWER_MEMBERS:
+            answer = self.native.get(name)
+            if isinstance(answer, dict) and "model" in answer:
+                renamed = replace_inner_model(raw, self.native, name, model)
+                if renamed is None:
+                    exact = reparse(raw, self.native)
+                    renamed = encode_json({**exact, name: {**exact[name], "model": model}})
+                return renamed
+        return raw
+
+    def _raw_or_encoded(self) -> bytes:
+        return encode_json(self.native) if self.raw is None else self.raw
 
 
 def parse(data: bytes, *, checked: bool = False) -> tuple[Any, bytes | None]:

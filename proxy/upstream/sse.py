@@ -25,6 +25,18 @@ class RawLine(bytes):
     """A line of JSON without a field name, which some servers write into a stream for an error."""
 
 
+class TypedData(bytes):
+    """The data of an event, with the type that the event states."""
+
+    event_type: bytes
+
+    @classmethod
+    def of(cls, event_type: bytes, data: bytes) -> TypedData:
+        made = cls(data)
+        made.event_type = event_type
+        return made
+
+
 class SSEDecoder:
     """Turn the bytes of an event stream, however they are split, into the data of each whole event.
 
@@ -32,8 +44,10 @@ class SSEDecoder:
     error comes as ErrorData, and JSON on a line of its own as RawLine. Pings and comments are left out.
     """
 
-    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES) -> None:
+    def __init__(self, max_event_bytes: int = MAX_EVENT_BYTES, *, typed: bool = False) -> None:
+        """`typed`: data comes as TypedData where its event states a type, errors and pings among them."""
         self._max_event_bytes = max_event_bytes
+        self._typed = typed
         self._rest: list[bytes] = []
         self._data: list[bytes] = []
         self._raw: list[bytes] = []
@@ -109,10 +123,12 @@ class SSEDecoder:
     def _finish_event(self) -> tuple[bytes, ...]:
         """Return what a blank line ends."""
         data, raw = b"\n".join(self._data), b"\n".join(self._raw)
-        event_type = self._event_type.strip().lower()
-        has_data = bool(self._data)
+        stated_type = self._event_type.strip()
+        event_type, has_data = stated_type.lower(), bool(self._data)
         self._data, self._raw, self._event_type = [], [], b""
         found: tuple[bytes, ...] = (RawLine(raw),) if raw else ()
+        if self._typed and has_data and stated_type:
+            return (*found, TypedData.of(stated_type, data))
         if event_type.endswith(b"error"):
             return (*found, ErrorData(data))
         if not has_data or event_type in _PINGS or data.startswith(b":"):

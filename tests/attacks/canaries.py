@@ -12,6 +12,7 @@ import httpx
 import yaml
 from redis import Redis
 
+from tests.support.client_apis import PATHS, APIName, body_of
 from tests.support.command import ServeCommand, environment, run_command
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -44,9 +45,8 @@ class Canaries:
     def admin(self, method: str, path: str, body: Any = None) -> httpx.Response:
         return self.call(method, path, ADMIN_KEY, json=body)
 
-    def ask(self, model: str, **more: Any) -> httpx.Response:
-        body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
-        return self.call("POST", "/v1/chat/completions", json=body)
+    def ask(self, model: str, api: APIName = "chat", **more: Any) -> httpx.Response:
+        return self.call("POST", PATHS[api], json={**body_of(api, PROMPT), "model": model, **more})
 
 
 def model(name: str, address: str, **params: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tests.attacks.canaries import (
     model,
     served_with_canaries,
 )
+from tests.support.client_apis import API_NAMES
 from tests.support.command import environment, run_command
 from tests.support.scripted_answers import Step
 from tests.support.waiting import wait_until
@@ -97,17 +98,19 @@ def test_an_upstream_that_repeats_the_keys_is_not_quoted(canaries: Canaries, nam
     ]
     for step in steps:
         canaries.upstream.always = step
-        canaries.ask(name, stream=stream)
+        for api in API_NAMES:
+            canaries.ask(name, api, stream=stream)
     assert found(*canaries.seen, canaries.server.log) == []
 
 
 def test_error_responses_to_callers_contain_no_secret(canaries: Canaries) -> None:
     for body in (b"{", b'"' + ADMIN_KEY.encode(), b'{"model": "' + PROMPT.encode() + b'"}', b"\xff" + PROMPT.encode()):
         canaries.call("POST", "/v1/chat/completions", content=body)
-    canaries.ask(PROMPT)
-    canaries.ask("auto", stream=PROMPT)
-    canaries.ask("auto", uniroute={PROMPT: PROMPT})
-    canaries.ask("auto", **{PROMPT: PROMPT})
+    for api in API_NAMES:
+        canaries.ask(PROMPT, api)
+        canaries.ask("auto", api, stream=PROMPT)
+        canaries.ask("auto", api, uniroute={PROMPT: PROMPT})
+        canaries.ask("auto", api, **{PROMPT: PROMPT})
     canaries.call("GET", "/v1/models", headers={"lambda": PROMPT, "x-request-id": f"a {PROMPT}"})
     canaries.call("GET", f"/v1/models/{PROMPT}")
     canaries.call("GET", "/admin/models")

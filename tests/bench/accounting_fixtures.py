@@ -112,6 +112,7 @@ async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
                 health=HealthRegistry(CircuitBreakerSettings()),
                 concurrency_limiter=ConcurrencyLimiter(),
                 sessions=SessionStore(store, 3600),
+                responses=absent,
                 resolver=absent,
                 environ={},
             )

@@ -116,6 +116,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
         health=HealthRegistry(settings.breaker),
         concurrency_limiter=ConcurrencyLimiter(),
         sessions=SessionStore(store, 3600),
+        responses=absent,
         environ={},
     )
 

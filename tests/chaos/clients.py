@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 
+from tests.chaos.other_apis import MESSAGES, RESPONSES, OtherAPI, chat_events
 from tests.chaos.outcomes import (
     DROPPED,
     HUNG,
@@ -132,6 +133,29 @@ async def sdk_streamed(pool: ClientPool, ask: Ask) -> ClientResponse:
     return _response(raw.http_response, judge_text(ask.question, text, model, ended=True))
 
 
+def of_other_api(api: OtherAPI, *, stream: bool) -> Client:
+    """Return a client of another API than chat."""
+
+    async def client(pool: ClientPool, ask: Ask) -> ClientResponse:
+        body = {"model": ask.model, "stream": stream, **api.body(ask.question), **ask.extra}
+        async with pool.http.stream("POST", api.path, json=body, headers=ask.all_headers) as reply:
+            if reply.is_error:
+                failure = api.error(_json(await reply.aread()))
+                return _response(reply, judge_refusal(_usual_status(reply), reply.headers, failure))
+            if stream:
+                return _response(
+                    reply, judge_events(ask.question, chat_events(api, [event async for event in _events(reply)]))
+                )
+            return _response(reply, judge_body(ask.question, api.completion(_json(await reply.aread()))))
+
+    return client
+
+
+def _usual_status(reply: httpx.Response) -> int:
+    """Return 503 for Anthropic's own status of an overloaded server."""
+    return 503 if reply.status_code == 529 else reply.status_code
+
+
 async def leaving_early(pool: ClientPool, ask: Ask) -> ClientResponse:
     """Disconnect, usually before the first byte."""
     work = asyncio.create_task(ask.rng.choice((plain, streamed))(pool, ask))
@@ -173,8 +197,12 @@ async def stalling(pool: ClientPool, ask: Ask) -> ClientResponse:
 
 # With their weights.
 CLIENTS: Mapping[str, tuple[float, Client]] = {
-    "plain": (24, plain),
-    "streamed": (24, streamed),
+    "plain": (16, plain),
+    "streamed": (16, streamed),
+    "Messages plain": (4, of_other_api(MESSAGES, stream=False)),
+    "Messages streamed": (8, of_other_api(MESSAGES, stream=True)),
+    "Responses plain": (4, of_other_api(RESPONSES, stream=False)),
+    "Responses streamed": (8, of_other_api(RESPONSES, stream=True)),
     "SDK plain": (16, sdk_plain),
     "SDK streamed": (16, sdk_streamed),
     "leaves early": (8, leaving_early),

@@ -111,7 +111,7 @@ def judge_events(question: Question, events: Sequence[bytes]) -> Verdict:
             return _error_event(question, text, payload, is_last=place == len(events) - 1)
         if not isinstance(payload.get("choices"), list):
             return Verdict(MALFORMED, f"event {place}: {event[:80]!r}", model)
-        model = payload.get("model")
+        model = payload.get("model") or model  # of other APIs, only the first event names it
         text += "".join(choice["delta"].get("content") or "" for choice in payload["choices"])
     return judge_text(question, text, model, ended=done)
 

@@ -77,7 +77,7 @@ def test_the_bounds_of_a_profile_request_are_those_of_the_settings() -> None:
 
 
 def test_a_new_model_is_an_administrators_and_litellms_own_info_is_left_out() -> None:
-    record = new_record(model_info={"free": True, "mode": "chat"})
+    record = new_record(model_info={"free": True, "team_id": "t1"})
 
     assert (record.name, record.source, record.info.free) == ("team/new", "admin", True)
     assert record.info.model_dump(exclude_defaults=True) == {"free": True}

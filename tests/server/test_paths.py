@@ -30,10 +30,16 @@ def test_the_methods_of_a_path_are_those_of_all_its_routes(path: str, methods: s
         ("/v1/models/fair", None),
         ("/healthz/", "/healthz"),
         ("//admin/keys", None),
-        ("/v1/responses", None),
+        ("/responses", "/v1/responses"),
+        ("/responses/resp_1", "/v1/responses/resp_1"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("/v1/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/v1/files", None),
     ],
 )
-def test_only_slashes_and_a_missing_v1_are_corrected_and_never_on_admin_paths(path: str, corrected: str | None) -> None:
+def test_only_slashes_and_a_missing_or_second_v1_are_corrected_and_never_on_admin_paths(
+    path: str, corrected: str | None
+) -> None:
     assert corrected_path(path) == corrected
 
 

@@ -223,11 +223,11 @@ def test_litellm_keys_without_meaning_here_are_dropped_with_a_warning_that_names
     model_list:
       - model_name: a
         litellm_params: {model: x, rpm: 5, input_cost_per_token: 1.0e-6, output_cost_per_token: 2.0e-6}
-        model_info: {mode: chat}
+        model_info: {team_id: t1}
     """
     with caplog.at_level(logging.WARNING):
         (model,) = load_settings(a_file(tmp_path, text), {}).model_list
-    assert all(f"{key!r} is LiteLLM's" in caplog.text for key in ("litellm_settings", "rpm", "mode"))
+    assert all(f"{key!r} is LiteLLM's" in caplog.text for key in ("litellm_settings", "rpm", "team_id"))
     assert model.litellm_params == {"model": "x"}
     assert model.model_info.output_cost_per_token == 2e-6
 

@@ -18,10 +18,13 @@ APIName = Literal["chat", "messages", "responses", "completions"]
 class StreamTranslation(Protocol):
     """Turn the chunks of one stream into events of the client's API."""
 
-    keep_alive: bytes
-    """What is sent while the model is silent, once the stream has begun."""
-    answer: Mapping[str, Any] | None
-    """The whole answer as the client's API has it, once `finish` was called; None where nobody asks for it."""
+    @property
+    def keep_alive(self) -> bytes:
+        """What is sent while the model is silent, once the stream has begun."""
+
+    @property
+    def answer(self) -> Mapping[str, Any] | None:
+        """The whole answer as the client's API has it, once `finish` was called; None where nobody asks for it."""
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
         """Return the events of one chunk, with those that begin the answer if it is the first; often no bytes.
@@ -44,18 +47,35 @@ class StreamTranslation(Protocol):
 class Translation(Protocol):
     """One request of another API, as a chat request, and its answer in the client's API."""
 
-    api: APIName
-    document: Mapping[str, Any]
-    """The client's body, without UniRoute's own fields, for an upstream that speaks the client's API."""
-    body: Mapping[str, Any]
-    """The chat body. Its `model`, `stream`, `uniroute`, `models`, `provider` and `metadata` are the client's."""
-    left_out: tuple[str, ...]
-    """Fields of the client's body that no chat model can be sent, as paths: "tools[3] (web_search)"."""
-    stored: bool
-    """Whether later requests may ask for the answer by its id."""
+    @property
+    def api(self) -> APIName: ...
+
+    @property
+    def document(self) -> Mapping[str, Any]:
+        """The client's body, without UniRoute's own fields, for an upstream that speaks the client's API."""
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """The chat body. Its `model`, `stream`, `uniroute`, `models`, `provider` and `metadata` are the client's."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Fields of the client's body that no chat model can be sent, as paths: "tools[3] (web_search)"."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether later requests may ask for the answer by its id."""
 
     def answer(self, completion: Mapping[str, Any], model: str) -> dict[str, Any]:
         """Return a whole completion as the client's API has it. `model`: the registered name that answered."""
 
     def stream(self, model: str) -> StreamTranslation:
         """Begin a stream. `model`: the registered name that answers."""
+
+    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:
+        """Return the events that end a failed stream whose events an upstream of the client's API has written.
+
+        Args:
+            seen: our name of the `model`, and the newest `response` and `sequence_number`, where events had them.
+            error, status: as of `StreamTranslation.fail`.
+        """

@@ -24,7 +24,9 @@ from tests.bench.overhead.bodies import KINDS
 from tests.bench.overhead.compiled import LOAD, UPSTREAM, Upstream, program
 from tests.bench.overhead.contenders import (
     HAS_FORWARD_MODES,
+    MESSAGES,
     PINNED,
+    RESPONSES,
     ROUTED,
     TRANSLATED,
     Server,
@@ -105,7 +107,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
 
 def _servers(arguments: argparse.Namespace, folder: Path, url: str) -> Sequence[Server]:
     table = arguments.table
-    servers = [ours(folder / "ours", url, {ROUTED: "auto", PINNED: "model-0"}, embedder_cache=table)]
+    rows = {ROUTED: "auto", PINNED: "model-0", MESSAGES: "auto", RESPONSES: "auto"}
+    servers = [ours(folder / "ours", url, rows, embedder_cache=table)]
     if HAS_FORWARD_MODES:
         info = {"forward": "translate"}
         servers.append(ours(folder / "translated", url, {TRANSLATED: "auto"}, embedder_cache=table, info=info))

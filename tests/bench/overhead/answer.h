@@ -7,6 +7,10 @@
 enum { LONGEST_HEAD = 16384, SAMPLE = 300 };
 #define S 1000000000LL
 
+/* How the last event of a stream begins: of chat, and of the Messages and Responses APIs. */
+enum { PATTERNS = 3, ALL_PATTERNS = (1 << PATTERNS) - 1 };
+static const char *const PATTERN[PATTERNS] = {"data: [DONE]", "event: message_stop", "event: response.completed"};
+
 enum state { HEAD, WHOLE, SIZE, CHUNK, CHUNK_END, TRAILER };
 
 struct answer {
@@ -16,8 +20,8 @@ struct answer {
     long long left;         /* bytes of the body or of this chunk; -1 until the connection is closed */
     int status, closing;
     int stream;             /* whether the first event is waited for, not the first byte of the body */
-    int events, done;       /* lines that begin with "data:"; whether one was [DONE] */
-    int line, same;         /* place in the line; whether it is like the pattern up to there */
+    int events, done;       /* lines that begin with "data:"; whether one was the end of a stream */
+    int line, same;         /* place in the line; bits of the patterns that it is like up to there */
     int trailer;            /* characters of this trailer line */
     char text[SAMPLE];      /* how the body begins */
     size_t text_length;
@@ -35,7 +39,7 @@ static inline void await_answer(struct answer *a, int stream) {
     a->head_length = a->text_length = 0;
     a->head[0] = 0;
     a->events = a->done = a->line = a->status = a->closing = a->trailer = 0;
-    a->same = 1;
+    a->same = ALL_PATTERNS;
     a->stream = stream;
     a->first = 0;
 }
@@ -43,8 +47,21 @@ static inline void await_answer(struct answer *a, int stream) {
 /* Whether it has ended well if the connection is closed now. */
 static inline int ends_when_closed(const struct answer *a) { return a->state == WHOLE && a->left < 0; }
 
+/* Compare one character of a line with all patterns. */
+static inline void match(struct answer *a, char c) {
+    for (int i = 0; i < PATTERNS; i++) {
+        if (!(a->same & 1 << i)) continue;
+        if (PATTERN[i][a->line] != c) a->same &= ~(1 << i);
+        else if (!PATTERN[i][a->line + 1]) {
+            a->same &= ~(1 << i);
+            a->done = 1;
+        }
+    }
+    a->line++;
+    if (a->same & 1 && a->line == 5 && !a->events++ && !a->first) a->first = now();
+}
+
 static inline void look_at(struct answer *a, const char *p, size_t length) {
-    static const char pattern[] = "data: [DONE]";
     const char *end = p + length;
     if (a->text_length < SAMPLE) {
         size_t more = length < SAMPLE - a->text_length ? length : SAMPLE - a->text_length;
@@ -55,12 +72,10 @@ static inline void look_at(struct answer *a, const char *p, size_t length) {
     while (p < end) {
         if (*p == '\n') {
             a->line = 0;
-            a->same = 1;
+            a->same = ALL_PATTERNS;
             p++;
-        } else if (a->same && a->line < 12) {
-            a->same = *p++ == pattern[a->line++];
-            if (a->same && a->line == 5 && !a->events++ && !a->first) a->first = now();
-            if (a->same && a->line == 12) a->done = 1;
+        } else if (a->same) {
+            match(a, *p++);
         } else {
             p = memchr(p, '\n', end - p);
             if (!p) return;

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 from tests.bench.prompts import generated_prompts
+from tests.support.client_apis import PATHS, APIName
 
 Body = dict[str, Any]
 PLACEHOLDER = "@" * 8
@@ -92,6 +93,7 @@ def write_requests(
     stream: bool,
     pace_ms: int = 0,
     headers: Mapping[str, str] | None = None,
+    api: APIName = "chat",
 ) -> Path:
     """Write a file of records: a 32-bit length, then a whole request. `pace_ms`: between the events of its stream."""
     make, count = kind
@@ -102,10 +104,18 @@ def write_requests(
     with path.open("wb") as file:
         for _ in range(count):
             content = {"model": model, **make(words, rng), "max_tokens": LIMIT, **more}
-            body = json.dumps(content, separators=(",", ":")).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\n{lines}content-length: {len(body)}\r\n\r\n"
+            body = json.dumps(_in_api(api, content), separators=(",", ":")).encode()
+            head = f"POST {PATHS[api]} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\n\r\n"
             write_record(file, head.encode() + body)
     return path
+
+
+def _in_api(api: APIName, body: Body) -> Body:
+    """Return a chat body of plain turns as the same request of another API. Messages has the same fields."""
+    if api != "responses":
+        return body
+    rest = {name: value for name, value in body.items() if name not in ("messages", "max_tokens")}
+    return {**rest, "input": body["messages"], "max_output_tokens": body["max_tokens"], "store": False}
 
 
 def write_record(file: Any, record: bytes) -> None:

@@ -18,11 +18,15 @@ import yaml
 from proxy.settings.model_config import ModelInfo
 from router_core.artifact import load_map
 from tests.bench.overhead.processes import free_port, started, until_it_answers
+from tests.support.client_apis import APIName
 from tests.support.command import ADMIN_KEY, ROOT, environment
 from tests.support.proxy_process import model_entry, uniform_profile
 
 ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"
+MESSAGES, RESPONSES = "ours, routed, Messages", "ours, routed, Responses"
 FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
+# The API in which a row is asked, where that is not chat.
+API_OF_ROW: Mapping[str, APIName] = {MESSAGES: "messages", RESPONSES: "responses"}
 MODELS = 2
 BATCH_SIZE = 8
 # Whether a model says if it is relayed or translated. Else there is one way, and one row for it.

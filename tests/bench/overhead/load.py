@@ -23,6 +23,8 @@ GRACE_S = 20.0
 CHUNKED, UNTIL_CLOSED = -1.0, math.inf
 # Pieces that surely hold the last seven bytes: each has one or more.
 _TAIL = 8
+# How the last event of a stream begins: of chat, and of the Messages and Responses APIs.
+_ENDS = (b"\ndata: [DONE]", b"\nevent: message_stop", b"\nevent: response.completed")
 _LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
@@ -40,7 +42,7 @@ class Job:
     most: int = 0
     """Requests after which it ends early; 0: none."""
     fewest_events: int = 0
-    """Of a stream: with fewer, or without [DONE], it has failed. 0: answers are no streams."""
+    """Of a stream: with fewer, or without its end, it has failed. 0: answers are no streams."""
     seed: int = 0
 
     @property
@@ -214,12 +216,13 @@ class Load:
         return None
 
     def _events(self, answer: bytes) -> int:
-        """Count events, 0 without [DONE]. Chunks seldom cut an event: they are joined only if something is missing."""
+        """Count events, 0 without the last. Chunks seldom cut an event: they are joined if something is missing."""
         return self._counted(answer) or self._counted(b"\n" + body_of(answer))
 
     def _counted(self, text: bytes) -> int:
         events = text.count(b"\ndata:")
-        return events if b"\ndata: [DONE]" in text and events >= self.job.fewest_events else 0
+        ended = any(end in text for end in _ENDS)
+        return events if ended and events >= self.job.fewest_events else 0
 
     def _fail(self, reason: str, answer: bytes) -> None:
         self.measured.failed += 1

@@ -11,6 +11,7 @@ from tests.bench.overhead.compiled import Upstream, run
 from tests.bench.overhead.load import Job, Measured
 from tests.bench.overhead.processes import core_busy_s, cpu_s
 from tests.bench.overhead.upstream import CHUNKS
+from tests.support.client_apis import APIName
 
 # By name: per_s, chunks_per_s, cpu_ms, chunk_us, p50_ms, first_p50_ms…; NaN where nothing was measured.
 Figures = Mapping[str, float]
@@ -44,6 +45,7 @@ class Row:
     port: int
     pid: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
+    api: APIName = "chat"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,9 @@ class Bench:
         path = self.folder / "-".join(str(word).replace(" ", "_") for word in words)
         if not path.exists():
             kind = kind_of(case.kind)
-            write_requests(path, kind, row.model, stream=case.stream, pace_ms=case.pace_ms, headers=row.headers)
+            write_requests(
+                path, kind, row.model, stream=case.stream, pace_ms=case.pace_ms, headers=row.headers, api=row.api
+            )
         return path
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from proxy.cli import console
-from tests.bench.overhead.contenders import PINNED, ROUTED, TRANSLATED, Running, Server, profiled, running
+from tests.bench.overhead.contenders import (
+    API_OF_ROW,
+    MESSAGES,
+    PINNED,
+    RESPONSES,
+    ROUTED,
+    TRANSLATED,
+    Running,
+    Server,
+    profiled,
+    running,
+)
 from tests.bench.overhead.processes import Memory, memory
 from tests.bench.overhead.results import (
     DIRECT,
@@ -32,7 +43,7 @@ SETTLED_S = 1.0
 RATES = {HALF: at_once(16), HALF_STREAM: STREAM}
 # Bodies of other kinds have so much of the seconds, and are sent to one row of each way there is.
 MIXED, OF_A_KIND = "mixed", 0.6
-ONLY_MIXED = frozenset({PINNED, TRANSLATED})
+ONLY_MIXED = frozenset({PINNED, TRANSLATED, MESSAGES, RESPONSES})
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,10 @@ def _all_running(bench: Bench, servers: Sequence[Server]) -> Iterator[list[Row]]
 
 def rows_of(server: Server, started: Running) -> list[Row]:
     pid = started.process.pid
-    return [Row(name, model, server.port, pid, server.headers) for name, model in server.rows.items()]
+    return [
+        Row(name, model, server.port, pid, server.headers, API_OF_ROW.get(name, "chat"))
+        for name, model in server.rows.items()
+    ]
 
 
 def _find_rates(bench: Bench, rows: Sequence[Row], results: Results) -> None:

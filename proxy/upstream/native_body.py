@@ -1,0 +1,356 @@
+"""The body of a request in Anthropic's Messages or OpenAI's Responses, for one model that speaks that API.
+
+It is the client's own, less what the chosen model or its provider would refuse: clients write for the model that they
+name, and another may have been chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.settings.litellm_params import is_provider_param
+from proxy.settings.model_config import NativeAPI
+from proxy.storage.price_map import bundled_price_map
+from proxy.storage.records import ModelRecord
+from proxy.upstream.native_api import BODY_PARAMS, OWN_REASONING_PREFIX, OWN_SIGNATURE_PREFIX, reaches_anthropic
+
+Body = dict[str, Any]
+
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+
+_LIMIT_NAMES: Mapping[NativeAPI, str] = {"messages": "max_tokens", "responses": "max_output_tokens"}
+
+# Weakest first.
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# Every model that reasons takes these.
+_USUAL_EFFORTS = frozenset({"low", "medium", "high"})
+
+# Tokens of thinking, for models that take a budget in place of an effort.
+_BUDGETS = {"low": 2048, "medium": 8192, "high": 16384, "xhigh": 32000, "max": 32000}
+
+# What a budget says of the effort, for models that take no budget.
+_MIN_BUDGETS = {"xhigh": 32000, "high": 10000, "medium": 4000}
+
+# Anthropic refuses a smaller one.
+MIN_BUDGET = 1024
+
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+# Claude Code's first block of `system`, for Anthropic's accounting.
+_BILLING_PREFIX = "x-anthropic-billing-header:"
+
+_THINKING_BLOCKS = frozenset({"thinking", "redacted_thinking"})
+
+# Items whose ids say which reasoning belongs to them. Nothing else needs the ids.
+_ITEMS_AFTER_REASONING = frozenset({"message", "function_call", "custom_tool_call"})
+
+
+@dataclass(frozen=True)
+class ReasoningSupport:
+    """What a model takes of the fields about reasoning. None: not known, and then the client's are sent as they are."""
+
+    reasons: bool | None
+    flags: Mapping[str, bool] | None
+    """Of LiteLLM's price map, without `supports_`; None: it does not list the model."""
+
+    def lacks(self, flag: str) -> bool:
+        """Return whether a listed model is not said to support something."""
+        return self.flags is not None and not self.flags.get(flag)
+
+    def has(self, flag: str) -> bool:
+        return self.flags is not None and self.flags.get(flag) is True
+
+    def nearest_effort(self, effort: str) -> str:
+        """Return the strongest effort up to this one that the model takes, or else its weakest."""
+        if self.flags is None or effort not in _EFFORTS:
+            return effort
+        taken = [each for each in _EFFORTS if self._takes(each)]
+        return next((each for each in reversed(taken) if _EFFORTS.index(each) <= _EFFORTS.index(effort)), taken[0])
+
+    def _takes(self, effort: str) -> bool:
+        stated = (self.flags or {}).get(f"{effort}_reasoning_effort")
+        return effort in _USUAL_EFFORTS if stated is None else stated
+
+
+def reasoning_support(record: ModelRecord) -> ReasoningSupport:
+    """Look up what a model is known to take. `model_info` counts more than the price map, which lists what it can."""
+    listed = bundled_price_map().find(str(record.litellm_params["model"]))
+    reasons = record.info.supports_reasoning
+    if reasons is None and listed is not None:
+        reasons = listed.capabilities.reasoning is True
+    return ReasoningSupport(reasons, None if listed is None else listed.flags)
+
+
+def native_body(
+    api: NativeAPI, document: Mapping[str, Any], record: ModelRecord, *, max_output_tokens: int | None = None
+) -> Body:
+    """Return what a model is sent in its own API, but for `model` and `stream`.
+
+    Args:
+        document: the client's body, without UniRoute's own fields. It is not changed.
+        max_output_tokens: an upper bound of the answer's tokens. None: the client's own holds.
+    """
+    body = _with_model_params(api, document, record) if record.has_body_params else dict(document)
+    if max_output_tokens is not None:
+        name = _LIMIT_NAMES[api]
+        stated = body.get(name)
+        is_smaller = isinstance(stated, int) and not isinstance(stated, bool) and stated <= max_output_tokens
+        body[name] = stated if is_smaller else max_output_tokens
+    support = reasoning_support(record)
+    return _messages_body(body, record, support) if api == "messages" else _responses_body(body, support)
+
+
+def _with_model_params(api: NativeAPI, document: Mapping[str, Any], record: ModelRecord) -> Body:
+    """Add the parameters that the model fixes and the client does not state."""
+    body = dict(document)
+    for name, value in record.litellm_params.items():
+        theirs = BODY_PARAMS[api].get(name)
+        if theirs is None or value is None or is_provider_param(name) or _states(api, document, theirs):
+            continue
+        if name == "reasoning_effort":
+            body |= _fixed_effort(api, str(value))
+        elif name == "stop":
+            body[theirs] = [value] if isinstance(value, str) else value
+        else:
+            body[theirs] = value
+    if (system := record.litellm_params.get("system")) and not _has_system(document):
+        body["system" if api == "messages" else "instructions"] = system
+    return body
+
+
+def _states(api: NativeAPI, document: Mapping[str, Any], name: str) -> bool:
+    """Return whether the client states a field, or another that says the same."""
+    names = ("thinking", "output_config") if api == "messages" and name in ("thinking", "output_config") else (name,)
+    return any(document.get(each) is not None for each in names)
+
+
+def _fixed_effort(api: NativeAPI, effort: str) -> Body:
+    if api == "responses":
+        return {"reasoning": {"effort": effort}}
+    if effort == "none":
+        return {"thinking": {"type": "disabled"}}
+    effort = "low" if effort == "minimal" else effort
+    return {"thinking": {"type": "adaptive"}, "output_config": {"effort": effort}}
+
+
+def _has_system(document: Mapping[str, Any]) -> bool:
+    turns = document.get("messages") or document.get("input")
+    return bool(document.get("system") or document.get("instructions")) or any(
+        turn.get("role") in ("system", "developer") for turn in _mappings(turns)
+    )
+
+
+# Anthropic's Messages.
+
+
+def _messages_body(body: Body, record: ModelRecord, support: ReasoningSupport) -> Body:
+    if not reaches_anthropic(record) and "system" in body:
+        _set_member(body, "system", _without_billing(body["system"]))
+    if isinstance(messages := body.get("messages"), list):
+        body["messages"] = list(_readable_turns(messages, support))
+    _adapt_thinking(body, support)
+    if support.flags is not None and support.flags.get("sampling_params") is False:
+        for name in _SAMPLING:
+            body.pop(name, None)
+    return body
+
+
+def _without_billing(system: Any) -> Any:
+    if isinstance(system, str):
+        return "" if system.startswith(_BILLING_PREFIX) else system
+    if not isinstance(system, list):
+        return system
+    return [block for block in system if not _is_billing(block)]
+
+
+def _is_billing(block: Any) -> bool:
+    text = block.get("text") if isinstance(block, Mapping) else None
+    return isinstance(text, str) and text.startswith(_BILLING_PREFIX)
+
+
+def _adapt_thinking(body: Body, support: ReasoningSupport) -> None:
+    """Ask for thinking in the way that the model knows, as much of it as the client asked for."""
+    config = body.get("output_config")
+    effort = config.get("effort") if isinstance(config, Mapping) else None
+    stated = thinking = body.get("thinking")
+    if isinstance(stated, Mapping):
+        thinking, effort = _adapted(stated, effort, support)
+        thinking = _allowed(thinking, body)
+    if support.reasons is False:
+        thinking = effort = None
+    if support.lacks("output_config"):
+        effort = None
+    _set_member(body, "thinking", thinking)
+    _set_effort(body, support.nearest_effort(effort) if isinstance(effort, str) else effort)
+    if not thinking and (stated or support.reasons is False):
+        _drop_thinking_edits(body)
+
+
+def _adapted(thinking: Mapping[str, Any], effort: Any, support: ReasoningSupport) -> tuple[Body | None, Any]:
+    """Return `thinking` and the effort in the way that the model knows."""
+    kind = thinking.get("type")
+    if kind == "disabled":
+        return (None if support.has("thinking_always_on") else dict(thinking)), effort
+    if kind == "enabled" and support.has("adaptive_thinking") and support.lacks("legacy_thinking"):
+        shown = {"display": thinking["display"]} if "display" in thinking else {}
+        return {"type": "adaptive", **shown}, effort or _effort_of(thinking.get("budget_tokens"))
+    if kind not in ("enabled", "disabled") and support.lacks("adaptive_thinking"):
+        shown = {"display": thinking["display"]} if "display" in thinking else {}
+        return {"type": "enabled", "budget_tokens": _BUDGETS.get(str(effort or "high"), MIN_BUDGET), **shown}, effort
+    return dict(thinking), effort
+
+
+def _effort_of(budget: Any) -> str:
+    if not isinstance(budget, int):
+        return "high"
+    return next((effort for effort, least in _MIN_BUDGETS.items() if budget >= least), "low")
+
+
+def _allowed(thinking: Body | None, body: Body) -> Body | None:
+    """Keep a budget below the limit of the whole answer. None: thinking with a budget would be refused."""
+    if thinking is None or thinking.get("type") != "enabled":
+        return thinking
+    if _continues_without_thinking(body.get("messages")):
+        return None
+    budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
+    if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
+        return thinking
+    return {**thinking, "budget_tokens": max(MIN_BUDGET, limit // 2)} if limit > MIN_BUDGET else None
+
+
+def _continues_without_thinking(messages: Any) -> bool:
+    """Return whether the newest assistant turn calls tools without thinking before, as other models do."""
+    last: Mapping[str, Any] = next(
+        (turn for turn in reversed(_mappings(messages)) if turn.get("role") == "assistant"), {}
+    )
+    kinds = [block.get("type") for block in _mappings(last.get("content"))]
+    return "tool_use" in kinds and kinds[0] not in _THINKING_BLOCKS
+
+
+def _set_effort(body: Body, effort: Any) -> None:
+    config = body.get("output_config")
+    if not isinstance(config, Mapping | None):
+        return
+    kept = {name: value for name, value in (config or {}).items() if name != "effort"}
+    if effort is not None:
+        kept["effort"] = effort
+    if config is None or kept != config:
+        _set_member(body, "output_config", kept)
+
+
+def _set_member(body: Body, name: str, value: Any) -> None:
+    """Set a member, or leave it out if there is nothing in it."""
+    if value:
+        body[name] = value
+    else:
+        body.pop(name, None)
+
+
+def _drop_thinking_edits(body: Body) -> None:
+    """Leave out the edits of thinking: they are refused where there is no thinking."""
+    management = body.get("context_management")
+    edits = management.get("edits") if isinstance(management, Mapping) else None
+    if not isinstance(management, Mapping) or not isinstance(edits, list):
+        return
+    kept = [edit for edit in edits if not (isinstance(edit, Mapping) and _is_thinking_edit(edit))]
+    if len(kept) < len(edits):
+        _set_member(body, "context_management", {**management, "edits": kept} if kept else None)
+
+
+def _is_thinking_edit(edit: Mapping[str, Any]) -> bool:
+    return str(edit.get("type")).startswith("clear_thinking")
+
+
+def _readable_turns(turns: list[Any], support: ReasoningSupport) -> Iterator[Any]:
+    """Yield the turns without thinking that the provider cannot read, and under roles that the model knows."""
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            yield turn
+            continue
+        if turn.get("role") == "system" and support.lacks("mid_conversation_system"):
+            turn = {**turn, "role": "user"}
+        content = turn.get("content")
+        if turn.get("role") == "assistant" and isinstance(content, list):
+            kept = [block for block in content if not _is_unreadable(block, support)]
+            if not kept and content:
+                continue
+            turn = turn if len(kept) == len(content) else {**turn, "content": kept}
+        yield turn
+
+
+def _is_unreadable(block: Any, support: ReasoningSupport) -> bool:
+    if not isinstance(block, Mapping) or block.get("type") not in _THINKING_BLOCKS:
+        return False
+    signature = block.get("signature") if block.get("type") == "thinking" else block.get("data")
+    readable = isinstance(signature, str) and signature and not signature.startswith(OWN_SIGNATURE_PREFIX)
+    return not readable or support.reasons is False
+
+
+# OpenAI's Responses.
+
+
+def _responses_body(body: Body, support: ReasoningSupport) -> Body:
+    """Nothing is stored at the provider: what a request continues was put into its `input` before."""
+    was_stored = body.get("store") is not False
+    body["store"] = False
+    for name in ("previous_response_id", "conversation", "background"):
+        body.pop(name, None)
+    _include_reasoning(body, support, even_if_not_asked=was_stored)
+    _adapt_effort(body, support)
+    if isinstance(body.get("input"), list):
+        body["input"] = list(_readable_items(body["input"], support))
+    return body
+
+
+def _include_reasoning(body: Body, support: ReasoningSupport, *, even_if_not_asked: bool) -> None:
+    """Ask for encrypted reasoning, which a model without any refuses to send."""
+    include = body.get("include") or []
+    if not isinstance(include, list):
+        return
+    if support.reasons is False:
+        include = [each for each in include if each != ENCRYPTED_REASONING]
+    elif even_if_not_asked and support.reasons and ENCRYPTED_REASONING not in include:
+        include = [*include, ENCRYPTED_REASONING]
+    _set_member(body, "include", include)
+
+
+def _adapt_effort(body: Body, support: ReasoningSupport) -> None:
+    reasoning = body.get("reasoning")
+    if not isinstance(reasoning, Mapping):
+        return
+    if support.reasons is False:
+        del body["reasoning"]
+    elif isinstance(effort := reasoning.get("effort"), str):
+        body["reasoning"] = {**reasoning, "effort": support.nearest_effort(effort)}
+
+
+def _readable_items(items: list[Any], support: ReasoningSupport) -> Iterator[Any]:
+    """Yield the items that the provider can read without anything that it had stored."""
+    kept = [item for item in items if not _is_foreign(item, support)]
+    if len(kept) == len(items):
+        yield from items
+        return
+    for item in kept:
+        # By these ids the provider would miss the reasoning that is left out.
+        if isinstance(item, Mapping) and item.get("type", "message") in _ITEMS_AFTER_REASONING and "id" in item:
+            item = {name: value for name, value in item.items() if name != "id"}
+        yield item
+
+
+def _is_foreign(item: Any, support: ReasoningSupport) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    if item.get("type") == "item_reference":
+        return True
+    if item.get("type") != "reasoning":
+        return False
+    encrypted = item.get("encrypted_content")
+    readable = isinstance(encrypted, str) and encrypted and not encrypted.startswith(OWN_REASONING_PREFIX)
+    return not readable or support.reasons is False
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
