@@ -42,6 +42,7 @@ from proxy.server.middleware import (
     ServedPaths,
     corrected_path,
 )
+from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
@@ -78,7 +79,7 @@ log = logging.getLogger("uniroute")
 Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (
-    *(open_router, keyed_router, completions_router, responses_router, embeddings_router),
+    *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     *(models_router, jobs_router, keys_router, audit_router),
 )
 

@@ -2,7 +2,6 @@
 
 ProxyError
 ├── BadRequest                400  the caller's body or headers; `param` names the field
-│   ├── PreviousResponseNotFound 400  `previous_response_id`, as OpenAI answers it
 │   ├── FieldNotAllowed       400  a field that would steer the provider layer
 │   └── LoopDetected          400  the request has passed this router before, or too many routers
 ├── Unauthenticated           401  no key, or an unknown one
@@ -11,6 +10,7 @@ ProxyError
 │   ├── JobNotFound           404
 │   ├── KeyNotFound           404
 │   └── ResponseNotFound      404
+│       └── PreviousResponseNotFound 404  the response that a request continues
 ├── Conflict                  409  the name is taken, or the configuration file owns it
 ├── BodyTimeout               408  the rest of the body did not come
 ├── ContentTooLarge           413
@@ -74,10 +74,6 @@ class FieldNotAllowed(BadRequest):
     """A field that would choose addresses, keys or behaviour of the provider layer."""
 
 
-class PreviousResponseNotFound(BadRequest):
-    """The response that a request continues is not kept, or no longer."""
-
-
 class LoopDetected(BadRequest):
     """Routers call one another in a circle. Not a 5xx, which each of them would retry elsewhere."""
 
@@ -104,6 +100,10 @@ class KeyNotFound(ModelNotFound):
 
 class ResponseNotFound(ModelNotFound):
     """No response with this id is kept for the caller."""
+
+
+class PreviousResponseNotFound(ResponseNotFound):
+    """The response that a request continues is not kept, or no longer."""
 
 
 class Conflict(APIError):

@@ -29,6 +29,8 @@ from router_core.types import CAPABILITY_NAMES, Requirements
 # In `route_names`: every name that is not registered is routed.
 ANY = "*"
 
+CLAUDE = "claude-"
+
 EMPTY: Mapping[str, float] = MappingProxyType({})
 
 
@@ -104,17 +106,40 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
         Forbidden: the key may not use this model.
         BadRequest: the model answers with embeddings.
     """
+    mode = alias_mode(name, settings, snapshot)
+    if mode is not None:
+        return mode
+    if name in snapshot.models:
+        _check_allowed(name, key)
+        _check_chats(name, "model", snapshot)
+        return RoutingMode.PINNED
+    raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
+
+
+def alias_mode(name: str, settings: Settings, snapshot: RoutingSnapshot) -> RoutingMode | None:
+    """Return how a name that asks for routing is routed; None: it is a model's, or nothing here has it."""
     if name in ALIASES:
         return ALIASES[name]
     if name in settings.route_names and name != ANY:
         return RoutingMode.SCORED
     if name in snapshot.models:
-        _check_allowed(name, key)
-        _check_chats(name, "model", snapshot)
-        return RoutingMode.PINNED
-    if ANY in settings.route_names:
-        return RoutingMode.SCORED
-    raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
+        return None
+    if name.startswith(CLAUDE) and (mode := claude_aliases(settings.route_names).get(name)) is not None:
+        return mode
+    return RoutingMode.SCORED if ANY in settings.route_names else None
+
+
+def claude_aliases(route_names: Collection[str]) -> dict[str, RoutingMode]:
+    """Return a name that begins with `claude` for each name that asks for routing: Claude Code offers no others.
+
+    A registered model of such a name wins.
+    """
+    own = {f"{CLAUDE}{name.rpartition('/')[2]}": mode for name, mode in ALIASES.items()}
+    return own | {
+        f"{CLAUDE}{name}": RoutingMode.SCORED
+        for name in route_names
+        if name != ANY and f"{CLAUDE}{name}" not in own and not name.startswith(CLAUDE)
+    }
 
 
 def allowed_models(snapshot: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:

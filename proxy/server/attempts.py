@@ -53,13 +53,13 @@ class AttemptRunner:
             UpstreamError: the last model that was asked has failed.
             ModelAtCapacity: no model had a free slot.
         """
-        return await self._run(self._complete, lambda answer: is_empty_completion(answer.body))
+        return await self.run(self._complete, lambda answer: is_empty_completion(answer.body))
 
     async def open_stream(self) -> UpstreamStream:
         """Return the first stream with content. Raises as `complete` does."""
-        return await self._run(self._stream, lambda stream: stream.is_empty)
+        return await self.run(self._stream, lambda stream: stream.is_empty)
 
-    async def _run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
+    async def run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
         """Ask the candidates in their order. If every circuit is open, ask the model that recovers first."""
         outcome: Answer | UpstreamError | None = None
         at_capacity: list[ModelAtCapacity] = []
@@ -360,8 +360,12 @@ class UpstreamStream:
     def _buffer(self, block: list[JSONPayload]) -> None:
         """Keep chunks that came before the first content, within the limits."""
         for chunk in block:
-            is_essential = usage_of(chunk.body) or is_finished(chunk.body)
+            is_essential = self.is_native or usage_of(chunk.body) or is_finished(chunk.body)
             limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
+            if self.is_native and len(self._buffered) < limit:
+                # Events of other APIs build on those before them. Large ones count in the memory for responses.
+                self._buffered.append(chunk)
+                continue
             if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
                 continue
             self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))

@@ -249,7 +249,7 @@ async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> 
     """Store a whole answer that later requests may ask for."""
     if answer is None or ctx.translation is None or not ctx.translation.stored:
         return
-    kept = record_of(ctx.translation.document, answer)
+    kept = record_of(ctx.translation, answer)
     await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 

@@ -10,9 +10,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from proxy.errors import BadRequest, Forbidden, ModelNotFound
 from proxy.routing.affinity import NO_AFFINITY
 from proxy.routing.chat_request import OWN_FIELDS, READ_HEADERS, ChatRequest, parse_object, read_options
-from proxy.routing.cost_weight import ALIASES
 from proxy.routing.selection import Selection
-from proxy.routing.selection_context import ANY, may_use
+from proxy.routing.selection_context import alias_mode, may_use
 from proxy.server.admin_responses import Count, OpenResponseModel
 from proxy.server.attempts import AttemptRunner
 from proxy.server.auth import KEY_IN_SCOPE
@@ -233,12 +232,10 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
         ModelNotFound, Forbidden: there is no such model, or this key may not use it.
     """
     snapshot, settings = ctx.snapshot, ctx.app.settings
-    if name not in snapshot.models and name not in ALIASES and name not in settings.route_names:
-        if ANY in settings.route_names:
-            raise BadRequest(f"{name[:128]!r} asks for routing; {_embeddings_hint(ctx)}", param="model")
-        raise ModelNotFound(f"the model {name[:128]!r} does not exist; {_embeddings_hint(ctx)}", param="model")
+    if alias_mode(name, settings, snapshot) is not None:
+        raise BadRequest(f"{name[:128]!r} asks for routing; {_embeddings_hint(ctx)}", param="model")
     if name not in snapshot.models:
-        raise BadRequest(f"{name!r} asks for routing; {_embeddings_hint(ctx)}", param="model")
+        raise ModelNotFound(f"the model {name[:128]!r} does not exist; {_embeddings_hint(ctx)}", param="model")
     if not may_use(name, ctx.key):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
     if name not in snapshot.embeddings:
@@ -281,7 +278,7 @@ class EmbeddingsRunner(AttemptRunner):
 
     async def embed(self) -> JSONPayload:
         """Return the embeddings. Raises UpstreamError or ModelAtCapacity."""
-        return await self._run(self._embed, lambda _: False)
+        return await self.run(self._embed, lambda _: False)
 
     async def _embed(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         upstream = self._ctx.app.upstream

@@ -267,13 +267,15 @@ _REFUSALS = (400, 401, 403, 404, 408, 413, 415, 503)
 _FAILURES = (402, 409, 422, 429, 500, 502, 504)
 
 
+_LAMBDA: Schema = {"name": "lambda", "in": "header", "description": "The cost weight.", "schema": _WEIGHT}
+
+
 def _operation(summary: str, body: str, answer: str, error: str = "Error") -> Schema:
     """Describe a call that asks no model."""
     return {
         "tags": ["chat"],
         "summary": summary,
         "security": [{"client": []}],
-        "parameters": [{"name": "lambda", "in": "header", "description": "The cost weight.", "schema": _WEIGHT}],
         "requestBody": {"required": True, "content": _json_of(body)},
         "responses": {
             "200": {"description": "OK", "content": _json_of(answer)},
@@ -286,6 +288,7 @@ def _completion_operation(summary: str, body: str, answer: str, error: str = "Er
     """Describe a call that asks a model, streamed or not."""
     operation = _operation(summary, body, answer, error)
     content = {**_json_of(answer), "text/event-stream": {"schema": _ref("Event")}}
+    operation["parameters"] = [_LAMBDA]
     operation["responses"] |= {
         "200": {"description": "OK", "content": content, "headers": _DECISION_HEADERS},
         **_error_responses(*_FAILURES, schema=error),
@@ -304,5 +307,8 @@ CLIENT_OPERATIONS: Mapping[str, Schema] = {
         "The same for clients of OpenAI's older completions", "TextCompletionBody", "TextCompletion"
     ),
     COUNT_TOKENS: _operation("Estimate the tokens of a request", "CountTokensBody", "TokenCount", "MessagesError"),
-    ROUTE: _operation("The decision for a chat body, nothing forwarded", "ChatBody", "Decision"),
+    ROUTE: {
+        **_operation("The decision for a chat body, nothing forwarded", "ChatBody", "Decision"),
+        "parameters": [_LAMBDA],
+    },
 }

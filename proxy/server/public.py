@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import WithJsonSchema
 
-from proxy.errors import ModelNotFound
-from proxy.routing.cost_weight import ALIASES, RoutingMode, key_allows_mode
-from proxy.routing.selection_context import ANY, allowed_models
-from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel, one_of
-from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
-from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
+from proxy.server.admin_responses import Count, OpenResponseModel, one_of
+from proxy.server.dependencies import AppStateDep
+from proxy.server.openapi import COMMON_ERRORS, UNSET, client_key
 from proxy.server.startup import Startup
 
 open_router = APIRouter(tags=["server"], default_response_class=JSONResponse)
@@ -26,20 +21,6 @@ keyed_router = APIRouter(
 )
 
 
-class Model(ResponseModel):
-    """A model as OpenAI lists it."""
-
-    id: str
-    object: Annotated[str, WithJsonSchema({"const": "model"})]
-    created: Count
-    owned_by: str
-
-
-class ModelList(ResponseModel):
-    object: Annotated[str, WithJsonSchema({"const": "list"})]
-    data: list[Model]
-
-
 class Status(OpenResponseModel):
     """Whether the server can route; while it starts, the steps that are under way."""
 
@@ -49,39 +30,10 @@ class Status(OpenResponseModel):
     provider_lookups: Count = UNSET
 
 
-@keyed_router.get("/v1/models", summary="The models that this key may use", response_model=ModelList)
-async def list_models(state: AppStateDep, key: CurrentKey) -> dict[str, Any]:
-    return {"object": "list", "data": list(_models_for(state, key))}
-
-
-@keyed_router.get("/v1/models/{name:path}", summary="One of them", response_model=Model, responses=errors(404))
-async def get_model(
-    name: Annotated[str, Path(), WithJsonSchema(MODEL_NAME_SCHEMA)], state: AppStateDep, key: CurrentKey
-) -> dict[str, Any]:
-    for model in _models_for(state, key):
-        if model["id"] == name:
-            return model
-    if (
-        ANY in state.settings.route_names
-        and name not in state.snapshots.current.models
-        and key_allows_mode(RoutingMode.SCORED, key)
-    ):
-        return _model(name, 0, "uniroute")
-    raise ModelNotFound(f"the model {name[:128]!r} does not exist, or this key may not use it", param="model")
-
-
-def _models_for(state: AppState, key: CurrentKey) -> Iterator[dict[str, Any]]:
-    snapshot = state.snapshots.current
-    route_names = (name for name in state.settings.route_names if name != ANY)
-    for name in dict.fromkeys((*ALIASES, *route_names)):
-        if key_allows_mode(ALIASES.get(name, RoutingMode.SCORED), key):
-            yield _model(name, 0, "uniroute")
-    for name in allowed_models(snapshot, key):
-        yield _model(name, int(snapshot.models[name].created_at), snapshot.models[name].source)
-
-
-def _model(name: str, created: int, owner: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": owner}
+@open_router.get("/", summary="The server is here", response_model=Status)
+async def root() -> Response:
+    """Answer clients that look for a server at the base of its address before they send a key."""
+    return JSONResponse({"status": "ok"})
 
 
 @open_router.get("/healthz", summary="The process is up", response_model=Status)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -13,15 +12,15 @@ from pydantic import WithJsonSchema
 from proxy.errors import BadRequest, PreviousResponseNotFound, ResponseNotFound
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel
 from proxy.server.api.responses_input import ExpandedInput
+from proxy.server.api.responses_reasoning import OWN_ITEM_ID
+from proxy.server.api.responses_request import ResponsesTranslation
+from proxy.server.api.translation import Translation
 from proxy.server.dependencies import AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, client_key, errors
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.response_store import ResponseStore
 
 Item = Mapping[str, Any]
-
-# Of an item in an answer of ours: the id of its response is a part of it.
-_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})_\d+", re.ASCII)
 
 # Responses to which the items of one request may refer.
 MAX_REFERRED = 64
@@ -32,9 +31,12 @@ def scope_of(key: ClientKey | None) -> str:
     return key.id if key is not None else ""
 
 
-def record_of(document: Mapping[str, Any], response: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a request, whose `input` was expanded, and of its answer."""
-    return {"input": _items(document.get("input")), "response": dict(response)}
+def record_of(translation: Translation, response: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a request, with all that it continues, and of its answer."""
+    kept = translation.document.get("input")
+    if isinstance(translation, ResponsesTranslation):
+        kept = translation.input
+    return {"input": _items(kept), "response": dict(response)}
 
 
 async def expand(document: Mapping[str, Any], store: ResponseStore, scope: str) -> Mapping[str, Any]:
@@ -73,7 +75,7 @@ async def _resolve(items: list[Item], history: list[Item], store: ResponseStore,
         if not _is_reference(item):
             resolved.append(item)
         elif (wanted := str(item.get("id"))) not in present:
-            match = _ITEM_ID.fullmatch(wanted)
+            match = OWN_ITEM_ID.fullmatch(wanted)
             response_id = f"resp_{match[1]}" if match else ""
             if response_id not in known and len(known) < MAX_REFERRED:
                 record = await store.get(scope, response_id) or {}

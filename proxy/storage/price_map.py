@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,15 +19,6 @@ SAMPLE_ENTRY = "sample_spec"
 TEXT_MODES = frozenset({None, "chat", "completion", "responses"})
 
 MAX_WINDOW = 10**12
-
-# Flags that decide what a request in the model's own API may ask of it.
-_FLAGS = {
-    f"supports_{name}": name
-    for name in (
-        *("adaptive_thinking", "legacy_thinking", "output_config", "sampling_params", "mid_conversation_system"),
-        *(f"{level}_reasoning_effort" for level in ("none", "minimal", "low", "xhigh", "max")),
-    )
-} | {"thinking_always_on": "thinking_always_on"}
 
 # Providers whose zero price is a price. Elsewhere it stands for a trial, a subscription or "not known".
 RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
@@ -63,11 +54,13 @@ class PriceMapEntry:
     provider: str
     price: Price | None
     capabilities: Capabilities
-    flags: Mapping[str, bool] = field(default_factory=dict)
-    """What else it supports or not, such as `adaptive_thinking`: LiteLLM's names without `supports_`."""
     thinking: ThinkingSupport = ThinkingSupport()
     sampling: bool = True
     """Whether it accepts `temperature`, `top_p` and `top_k`."""
+    output_config: bool = False
+    """Whether it accepts `output_config.effort` of Anthropic's Messages."""
+    system_turns: bool = False
+    """Whether it accepts system turns among the others in Anthropic's Messages."""
     mode: str | None = None
     """What the model is for."""
 
@@ -152,9 +145,10 @@ def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
         provider=provider,
         price=_price(name, listed, provider),
         capabilities=_capabilities(listed),
-        flags={flag: listed[key] for key, flag in _FLAGS.items() if isinstance(listed.get(key), bool)},
         thinking=_thinking(listed),
         sampling=_ability(listed, "supports_sampling_params") is not False,
+        output_config=_ability(listed, "supports_output_config") is True,
+        system_turns=_ability(listed, "supports_mid_conversation_system") is True,
         mode=listed.get("mode"),
     )
 

@@ -84,7 +84,8 @@ class ResponseStore:
             async with self._store.operation("read a kept response") as client:
                 text: Any = await client.get(_key(scope, response_id))
         except StoreUnavailable as error:
-            raise ServiceUnavailable(str(error)) from error
+            raise self._unavailable(error) from error
+        self._availability.mark_available()
         return None if text is None else self._read(text)
 
     async def delete(self, scope: str, response_id: str) -> bool:
@@ -99,7 +100,13 @@ class ResponseStore:
             async with self._store.operation("delete a kept response") as client:
                 return bool(await awaited(client.eval(_DELETE, 3, *_keys(scope, response_id), response_id)))
         except StoreUnavailable as error:
-            raise ServiceUnavailable(str(error)) from error
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: StoreUnavailable) -> ServiceUnavailable:
+        """Say it to a client, which has no use for the address of Redis; the log has that."""
+        self._availability.mark_unavailable(f"kept responses are not read: {error}")
+        message = "the responses that are kept cannot be reached for now; try again, or send the whole input"
+        return ServiceUnavailable(message, headers={"retry-after": "1"})
 
     def _drop(self, why: str) -> bool:
         log.warning("a response is not kept: %s", why)
@@ -107,10 +114,7 @@ class ResponseStore:
         return False
 
     def _read(self, text: str) -> dict[str, Any] | None:
-        try:
-            record = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            record = None
+        record = _from_json(text)
         if not isinstance(record, dict):
             self._warn_once(PREFIX, "is not what we write")
             return None
@@ -137,3 +141,15 @@ def _to_json(record: Mapping[str, Any]) -> str:
         return orjson.dumps(record).decode()
     except TypeError:  # half characters, and integers beyond 64 bits
         return json.dumps(record)
+
+
+def _from_json(text: str) -> Any:
+    """Parse a stored record; return None if it is no JSON."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:  # half characters are read by the other parser alone
+        pass
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -45,10 +45,11 @@ _NOT_NEEDED = frozenset({"drop_params", "base_model", "hf_model_name"})
 
 
 def native_apis(record: ModelRecord) -> frozenset[NativeAPI]:
-    """Return the APIs besides chat completions in which a model can be asked directly, whatever `forward` says.
+    """Return the APIs besides chat completions in which a model can be asked directly.
 
-    They are those that `model_info.api` states, or else the own API of OpenAI and of Anthropic at their own addresses.
-    A model that fixes parameters without a place in an API, or that litellm alone can reach, is not asked in it.
+    They are those that `model_info.api` states, or else the own API of OpenAI and of Anthropic at their own addresses,
+    unless `forward: translate` is stated. A model that fixes parameters without a place in an API, or that litellm
+    alone can reach, is not asked in it.
     """
     resolved = native_provider(record)
     if resolved is None or not _is_reachable(record, resolved):

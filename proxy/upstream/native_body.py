@@ -12,7 +12,7 @@ from typing import Any
 
 from proxy.settings.litellm_params import is_provider_param
 from proxy.settings.model_config import NativeAPI
-from proxy.storage.price_map import bundled_price_map
+from proxy.storage.price_map import EFFORTS, PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.upstream.native_api import BODY_PARAMS, OWN_REASONING_PREFIX, OWN_SIGNATURE_PREFIX, reaches_anthropic
 
@@ -21,12 +21,6 @@ Body = dict[str, Any]
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 _LIMIT_NAMES: Mapping[NativeAPI, str] = {"messages": "max_tokens", "responses": "max_output_tokens"}
-
-# Weakest first.
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
-# Every model that reasons takes these.
-_USUAL_EFFORTS = frozenset({"low", "medium", "high"})
 
 # Tokens of thinking, for models that take a budget in place of an effort.
 _BUDGETS = {"low": 2048, "medium": 8192, "high": 16384, "xhigh": 32000, "max": 32000}
@@ -42,46 +36,45 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 # Claude Code's first block of `system`, for Anthropic's accounting.
 _BILLING_PREFIX = "x-anthropic-billing-header:"
 
-_THINKING_BLOCKS = frozenset({"thinking", "redacted_thinking"})
+_THINKING_BLOCKS = ("thinking", "redacted_thinking")
 
 # Items whose ids say which reasoning belongs to them. Nothing else needs the ids.
-_ITEMS_AFTER_REASONING = frozenset({"message", "function_call", "custom_tool_call"})
+_ITEMS_AFTER_REASONING = ("message", "function_call", "custom_tool_call")
 
 
 @dataclass(frozen=True)
-class ReasoningSupport:
-    """What a model takes of the fields about reasoning. None: not known, and then the client's are sent as they are."""
+class Support:
+    """What a model takes. Of what is not known of it, the client's fields are sent as they are."""
 
     reasons: bool | None
-    flags: Mapping[str, bool] | None
-    """Of LiteLLM's price map, without `supports_`; None: it does not list the model."""
+    """None: not known."""
+    entry: PriceMapEntry | None
+    """Of LiteLLM's price map; None: the model is not listed."""
 
-    def lacks(self, flag: str) -> bool:
-        """Return whether a listed model is not said to support something."""
-        return self.flags is not None and not self.flags.get(flag)
-
-    def has(self, flag: str) -> bool:
-        return self.flags is not None and self.flags.get(flag) is True
+    @property
+    def thinking(self) -> ThinkingSupport | None:
+        return None if self.entry is None else self.entry.thinking
 
     def nearest_effort(self, effort: str) -> str:
-        """Return the strongest effort up to this one that the model takes, or else its weakest."""
-        if self.flags is None or effort not in _EFFORTS:
+        """Return the strongest effort up to this one that the model takes, or else its weakest.
+
+        Reasoning is switched off for those alone who ask for that.
+        """
+        known = EFFORTS if self.thinking is None else self.thinking.efforts
+        if effort not in EFFORTS or effort in known:
             return effort
-        taken = [each for each in _EFFORTS if self._takes(each)]
-        return next((each for each in reversed(taken) if _EFFORTS.index(each) <= _EFFORTS.index(effort)), taken[0])
-
-    def _takes(self, effort: str) -> bool:
-        stated = (self.flags or {}).get(f"{effort}_reasoning_effort")
-        return effort in _USUAL_EFFORTS if stated is None else stated
+        usable = [each for each in known if each != "none"]
+        weaker = [each for each in usable if EFFORTS.index(each) < EFFORTS.index(effort)]
+        return (*reversed(weaker), *usable, effort)[0]
 
 
-def reasoning_support(record: ModelRecord) -> ReasoningSupport:
+def support_of(record: ModelRecord) -> Support:
     """Look up what a model is known to take. `model_info` counts more than the price map, which lists what it can."""
-    listed = bundled_price_map().find(str(record.litellm_params["model"]))
+    entry = bundled_price_map().find(str(record.litellm_params["model"]))
     reasons = record.info.supports_reasoning
-    if reasons is None and listed is not None:
-        reasons = listed.capabilities.reasoning is True
-    return ReasoningSupport(reasons, None if listed is None else listed.flags)
+    if reasons is None and entry is not None:
+        reasons = entry.capabilities.reasoning is True
+    return Support(reasons, entry)
 
 
 def native_body(
@@ -99,7 +92,7 @@ def native_body(
         stated = body.get(name)
         is_smaller = isinstance(stated, int) and not isinstance(stated, bool) and stated <= max_output_tokens
         body[name] = stated if is_smaller else max_output_tokens
-    support = reasoning_support(record)
+    support = support_of(record)
     return _messages_body(body, record, support) if api == "messages" else _responses_body(body, support)
 
 
@@ -146,13 +139,13 @@ def _has_system(document: Mapping[str, Any]) -> bool:
 # Anthropic's Messages.
 
 
-def _messages_body(body: Body, record: ModelRecord, support: ReasoningSupport) -> Body:
+def _messages_body(body: Body, record: ModelRecord, support: Support) -> Body:
     if not reaches_anthropic(record) and "system" in body:
         _set_member(body, "system", _without_billing(body["system"]))
     if isinstance(messages := body.get("messages"), list):
         body["messages"] = list(_readable_turns(messages, support))
     _adapt_thinking(body, support)
-    if support.flags is not None and support.flags.get("sampling_params") is False:
+    if support.entry is not None and not support.entry.sampling:
         for name in _SAMPLING:
             body.pop(name, None)
     return body
@@ -171,7 +164,7 @@ def _is_billing(block: Any) -> bool:
     return isinstance(text, str) and text.startswith(_BILLING_PREFIX)
 
 
-def _adapt_thinking(body: Body, support: ReasoningSupport) -> None:
+def _adapt_thinking(body: Body, support: Support) -> None:
     """Ask for thinking in the way that the model knows, as much of it as the client asked for."""
     config = body.get("output_config")
     effort = config.get("effort") if isinstance(config, Mapping) else None
@@ -181,7 +174,7 @@ def _adapt_thinking(body: Body, support: ReasoningSupport) -> None:
         thinking = _allowed(thinking, body)
     if support.reasons is False:
         thinking = effort = None
-    if support.lacks("output_config"):
+    if support.entry is not None and not support.entry.output_config:
         effort = None
     _set_member(body, "thinking", thinking)
     _set_effort(body, support.nearest_effort(effort) if isinstance(effort, str) else effort)
@@ -189,16 +182,17 @@ def _adapt_thinking(body: Body, support: ReasoningSupport) -> None:
         _drop_thinking_edits(body)
 
 
-def _adapted(thinking: Mapping[str, Any], effort: Any, support: ReasoningSupport) -> tuple[Body | None, Any]:
+def _adapted(thinking: Mapping[str, Any], effort: Any, support: Support) -> tuple[Body | None, Any]:
     """Return `thinking` and the effort in the way that the model knows."""
-    kind = thinking.get("type")
+    kind, known = thinking.get("type"), support.thinking
+    shown = {"display": thinking["display"]} if "display" in thinking else {}
+    if known is None or (kind == "disabled" and not known.always):
+        return dict(thinking), effort
     if kind == "disabled":
-        return (None if support.has("thinking_always_on") else dict(thinking)), effort
-    if kind == "enabled" and support.has("adaptive_thinking") and support.lacks("legacy_thinking"):
-        shown = {"display": thinking["display"]} if "display" in thinking else {}
+        return None, effort
+    if kind == "enabled" and not known.budgets:
         return {"type": "adaptive", **shown}, effort or _effort_of(thinking.get("budget_tokens"))
-    if kind not in ("enabled", "disabled") and support.lacks("adaptive_thinking"):
-        shown = {"display": thinking["display"]} if "display" in thinking else {}
+    if kind != "enabled" and not known.adaptive:
         return {"type": "enabled", "budget_tokens": _BUDGETS.get(str(effort or "high"), MIN_BUDGET), **shown}, effort
     return dict(thinking), effort
 
@@ -264,14 +258,14 @@ def _is_thinking_edit(edit: Mapping[str, Any]) -> bool:
     return str(edit.get("type")).startswith("clear_thinking")
 
 
-def _readable_turns(turns: list[Any], support: ReasoningSupport) -> Iterator[Any]:
+def _readable_turns(turns: list[Any], support: Support) -> Iterator[Any]:
     """Yield the turns without thinking that the provider cannot read, and under roles that the model knows."""
     for turn in turns:
         if not isinstance(turn, Mapping):
             yield turn
             continue
-        if turn.get("role") == "system" and support.lacks("mid_conversation_system"):
-            turn = {**turn, "role": "user"}
+        if turn.get("role") == "system" and support.entry is not None and not support.entry.system_turns:
+            turn = {"role": "user", "content": _tagged(turn.get("content"))}
         content = turn.get("content")
         if turn.get("role") == "assistant" and isinstance(content, list):
             kept = [block for block in content if not _is_unreadable(block, support)]
@@ -281,18 +275,29 @@ def _readable_turns(turns: list[Any], support: ReasoningSupport) -> Iterator[Any
         yield turn
 
 
-def _is_unreadable(block: Any, support: ReasoningSupport) -> bool:
+def _tagged(content: Any) -> Any:
+    """Return a system turn as a user's, in which a model sees that the user did not write it."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        return content
+    return [_tagged_part(part) if isinstance(part, Mapping) else part for part in parts]
+
+
+def _tagged_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**part, "text": f"<system>\n{part['text']}\n</system>"} if "text" in part else part
+
+
+def _is_unreadable(block: Any, support: Support) -> bool:
     if not isinstance(block, Mapping) or block.get("type") not in _THINKING_BLOCKS:
         return False
     signature = block.get("signature") if block.get("type") == "thinking" else block.get("data")
-    readable = isinstance(signature, str) and signature and not signature.startswith(OWN_SIGNATURE_PREFIX)
-    return not readable or support.reasons is False
+    return not _is_readable(signature, OWN_SIGNATURE_PREFIX) or support.reasons is False
 
 
 # OpenAI's Responses.
 
 
-def _responses_body(body: Body, support: ReasoningSupport) -> Body:
+def _responses_body(body: Body, support: Support) -> Body:
     """Nothing is stored at the provider: what a request continues was put into its `input` before."""
     was_stored = body.get("store") is not False
     body["store"] = False
@@ -305,7 +310,7 @@ def _responses_body(body: Body, support: ReasoningSupport) -> Body:
     return body
 
 
-def _include_reasoning(body: Body, support: ReasoningSupport, *, even_if_not_asked: bool) -> None:
+def _include_reasoning(body: Body, support: Support, *, even_if_not_asked: bool) -> None:
     """Ask for encrypted reasoning, which a model without any refuses to send."""
     include = body.get("include") or []
     if not isinstance(include, list):
@@ -317,7 +322,7 @@ def _include_reasoning(body: Body, support: ReasoningSupport, *, even_if_not_ask
     _set_member(body, "include", include)
 
 
-def _adapt_effort(body: Body, support: ReasoningSupport) -> None:
+def _adapt_effort(body: Body, support: Support) -> None:
     reasoning = body.get("reasoning")
     if not isinstance(reasoning, Mapping):
         return
@@ -327,7 +332,7 @@ def _adapt_effort(body: Body, support: ReasoningSupport) -> None:
         body["reasoning"] = {**reasoning, "effort": support.nearest_effort(effort)}
 
 
-def _readable_items(items: list[Any], support: ReasoningSupport) -> Iterator[Any]:
+def _readable_items(items: list[Any], support: Support) -> Iterator[Any]:
     """Yield the items that the provider can read without anything that it had stored."""
     kept = [item for item in items if not _is_foreign(item, support)]
     if len(kept) == len(items):
@@ -340,16 +345,19 @@ def _readable_items(items: list[Any], support: ReasoningSupport) -> Iterator[Any
         yield item
 
 
-def _is_foreign(item: Any, support: ReasoningSupport) -> bool:
+def _is_foreign(item: Any, support: Support) -> bool:
     if not isinstance(item, Mapping):
         return False
     if item.get("type") == "item_reference":
         return True
     if item.get("type") != "reasoning":
         return False
-    encrypted = item.get("encrypted_content")
-    readable = isinstance(encrypted, str) and encrypted and not encrypted.startswith(OWN_REASONING_PREFIX)
-    return not readable or support.reasons is False
+    return not _is_readable(item.get("encrypted_content"), OWN_REASONING_PREFIX) or support.reasons is False
+
+
+def _is_readable(proof: Any, own_prefix: str) -> bool:
+    """Return whether a signature or encrypted reasoning may be a provider's own."""
+    return isinstance(proof, str) and proof != "" and not proof.startswith(own_prefix)
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:

@@ -26,6 +26,9 @@ _FINISH_REASONS = {
     "refusal": "content_filter",
 }
 
+# Between parts of reasoning, as where a client sends them back and they are translated.
+BREAK = "\n\n"
+
 _CALL_TYPES = frozenset({"function_call", "custom_tool_call"})
 
 
@@ -238,13 +241,15 @@ class ResponsesChunks:
         self._headers = headers
         # Index of an item in the output → its place among the calls.
         self._calls: dict[int, int] = {}
+        # The part of the reasoning that is being written, by item and number; None before the first.
+        self._part: tuple[int, int] | None = None
         # Whether anything but the last event has said what the answer is.
         self._has_output = False
         self._handlers: Mapping[str, Callable[[Mapping[str, Any]], JSONObject]] = {
             "response.output_text.delta": lambda event: _without_empty({"content": _text(event.get("delta"))}),
             "response.refusal.delta": lambda event: _without_empty({"refusal": _text(event.get("delta"))}),
-            "response.reasoning_summary_text.delta": _reasoning_text,
-            "response.reasoning_text.delta": _reasoning_text,
+            "response.reasoning_summary_text.delta": self._reasoning,
+            "response.reasoning_text.delta": self._reasoning,
             "response.output_item.added": self._item_added,
             "response.output_item.done": self._item_done,
             "response.function_call_arguments.delta": self._arguments,
@@ -277,6 +282,14 @@ class ResponsesChunks:
         if kind == "reasoning":
             return _encrypted(item)
         return {} if kind == "message" or kind in _CALL_TYPES else _item(kind)
+
+    def _reasoning(self, event: Mapping[str, Any]) -> JSONObject:
+        text = _text(event.get("delta"))
+        if not text:
+            return {}
+        number = event.get("summary_index", event.get("content_index"))
+        before, self._part = self._part, (_index(event.get("output_index")), _index(number))
+        return {"reasoning_content": text if before in (None, self._part) else BREAK + text}
 
     def _arguments(self, event: Mapping[str, Any]) -> JSONObject:
         place = self._calls.get(_index(event.get("output_index")))
@@ -314,13 +327,15 @@ def responses_usage(usage: Any) -> JSONObject | None:
 
 
 def _deltas_of_items(output: Any) -> Iterable[JSONObject]:
-    calls = 0
+    calls, has_reasoning = 0, False
     for item in _objects(output):
         kind = _text(item.get("type"))
         if kind == "message":
             yield from map(_delta_of_part, _objects(item.get("content")))
         elif kind == "reasoning":
-            yield from ({"reasoning_content": text} for text in _reasoning_texts(item) if text)
+            for text in filter(None, _reasoning_texts(item)):
+                yield {"reasoning_content": BREAK + text if has_reasoning else text}
+                has_reasoning = True
             yield _encrypted(item)
         elif kind in _CALL_TYPES:
             yield {"tool_calls": [_call_of_item(item, calls)]}
@@ -333,12 +348,9 @@ def _delta_of_part(part: Mapping[str, Any]) -> JSONObject:
     return _without_empty({"content": _text(part.get("text")), "refusal": _text(part.get("refusal"))})
 
 
-def _reasoning_text(event: Mapping[str, Any]) -> JSONObject:
-    return _without_empty({"reasoning_content": _text(event.get("delta"))})
-
-
 def _reasoning_texts(item: Mapping[str, Any]) -> Iterable[str]:
-    return (_text(part.get("text")) for name in ("summary", "content") for part in _objects(item.get(name)))
+    parts = _objects(item.get("content")) or _objects(item.get("summary"))
+    return (_text(part.get("text")) for part in parts)
 
 
 def _encrypted(item: Mapping[str, Any]) -> JSONObject:

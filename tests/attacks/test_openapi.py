@@ -64,7 +64,7 @@ def test_errors_are_answered_with_the_statuses_and_the_shape_of_this_server_alon
     keyed = [operation for operation in operations if "security" in operation]
     schemas = whole["components"]["schemas"]
 
-    assert len(operations) - len(keyed) == 2
+    assert len(operations) - len(keyed) == 3
     assert all({"400", "401", "403", "503"} <= operation["responses"].keys() for operation in keyed)
     assert not {"HTTPValidationError", "ValidationError"} & schemas.keys()
     assert schemas["Error"]["required"] == ["error"]

@@ -194,7 +194,8 @@ def _read_message(answer: Reply, body: Json) -> None:
         elif block["type"] == "tool_use":
             answer.calls.append(Call(block["id"], block["name"], block["input"]))
     usage = body["usage"]
-    answer.prompt_tokens = usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0)
+    cached = [usage.get(name) or 0 for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
+    answer.prompt_tokens = usage["input_tokens"] + sum(cached)
     answer.output_tokens = usage["output_tokens"]
 
 
@@ -210,9 +211,10 @@ class MessageEvents:
 
     def read(self, event: Json) -> None:
         assert not self.ended, f"{event['type']} after the end"
-        getattr(self, event["type"])(event)
+        getattr(self, event["type"], self.ignore)(event)
 
-    def ping(self, event: Json) -> None: ...
+    def ignore(self, event: Json) -> None:
+        """Read on after a ping, or an event that is newer than this client."""
 
     def message_start(self, event: Json) -> None:
         assert not self.message, "a second message_start"

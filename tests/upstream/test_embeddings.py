@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from proxy.errors import ResponseTooLarge, UpstreamError
-from proxy.upstream.embeddings import EmbeddingsReader, renamed, with_encoding
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.embeddings import EmbeddingsReader, EmbeddingsRequest, renamed, with_encoding
 from proxy.upstream.payload import JSONPayload
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
+from tests.support.makers import a_record
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
 
 VECTOR = [0.5, -0.25, 2.0]
 ENCODED = base64.b64encode(np.array(VECTOR, "<f4").tobytes()).decode()
@@ -81,3 +85,29 @@ def test_vectors_that_cannot_be_read_are_a_failure_of_the_model() -> None:
 def test_more_numbers_than_are_read_are_refused_while_they_arrive() -> None:
     with pytest.raises(ResponseTooLarge):
         read(json.dumps(a_body([0.123456] * 20_000)).encode(), max_values=10_000)
+
+
+# An answer in a provider's own format, and fields that litellm knows how to write there.
+FORMATS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "cohere/embed-v4": (
+        {"id": "x", "embeddings": {"float": [VECTOR]}, "texts": ["a"], "meta": {"billed_units": {"input_tokens": 3}}},
+        {"input_type": "search_query"},
+    ),
+    "gemini/gemini-embedding-001": ({"embeddings": [{"values": VECTOR}]}, {"dimensions": 3}),
+    "voyage/voyage-3": (a_body(VECTOR), {}),
+    "ollama/nomic": ({"model": "nomic", "embeddings": [VECTOR], "prompt_eval_count": 5}, {}),
+    "azure/te3": (a_body(VECTOR), {"dimensions": 3}),
+}
+
+
+@pytest.mark.parametrize("model", FORMATS)
+async def test_other_formats_are_read_through_litellm(upstream: UpstreamClient, model: str) -> None:
+    body, more = FORMATS[model]
+    asked = EmbeddingsRequest({"model": "m", "input": ["a"], "user": "u1", **more}, None, "base64")
+    with ScriptedUpstream() as server:
+        server.always = Step(body=body)
+        info = {"mode": "embedding", "forward": "translate", "free": True}
+        record = a_record("m", info=info, model=model, api_base=server.url, api_key="sk-of-a-provider")
+        found = await upstream.embed(record, asked, {})
+    assert [each["embedding"] for each in found.body["data"]] == [ENCODED]
+    assert found.body["usage"]["prompt_tokens"] > 0

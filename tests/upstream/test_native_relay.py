@@ -576,3 +576,24 @@ async def test_a_client_that_leaves_closes_the_upstreams_connection(upstream: Up
         await anext(stream)
         await stream.aclose()
         await until(lambda: server.open == 0)
+
+
+async def test_reasoning_in_parts_is_recognised_however_it_came(upstream: UpstreamClient) -> None:
+    texts = ["First " * 20, "Then " * 30]
+    item = {"id": "rs_1", "type": "reasoning", "summary": [{"type": "summary_text", "text": text} for text in texts]}
+    kind = "response.reasoning_summary_text.delta"
+    deltas = [
+        event({"type": kind, "output_index": 0, "summary_index": number, "delta": piece})
+        for number, text in enumerate(texts)
+        for piece in (text[:9], text[9:])
+    ]
+    whole = a_response(output=[item, *RESPONSE_OUTPUT[1:]])
+    end = event({"type": "response.completed", "response": whole})
+    async with RawUpstream(Reply(chunked(*deltas, end)), plain(json.dumps(whole).encode())) as server:
+        events = await read(upstream, native_model(server), "responses")
+        answer = await upstream.complete_native(native_model(server), ASKED["responses"])
+
+    expected, _ = fingerprints({"reasoning_content": "\n\n".join(texts)})
+    found, _ = fingerprints(*(choice["delta"] for each in events for choice in each.body["choices"]))
+    assert found == expected
+    assert fingerprints(answer.body["choices"][0]["message"])[0] == expected

@@ -17,6 +17,9 @@ from proxy.storage.records import ModelRecord
 # Providers beside Anthropic that serve Claude, and for which litellm writes Anthropic's own fields.
 SERVE_CLAUDE = frozenset({"bedrock", "bedrock_converse", "vertex_ai", "vertex_ai_beta", "azure_ai", "databricks"})
 
+# Those that are sent a body of Anthropic's own format, with whatever else stands in ours.
+ANTHROPIC_FORMAT = frozenset({"anthropic", "vertex_ai", "azure_ai"})
+
 # Providers for which litellm translates `reasoning_effort` for every model that reasons. Elsewhere it refuses it.
 READ_EFFORT = frozenset(
     """
@@ -105,6 +108,11 @@ class _Upstream:
         return self.claude and served and not self.relayed
 
     @property
+    def reads_top_k(self) -> bool:
+        """Whether it reads `top_k` beside OpenAI's fields. Bedrock's has another place."""
+        return self.provider in READ_TOP_K or (self.reads_thinking and self.provider in ANTHROPIC_FORMAT)
+
+    @property
     def reads_cache_control(self) -> bool:
         return self.reads_thinking or (self.claude and self.provider == "openrouter")
 
@@ -176,8 +184,7 @@ def _adapt_sampling(changes: _Changes, upstream: _Upstream) -> None:
         for name in ("temperature", "top_p"):
             if changes.get(name) is not None:
                 changes.remove(name, quietly=changes.get(name) == 1)
-    reads_top_k = upstream.own_server or upstream.reads_thinking or upstream.provider in READ_TOP_K
-    if fixed or not reads_top_k:
+    if fixed or not (upstream.own_server or upstream.reads_top_k):
         changes.remove("top_k")
 
 
@@ -186,6 +193,8 @@ def _adapt_options(changes: _Changes, upstream: _Upstream) -> None:
         changes.remove("service_tier")
     if not (upstream.relayed or upstream.reads_thinking or upstream.provider in READ_PARALLEL):
         changes.remove("parallel_tool_calls")
+    if not (upstream.reads_thinking and upstream.provider in ANTHROPIC_FORMAT):
+        changes.remove("cache_control")
     user = changes.get("user")
     if isinstance(user, str) and len(user) > MAX_USER_CHARS and not upstream.reads_thinking:
         changes.remove("user", quietly=True)
@@ -270,7 +279,7 @@ def _lacks_thinking(messages: Any) -> bool:
     for message in reversed(turns):
         if message.get("role") == "assistant":
             return bool(message.get("tool_calls")) and not message.get("thinking_blocks")
-        if message.get("role") != "tool":
+        if message.get("role") not in ("tool", "system"):
             return False
     return False
 
@@ -301,28 +310,44 @@ class _Contents:
         self._keeps_cache_control = upstream.reads_cache_control
         self._on_parts_alone = upstream.reads_cache_control and upstream.relayed
         self._keeps_system = upstream.is_openai
-        names = [] if upstream.reads_thinking else ["thinking_blocks"]
-        self._unread = (*names, *(() if keeps_reasoning else ("reasoning_content",)))
+        # Anthropic fetches files itself, from an address that litellm takes as their id. As data, it would fetch them.
+        self._fetches_files = upstream.reads_thinking
+        reads = {
+            "thinking_blocks": upstream.reads_thinking,
+            "reasoning_content": keeps_reasoning,
+            "reasoning_details": keeps_reasoning and upstream.provider == "openrouter",
+        }
+        self._unread = tuple(name for name, is_read in reads.items() if not is_read)
         self.lost_cache_control = False
 
     def messages(self, messages: list[Any]) -> list[Any]:
         """Return the same list if nothing changes."""
         adapted: list[Any] = []
-        changed = False
+        changed = follows_told = False
         for place, message in enumerate(messages):
             new = self._message(message)
-            if place and not self._keeps_system and new.get("role") == "system":
+            told = place > 0 and not self._keeps_system and new.get("role") == "system"
+            if told:
                 new = {"role": "user", "content": _tagged(new["content"])}
             changed = changed or new is not message
-            adapted.append(new)
-        return _merged(adapted) if changed and not self._keeps_system else (adapted if changed else messages)
+            # Some servers accept turns in alternation only.
+            if (told or follows_told) and new.get("role") == "user" and adapted[-1].get("role") == "user":
+                adapted[-1] = {**adapted[-1], "content": _concatenated(adapted[-1].get("content"), new.get("content"))}
+            else:
+                adapted.append(new)
+            follows_told = told
+        return adapted if changed else messages
 
     def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         new = _without(message, *self._unread)
         if not self._keeps_cache_control or self._on_parts_alone:
             new = self._without_cache_control(new)
         content = new.get("content")
-        if self._keeps_cache_control or not isinstance(content, list):
+        if not isinstance(content, list):
+            return new
+        if self._fetches_files and any(_is_remote_file(part) for part in content):
+            new = {**new, "content": [_by_id(part) if _is_remote_file(part) else part for part in content]}
+        if self._keeps_cache_control:
             return new
         parts = [_without(part, "cache_control") for part in content]
         if any(part is not old for part, old in zip(parts, content, strict=True)):
@@ -342,21 +367,21 @@ class _Contents:
         return new
 
 
-def _tagged(content: Any) -> list[dict[str, Any]]:
-    """Return a system message as parts of a user's turn, where a model sees that the user did not write it."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return [{**part, "text": f"<system>\n{part['text']}\n</system>"} for part in parts]
+def _is_remote_file(part: Mapping[str, Any]) -> bool:
+    file = part.get("file")
+    data = file.get("file_data") if isinstance(file, Mapping) else None
+    return isinstance(data, str) and data.startswith(("http://", "https://"))
 
 
-def _merged(messages: list[Any]) -> list[Any]:
-    """Join user's turns that follow one another: some servers accept turns in alternation only."""
-    merged: list[Any] = []
-    for message in messages:
-        if message.get("role") == "user" and merged and merged[-1].get("role") == "user":
-            merged[-1] = {**merged[-1], "content": _concatenated(merged[-1].get("content"), message.get("content"))}
-        else:
-            merged.append(message)
-    return merged
+def _by_id(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {**part, "file": {"file_id": part["file"]["file_data"]}}
+
+
+def _tagged(content: Any) -> Any:
+    """Return a system message as the content of a user's turn, where a model sees that the user did not write it."""
+    if isinstance(content, str):
+        return f"<system>\n{content}\n</system>"
+    return [{**part, "text": f"<system>\n{part['text']}\n</system>"} for part in content]
 
 
 def _concatenated(first: Any, second: Any) -> Any:

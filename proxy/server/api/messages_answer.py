@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import orjson
-
 from proxy.storage.usage import parse_usage, usage_of
 from proxy.upstream.sse import decode_json
 
@@ -262,17 +260,9 @@ def tool_input(arguments: object) -> dict[str, Any]:
         if not text.strip():
             return {}
         try:
-            arguments = parse_lenient(text)
+            arguments = decode_json(text.encode("utf-8", "surrogatepass"))  # exact, also of numbers beyond 64 bits
         except ValueError:
             return {UNPARSED: text}
     if arguments is None:
         return {}
     return dict(arguments) if isinstance(arguments, Mapping) else {UNPARSED: arguments}
-
-
-def parse_lenient(text: str) -> Any:
-    """Parse JSON, also such as only a lenient parser reads. Raises ValueError."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return decode_json(text.encode("utf-8", "replace"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.routing.requirements import estimate_tokens
 from proxy.server.api.messages_answer import AnswerFacts, message_of
 from proxy.server.api.messages_errors import error_event
@@ -28,8 +29,6 @@ from proxy.server.api.messages_turns import (
     with_cache_control,
 )
 from proxy.server.api.translation import APIName
-
-OWN_FIELDS = ("uniroute", "models", "route", "provider")
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
@@ -74,7 +73,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
     request = _Request(document)
     body = request.chat_body()
     return MessagesTranslation(
-        document={name: value for name, value in document.items() if name not in OWN_FIELDS},
+        document=without_own_fields(document),
         body=body,
         left_out=tuple(request.notes.left_out),
         facts=AnswerFacts(
@@ -179,7 +178,9 @@ class _Request:
         if kind == "disabled":
             return {"thinking": value, "reasoning_effort": "none"}
         if kind not in ("adaptive", "between_tools"):
-            raise bad_field("thinking.type", f'must be "enabled", "adaptive" or "disabled"; got {kind!r}'[:200])
+            raise bad_field(
+                "thinking.type", f"must be enabled, adaptive, between_tools or disabled; got {kind!r}"[:200]
+            )
         return {"thinking": value}
 
     def output_config(self, value: Any) -> dict[str, Any]:
@@ -235,7 +236,7 @@ class _Request:
         if kind == "tool":
             name = self.notes.tool_name(choice["name"])
             read["tool_choice"] = {"type": "function", "function": {"name": name}}
-        elif kind in _TOOL_CHOICES:
+        elif isinstance(kind, str) and kind in _TOOL_CHOICES:
             read["tool_choice"] = _TOOL_CHOICES[kind]
         else:
             raise bad_field("tool_choice.type", f"must be auto, any, tool or none; got {kind!r}"[:200])
@@ -323,6 +324,7 @@ _FIELDS: Mapping[str, Callable[[_Request, Any], dict[str, Any]]] = {
     "top_k": lambda request, value: request.number("top_k", value),
     "metadata": _Request.metadata,
     "service_tier": _Request.service_tier,
+    "cache_control": lambda _, value: {"cache_control": read_object(value, "cache_control")},
     "tools": _Request.tools,
     "tool_choice": _Request.tool_choice,
     "thinking": _Request.thinking,

@@ -22,7 +22,6 @@ from proxy.server.api.messages_answer import (
     ending_of,
     first_choice,
     message_part,
-    parse_lenient,
     pieces_of,
     refusal_of,
     tool_input,
@@ -46,6 +45,39 @@ def _encode_text(text: str) -> bytes:
         return orjson.dumps(text)
     except TypeError:  # half a surrogate pair
         return encode_json(text)  # type: ignore[arg-type]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _before_delta(index: int, kind: bytes, member: bytes) -> bytes:
+    """Return what stands before the text of each delta of a block."""
+    delta = b'{"type":"content_block_delta","index":%d,"delta":{"type":"%b","%b":' % (index, kind, member)
+    return b"event: content_block_delta\ndata: " + delta
+
+
+_REASONING_TEXTS = ("reasoning_content", "reasoning")
+
+
+def _simple_reasoning(chunk: Mapping[str, Any]) -> str | None:
+    """Return the text of a chunk that is a piece of reasoning alone, quickly. None for any other."""
+    choices = chunk.get("choices")
+    if type(choices) is not list or len(choices) != 1 or chunk.get("usage"):
+        return None
+    choice = choices[0]
+    if type(choice) is not dict or choice.get("finish_reason") or choice.get("index"):
+        return None
+    delta = choice.get("delta")
+    if type(delta) is not dict:
+        return None
+    text = delta.get("reasoning_content") or delta.get("reasoning")
+    others = any(value and name != "role" and name not in _REASONING_TEXTS for name, value in delta.items())
+    return text if type(text) is str and not others else None
 
 
 class _Call:
@@ -87,13 +119,8 @@ class _Call:
         if not self.is_object or len(self._pieces) == self._checked:
             return False
         text = self.text
-        if text.rstrip().endswith("}"):
-            try:
-                parse_lenient(text)
-            except ValueError:
-                pass
-            else:
-                return True
+        if text.rstrip().endswith("}") and _is_json(text):
+            return True
         self._checked = len(self._pieces)
         return False
 
@@ -126,6 +153,8 @@ class MessageStream:
         self._open: Literal["text", "thinking"] | _Call | None = None
         self._before_text = b""
         """What stands before each text; empty unless a block of text is open."""
+        self._before_thinking = b""
+        """The same of thinking, while it has no signature."""
         self._signature = ""
         self._blank = ""
         """White space that is sent only before more text: clients may not send back a text of nothing else."""
@@ -138,6 +167,8 @@ class MessageStream:
             choice = chunk["choices"][0]
             if not (choice.get("finish_reason") or choice.get("index") or chunk.get("usage")):
                 return self._before_text + _encode_text(text) + b"}}\n\n"
+        elif self._before_thinking and (text := _simple_reasoning(chunk)):
+            return self._before_thinking + _encode_text(text) + b"}}\n\n"
         if usage := usage_of(chunk):
             self._usage = usage
         self._begin()
@@ -238,8 +269,10 @@ class MessageStream:
                 self._close()
                 self._start({"type": "thinking", "thinking": "", "signature": ""})
                 self._open = "thinking"
+                self._before_thinking = _before_delta(self._blocks - 1, b"thinking_delta", b"thinking")
             if kind == "signature":
                 self._signature += text  # sent when the block ends: clients take each for the whole
+                self._before_thinking = b""
             else:
                 self._send_delta("thinking_delta", thinking=text)
 
@@ -252,10 +285,7 @@ class MessageStream:
             self._close()
             self._start({"type": "text", "text": ""})
             self._open = "text"
-            self._before_text = (
-                b'event: content_block_delta\ndata: {"type":"content_block_delta","index":%d,'
-                b'"delta":{"type":"text_delta","text":' % (self._blocks - 1)
-            )
+            self._before_text = _before_delta(self._blocks - 1, b"text_delta", b"text")
         self._events.append(self._before_text + _encode_text(text) + b"}}\n\n")
 
     def _open_call(self, call: _Call) -> None:
@@ -282,7 +312,7 @@ class MessageStream:
         closing, self._open = self._open, None
         if closing is None:
             return
-        self._before_text = b""
+        self._before_text = self._before_thinking = b""
         if closing == "thinking" and self._signature:
             self._send_delta("signature_delta", signature=self._signature)
             self._signature = ""

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import orjson
 
-from proxy.server.api.responses_reasoning import CarriedReasoning, encode_carried, mappings, reasoning_text
+from proxy.server.api.responses_reasoning import CarriedReasoning, encode, encode_carried, mappings, reasoning_text
 from proxy.server.api.responses_tools import ClientTool, ToolTable, call_item, item_prefix
 from proxy.storage.usage import TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
 from proxy.upstream.payload import iter_choices, simple_text
-from proxy.upstream.sse import KEEP_ALIVE, encode_json
+from proxy.upstream.sse import KEEP_ALIVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class _Call:
         self.done = False
         self._tools = tools
         self._call_ids = call_ids
-        self._name: list[str] = []
+        self._name: dict[str, None] = {}
         self._pieces: list[str] = []
         self._checks_left = MAX_CHECKS
         self._emit: Emit | None = None
@@ -302,11 +302,11 @@ class _Call:
             self.chat_id = call_id
         name, arguments = function.get("name"), function.get("arguments")
         # Some servers repeat the name with every piece of the arguments.
-        if isinstance(name, str) and name and self._emit is None and name not in self._name:
-            self._name.append(name)
+        if isinstance(name, str) and name and self._emit is None:
+            self._name[name] = None
         if arguments in (None, ""):
             return
-        piece = arguments if isinstance(arguments, str) else encode_json(arguments).decode()
+        piece = arguments if isinstance(arguments, str) else encode(arguments).decode()
         self._pieces.append(piece)
         if self._emit is not None:
             self._write_delta(self._emit, piece)
@@ -554,8 +554,9 @@ class ResponseStream:
             return
         for item in reversed(self._queue):
             if isinstance(item, _Message):
-                names = ("start_index", "end_index", "title", "url")
-                item.annotate({"type": "url_citation", **{name: cited.get(name) for name in names}})
+                defaults = {"start_index": 0, "end_index": 0, "title": "", "url": ""}
+                found = {name: cited.get(name) or default for name, default in defaults.items()}
+                item.annotate({"type": "url_citation", **found})
                 return
 
     def _add_call(self, index: Any, call_id: Any, function: Mapping[str, Any]) -> None:
@@ -581,7 +582,7 @@ class ResponseStream:
         first = self._queue[0]
         if not self._is_begun and first.ready:
             self._begin_first()
-        pieces = first.open_text if len(self._queue) == 1 and isinstance(first, _Message) else None
+        pieces = first.open_text if isinstance(first, _Message) else None
         if pieces is None or not isinstance(first, _Message):
             self._text = None
         elif self._text is None or self._text[1] is not pieces:
@@ -618,7 +619,8 @@ class ResponseStream:
         error: Mapping[str, Any] | None = None,
         incomplete_details: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        tier = self._service_tier if self._service_tier in _SERVICE_TIERS else None
+        stated = self._service_tier
+        tier = stated if isinstance(stated, str) and stated in _SERVICE_TIERS else None
         return {
             "id": f"resp_{self._plan.id}",
             "object": "response",
@@ -705,14 +707,7 @@ def failure(error: Mapping[str, Any], status: int) -> dict[str, str]:
 
 
 def format_typed_event(kind: str, members: Mapping[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), _encode({"type": kind, **members}))
-
-
-def _encode(payload: Mapping[str, Any]) -> bytes:
-    try:
-        return orjson.dumps(payload)
-    except TypeError:  # half characters, and integers beyond 64 bits
-        return encode_json(payload)
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **members}))
 
 
 def _encode_text(text: str) -> bytes:

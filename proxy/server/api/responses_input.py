@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from proxy.errors import BadRequest
-from proxy.server.api.responses_reasoning import decode_carried, mappings
+from proxy.server.api.responses_reasoning import decode_carried, encode, mappings
 from proxy.server.api.responses_tools import ToolTable
 
 # What stands for a result that the client did not send.
@@ -25,9 +23,6 @@ NO_RESULT = "No result was returned."
 _BREAK = "\n\n"
 
 _ROLES = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
-
-# Chat servers know no "original".
-_DETAILS = {"original": "high"}
 
 
 @dataclass(slots=True)
@@ -51,6 +46,16 @@ class _Turn:
     reasoning: list[str] = field(default_factory=list)
     carried: dict[str, list[Any]] = field(default_factory=dict)
     calls: list[_Call] = field(default_factory=list)
+    _uses: Counter[str] = field(default_factory=Counter)
+
+    def free_id(self, wanted: str) -> str:
+        """Return an id that no other call of this turn has. Servers that count give every call the same one."""
+        chat_id = wanted
+        while self._uses[chat_id]:
+            self._uses[wanted] += 1
+            chat_id = f"{wanted}_{self._uses[wanted]}"
+        self._uses[chat_id] += 1
+        return chat_id
 
     def message(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": _BREAK.join(self.texts) if self.texts else None}
@@ -73,6 +78,8 @@ class Conversation:
         self.left_out: list[str] = []
         self._tools = tools
         self._turn: _Turn | None = None
+        # Of the system's messages in a row.
+        self._system_texts: list[str] = []
         self._results: dict[str, deque[tuple[Mapping[str, Any], str]]] = defaultdict(deque)
         self._calls: Counter[str] = Counter()
 
@@ -91,6 +98,7 @@ class Conversation:
         for path, item, kind in checked:
             self._add(path, item, kind)
         self._end_turn()
+        self._end_system()
 
     def _add(self, path: str, item: Mapping[str, Any], kind: str) -> None:
         if kind == "message":
@@ -138,10 +146,7 @@ class Conversation:
         self, path: str, name: str, arguments: str, *, stated_id: str | None, own_id: str = "", result: str = NO_RESULT
     ) -> None:
         turn = self._open_turn(path)
-        chat_id = own_id or stated_id or "call"
-        taken = {call.chat_id for call in turn.calls}
-        if chat_id in taken:  # servers that count give every call the same id
-            chat_id = next(free for number in range(2, len(taken) + 3) if (free := f"{chat_id}_{number}") not in taken)
+        chat_id = turn.free_id(own_id or stated_id or "call")
         turn.calls.append(_Call(chat_id, name, arguments, stated_id, result))
 
     def _add_result(self, item: Mapping[str, Any], path: str) -> None:
@@ -166,22 +171,27 @@ class Conversation:
         self._add_call(path, name, arguments, stated_id=None, own_id=own_id, result=result)
 
     def _open_turn(self, path: str) -> _Turn:
+        self._end_system()
         if self._turn is None:
             self._turn = _Turn(path)
         return self._turn
 
     def _append(self, message: dict[str, Any]) -> None:
-        """Append a message of another role, joined with the one before if both are the system's.
+        """Append a message of another role; those of the system in a row become one.
 
         Many servers accept one system message alone, or none after the first message.
         """
         self._end_turn()
-        before = self.messages[-1] if self.messages else {}
-        texts = (before.get("content"), message["content"])
-        if before.get("role") == message["role"] == "system" and all(isinstance(text, str) for text in texts):
-            self.messages[-1] = {**before, "content": f"{texts[0]}{_BREAK}{texts[1]}"}
+        if message["role"] == "system" and isinstance(message["content"], str):
+            self._system_texts.append(message["content"])
         else:
+            self._end_system()
             self.messages.append(message)
+
+    def _end_system(self) -> None:
+        if self._system_texts:
+            self.messages.append({"role": "system", "content": _BREAK.join(self._system_texts)})
+            self._system_texts = []
 
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, None
@@ -250,7 +260,8 @@ def numbered(items: Sequence[Any], name: str) -> Iterator[tuple[str, Any]]:
 def tools_among(items: Sequence[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Yield the tools that items of the input add to those of the request, with their paths."""
     for path, item in items:
-        if isinstance(item, Mapping) and item.get("type") in _TOOL_LISTS and isinstance(item.get("tools"), list):
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if isinstance(kind, str) and kind in _TOOL_LISTS and isinstance(item.get("tools"), list):
             yield from numbered(item["tools"], f"{path}.tools")
 
 
@@ -280,7 +291,7 @@ def _texts_of(content: str | list[dict[str, Any]]) -> list[str]:
 
 
 def _json(value: Any) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value).decode()
+    return value if isinstance(value, str) else encode(value).decode()
 
 
 def _text(part: Mapping[str, Any], path: str, name: str = "text") -> dict[str, Any]:
@@ -294,13 +305,13 @@ def _refusal(part: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _image(part: Mapping[str, Any], path: str) -> dict[str, Any]:
-    url, detail = part.get("image_url"), part.get("detail")
+    url, detail = part.get("image_url"), part.get("detail")  # chat servers know no "original"
     if not isinstance(url, str) or not url:
         _refuse_file_id(part, path, "image_url")
         raise BadRequest(
             f"`{path}.image_url` must be the address of an image, or a data: URL", param=f"{path}.image_url"
         )
-    image = {"url": url} if detail is None else {"url": url, "detail": _DETAILS.get(detail, detail)}
+    image = {"url": url} if detail is None else {"url": url, "detail": "high" if detail == "original" else detail}
     return {"type": "image_url", "image_url": image}
 
 

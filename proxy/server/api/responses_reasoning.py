@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import orjson
 
+from proxy.upstream.sse import decode_json, encode_json
+
 # `encrypted_content` that begins so was written here.
 CARRIED_MARK = "uniroute1."
+
+# Of an item in an answer of ours: the id of its response is a part of it.
+OWN_ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{32})_\d+", re.ASCII)
 
 # Members of a chat message that a provider may have signed.
 CARRIED_FIELDS = ("thinking_blocks", "reasoning_details")
@@ -49,6 +55,14 @@ def mappings(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the objects in a list; nothing if it is no list."""
     if isinstance(value, list):
         yield from (each for each in value if isinstance(each, Mapping))
+
+
+def encode(value: Any) -> bytes:
+    """Encode JSON, also what the faster encoder refuses: half characters, and integers beyond 64 bits."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return encode_json(value)
 
 
 class CarriedReasoning:
@@ -109,9 +123,18 @@ class _Block:
         return {**self._members, **{name: "".join(pieces) for name, pieces in self._pieces.items()}}
 
 
+def is_own_reasoning(item: Any) -> bool:
+    """Return whether an item is reasoning that was made here: its id or its content says so."""
+    if not isinstance(item, Mapping) or item.get("type") != "reasoning":
+        return False
+    stated, encrypted = item.get("id"), item.get("encrypted_content")
+    has_own_id = isinstance(stated, str) and OWN_ITEM_ID.fullmatch(stated) is not None
+    return has_own_id or (isinstance(encrypted, str) and encrypted.startswith(CARRIED_MARK))
+
+
 def encode_carried(members: Mapping[str, Any]) -> str:
     """Write members of a chat message as `encrypted_content`."""
-    return CARRIED_MARK + base64.urlsafe_b64encode(orjson.dumps(members)).decode()
+    return CARRIED_MARK + base64.urlsafe_b64encode(encode(members)).decode()
 
 
 def decode_carried(text: Any) -> dict[str, Sequence[Mapping[str, Any]]] | None:
@@ -119,7 +142,7 @@ def decode_carried(text: Any) -> dict[str, Sequence[Mapping[str, Any]]] | None:
     if not isinstance(text, str) or not text.startswith(CARRIED_MARK):
         return None
     try:
-        members = orjson.loads(base64.urlsafe_b64decode(text.removeprefix(CARRIED_MARK)))
+        members = decode_json(base64.urlsafe_b64decode(text.removeprefix(CARRIED_MARK)))
     except (binascii.Error, ValueError):
         return None
     if not isinstance(members, dict):

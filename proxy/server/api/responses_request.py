@@ -19,6 +19,7 @@ from proxy.server.api.responses_answer import (
     whole_answer,
 )
 from proxy.server.api.responses_input import Conversation, numbered, tools_among
+from proxy.server.api.responses_reasoning import is_own_reasoning
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
 from proxy.server.api.translation import APIName
 
@@ -58,6 +59,8 @@ class ResponsesTranslation:
     """A request of the Responses API as a chat request, and its answer as a response."""
 
     document: Mapping[str, Any] = field(repr=False)
+    input: Any = field(repr=False)
+    """The client's, with reasoning of chat models, which is not for an upstream of this API."""
     body: Mapping[str, Any] = field(repr=False)
     left_out: tuple[str, ...]
     stored: bool
@@ -122,14 +125,24 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
         has_logprobs=asks_logprobs,
     )
     return ResponsesTranslation(
-        document={
-            name: value for name, value in document.items() if name not in OWN_FIELDS and name != "previous_response_id"
-        },
+        document=_native_document(document),
+        input=document.get("input"),
         body=body,
         left_out=(*_left_out(document, included), *tools.left_out, *conversation.left_out),
         stored=stored,
         plan=plan,
     )
+
+
+def _native_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body for an upstream of this API, which knows no ids and no reasoning that were made here."""
+    native = {
+        name: value for name, value in document.items() if name not in OWN_FIELDS and name != "previous_response_id"
+    }
+    items = native.get("input")
+    if isinstance(items, list) and any(map(is_own_reasoning, items)):
+        native["input"] = [item for item in items if not is_own_reasoning(item)]
+    return native
 
 
 def _items(value: Any, name: str, role: str) -> list[tuple[str, Any]]:

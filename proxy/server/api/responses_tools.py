@@ -85,7 +85,8 @@ class ToolTable:
         kind = tool["type"]
         if kind == "namespace":
             namespace = _name(tool, path)
-            for place, member in enumerate(tool.get("tools") or ()):
+            members = tool.get("tools")
+            for place, member in enumerate(members if isinstance(members, list) else ()):
                 inner = f"{path}.tools[{place}]"
                 member = _checked(member, inner)
                 if member["type"] in ("function", "custom"):
@@ -95,18 +96,21 @@ class ToolTable:
         elif kind in ("function", "custom"):
             self._add_function(tool, path, ClientTool(kind, _name(tool, path)))
         elif kind in _CLIENT_RUN and not _is_hosted(tool):
-            function = {"name": self._free_name(kind), **_CLIENT_RUN[kind]}
-            self._register(ClientTool(kind, kind), {"type": "function", "function": function})
+            client = ClientTool(kind, kind)
+            if client not in self._chat_names:
+                self._register(client, {"name": self._free_name(kind, client), **_CLIENT_RUN[kind]})
         else:
             self._leave_out(tool, path)
 
     def _add_function(
         self, tool: Mapping[str, Any], path: str, client: ClientTool, namespace: Mapping[str, Any] | None = None
     ) -> None:
+        if client in self._chat_names:  # given twice: models and servers would not tell them apart
+            return
         definition = _definition(tool)
         wanted = client.name if client.namespace is None else _joined(client.namespace, client.name)
         is_own_name = client.kind == "function" and client.namespace is None
-        function: dict[str, Any] = {"name": wanted if is_own_name else self._free_name(wanted)}
+        function: dict[str, Any] = {"name": wanted if is_own_name else self._free_name(wanted, client)}
         if description := _description(definition, namespace):
             function["description"] = description
         if client.kind == "custom":
@@ -119,19 +123,20 @@ class ToolTable:
         self.left_out += [
             f"{path}.{name}" for name, value in tool.items() if name not in _KNOWN_MEMBERS and value is not None
         ]
-        self._register(client, {"type": "function", "function": function})
+        self._register(client, function)
 
-    def _register(self, client: ClientTool, chat_tool: dict[str, Any]) -> None:
-        name = chat_tool["function"]["name"]
+    def _register(self, client: ClientTool, function: dict[str, Any]) -> None:
+        name = function["name"]
         self._taken.add(name)
         self._tools[name] = client
         self._chat_names[client] = name
-        self.chat.append(chat_tool)
+        self.chat.append({"type": "function", "function": function})
 
-    def _free_name(self, wanted: str) -> str:
-        name = wanted
+    def _free_name(self, wanted: str, client: ClientTool) -> str:
+        name, source = wanted, f"{client.kind} {client.namespace} {client.name}"
         while name in self._taken:
-            name = f"{name[: MAX_NAME_CHARS - _DIGEST_CHARS - 1]}_{_digest(name)}"
+            source = _digest(source)
+            name = f"{wanted[: MAX_NAME_CHARS - _DIGEST_CHARS - 1]}_{source}"
         return name
 
     def _leave_out(self, tool: Mapping[str, Any], path: str) -> None:
@@ -147,7 +152,7 @@ class ToolTable:
                 ambiguous.add(tool.name)
             else:
                 found[tool.name] = tool
-        return {name: tool for name, tool in found.items() if name not in ambiguous | self._tools.keys()}
+        return {name: tool for name, tool in found.items() if name not in ambiguous}
 
 
 def _checked(tool: Any, path: str) -> Mapping[str, Any]:
@@ -355,10 +360,11 @@ def _chosen(choice: Mapping[str, Any], tools: ToolTable) -> str | None:
     if kind in ("function", "custom"):
         name: Any = _definition(choice).get("name")
         namespace = choice.get("namespace")
-        if not isinstance(name, str) or not tools.has(kind, name, namespace):
+        named = isinstance(name, str) and isinstance(namespace, str | None)
+        if not named or not tools.has(kind, name, namespace):
             message = f"`tool_choice` names {str(name)[:MAX_NAME_CHARS]!r}, which is not in `tools`"
             raise BadRequest(message, param="tool_choice")
         return tools.chat_name(kind, name, namespace)
-    if kind in _CLIENT_RUN and tools.has(kind, kind):
+    if kind in tuple(_CLIENT_RUN) and tools.has(kind, kind):
         return tools.chat_name(kind, kind)
     return None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.chat_request import OWN_FIELDS
+from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.server.api.translation import APIName
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import iter_choices
@@ -61,14 +61,14 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
     passed_on = {
         name: value
         for name, value in document.items()
-        if value is not None and name not in _TRANSLATED and name not in _ANSWERED_IN_CHAT
+        if (value is not None or name in OWN_FIELDS) and name not in _TRANSLATED and name not in _ANSWERED_IN_CHAT
     }
     top_logprobs = _top_logprobs(document)
     logprobs: dict[str, Any] = {} if top_logprobs is None else {"logprobs": True}
     if top_logprobs:
         logprobs["top_logprobs"] = top_logprobs
     return TextCompletionsTranslation(
-        document={name: value for name, value in document.items() if name not in OWN_FIELDS},
+        document=without_own_fields(document),
         body={**passed_on, "messages": [{"role": "user", "content": _user_text(document)}], **logprobs},
         left_out=tuple(name for name in document if name in _ANSWERED_IN_CHAT and document[name]),
         id=f"cmpl-{answer_id}",

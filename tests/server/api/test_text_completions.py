@@ -11,6 +11,7 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 from proxy.errors import BadRequest
 from proxy.server.api.text_completions import TextCompletionsTranslation, translate
 from proxy.server.api.translation import StreamTranslation, Translation
+from proxy.upstream.sse import DONE
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 # What each field of OpenAI's SDK becomes in the chat body: a value for it, and the members that it leads to.
@@ -73,7 +74,8 @@ def events(data: bytes) -> list[dict[str, Any]]:
 def streamed(chunks: Sequence[Mapping[str, Any]], **document: Any) -> list[Completion]:
     stream = a_translation(stream=True, **document).stream("small")
     data = b"".join(stream.write(chunk) for chunk in chunks) + stream.finish()
-    return [Completion.construct(**event) for event in events(data)]  # as the client reads chunks
+    assert data.endswith(DONE)
+    return [Completion.construct(**event) for event in events(data.removesuffix(DONE))]  # as the client reads chunks
 
 
 def test_every_field_of_the_official_client_is_accounted_for() -> None:
