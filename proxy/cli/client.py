@@ -23,6 +23,10 @@ UNAVAILABLE_TIMEOUT_S = 60.0
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
+class KeyRefused(CommandError):
+    """The server asks for another key (401)."""
+
+
 class ServerUnavailable(CommandError):
     """The server cannot answer now (503), for instance while its store is busy.
 
@@ -60,7 +64,7 @@ class ServerClient:
         message = f"{method} {path}: {reply.status_code} {_message(reply)}"
         if reply.status_code == 503:
             raise ServerUnavailable(message, passing="retry-after" in reply.headers)
-        raise CommandError(message)
+        raise (KeyRefused if reply.status_code == 401 else CommandError)(message)
 
     def follow(self, job: str, progress: Progress) -> dict[str, Any]:
         """Show a job's progress until it has ended, and return its last state."""

@@ -262,7 +262,7 @@ def wait_until_routed(url: str, key: str | None, model: str) -> None:
     Raises:
         CommandError: with the server's message.
     """
-    from proxy.cli.client import ServerClient, ServerUnavailable
+    from proxy.cli.client import KeyRefused, ServerClient, ServerUnavailable
 
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
     began, shown = time.monotonic(), -MESSAGE_INTERVAL_S
@@ -271,6 +271,8 @@ def wait_until_routed(url: str, key: str | None, model: str) -> None:
             try:
                 server.call("POST", "/v1/route", body)
                 return
+            except KeyRefused as error:
+                raise CommandError(f"{error}; here it is --key, or {KEY_VARIABLE} in the environment") from None
             except ServerUnavailable as error:
                 waited = time.monotonic() - began
                 if waited > (MEASURING_TIMEOUT_S if error.passing else SETTLING_S):

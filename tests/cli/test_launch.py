@@ -227,6 +227,15 @@ def test_what_the_server_refuses_is_said_before_the_client_runs(served: str, cli
     assert not Path(client_environ["REPORT"]).exists()
 
 
+def test_a_server_that_asks_for_a_key_is_told_where_to_give_it(
+    client_environ: dict[str, str], upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    made = run_command("keys", "create", "somebody", environ=client_environ)
+    assert made.returncode == 0, made.stderr
+    ended = run_command("launch", "claude", "--config", config_file(tmp_path, upstream), environ=client_environ)
+    assert (ended.returncode, f"--key, or {KEY_VARIABLE}" in ended.stderr) == (1, True), ended.stderr
+
+
 def test_another_server_at_the_address_is_not_taken_for_ours(
     client_environ: dict[str, str], upstream: ScriptedUpstream
 ) -> None:
