@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import typer
 
@@ -22,6 +22,7 @@ from proxy.cli.console import BadArgument, CommandError, ConfigOption, JsonOptio
 from proxy.cli.launch_clients import AUTO, CLIENTS, KEY_VARIABLE, NO_KEY, Client, Setup, Target, setup_for
 
 if TYPE_CHECKING:
+    from proxy.cli.client import ServerClient
     from proxy.settings.schema import Settings
 
 
@@ -68,7 +69,11 @@ def launch(
         bool, typer.Option("--detect", help="If a server is started: also offer models as `serve --detect` does.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--print", help="Show what would be set, as lines of a shell, and start nothing.")
+        bool,
+        typer.Option(
+            "--print",
+            help="Show what would be set, but for what a running server knows of the model; start nothing.",
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -76,6 +81,8 @@ def launch(
 
     Where no server runs, one is started on a free port, and stopped when the client has ended.
     """
+    from proxy.cli.client import ServerClient
+
     chosen, words = find_client(client), tuple(arguments or ())
     if not model:
         raise BadArgument("--model: is empty; give the name of a model, or auto")
@@ -92,9 +99,12 @@ def launch(
             if settings is None:
                 raise CommandError(f"no UniRoute server answers at {address}; start one with `uniroute serve`")
             address = stack.enter_context(start_server(settings, config, detect=detect))
-        wait_until_routed(address, key, model)
+        with ServerClient(address, key) as server:
+            wait_until_routed(server, model)
+            window = context_window(server, model)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="uniroute-launch-")))
-        setup = setup_for(chosen, Target(address, model, key or NO_KEY, str(folder)), os.environ)
+        target = Target(address, model, key or NO_KEY, str(folder), window)
+        setup = setup_for(chosen, target, os.environ)
         for name, text in setup.files.items():
             (folder / name).write_text(text, "utf-8")
         status = run_client([command[0], *setup.arguments, *command[1:]], environment_of(setup, os.environ))
@@ -254,7 +264,7 @@ def has_ended(process: subprocess.Popen[bytes], timeout_s: float) -> bool:
     return True
 
 
-def wait_until_routed(url: str, key: str | None, model: str) -> None:
+def wait_until_routed(server: ServerClient, model: str) -> None:
     """Return once the server would answer a request; models that are being measured are waited for.
 
     A client would meet a refusal in words of its own, or keep trying.
@@ -262,25 +272,30 @@ def wait_until_routed(url: str, key: str | None, model: str) -> None:
     Raises:
         CommandError: with the server's message.
     """
-    from proxy.cli.client import KeyRefused, ServerClient, ServerUnavailable
+    from proxy.cli.client import KeyRefused, ServerUnavailable
 
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}]}
     began, shown = time.monotonic(), -MESSAGE_INTERVAL_S
-    with ServerClient(url, key) as server:
-        while True:
-            try:
-                server.call("POST", "/v1/route", body)
-                return
-            except KeyRefused as error:
-                raise CommandError(f"{error}; here it is --key, or {KEY_VARIABLE} in the environment") from None
-            except ServerUnavailable as error:
-                waited = time.monotonic() - began
-                if waited > (MEASURING_TIMEOUT_S if error.passing else SETTLING_S):
-                    raise
-                if error.passing and waited > shown + MESSAGE_INTERVAL_S:
-                    console.echo_err(f"waiting: {error}")
-                    shown = waited
-                time.sleep(RETRY_INTERVAL_S)
+    while True:
+        try:
+            server.call("POST", "/v1/route", body)
+            return
+        except KeyRefused as error:
+            raise CommandError(f"{error}; here it is --key, or {KEY_VARIABLE} in the environment") from None
+        except ServerUnavailable as error:
+            waited = time.monotonic() - began
+            if waited > (MEASURING_TIMEOUT_S if error.passing else SETTLING_S):
+                raise
+            if error.passing and waited > shown + MESSAGE_INTERVAL_S:
+                console.echo_err(f"waiting: {error}")
+                shown = waited
+            time.sleep(RETRY_INTERVAL_S)
+
+
+def context_window(server: ServerClient, model: str) -> int | None:
+    """Return how many tokens the model reads, of a name that routes the widest of its models; None if not known."""
+    found = server.call("GET", f"/v1/models/{quote(model, safe='/:@')}").get("context_length")
+    return found if isinstance(found, int) else None
 
 
 def environment_of(setup: Setup, environ: Mapping[str, str]) -> dict[str, str]:

@@ -20,6 +20,9 @@ KEY_VARIABLE = "UNIROUTE_API_KEY"
 # What clients send to a server that asks for no key: most do not start without one.
 NO_KEY = "no-key-needed"
 
+# What it asks for where it knows of no limit.
+MAX_OPENCODE_OUTPUT_TOKENS = 32_000
+
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
@@ -33,6 +36,8 @@ class Target:
     key: str
     folder: str
     """Where the files of its Setup lie, while the client runs."""
+    context_tokens: int | None = None
+    """The context window of the model, at which a client makes a long conversation shorter; None: not known."""
 
     @property
     def v1(self) -> str:
@@ -83,6 +88,7 @@ def _claude(target: Target) -> Setup:
             "DISABLE_ERROR_REPORTING": "1",
             # It begins each system prompt with a line that differs from request to request: no prompt cache hits then.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+            **({"CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(window)} if (window := target.context_tokens) else {}),
         },
         # Its own key would be sent beside ours; the others send it to another service.
         unset=("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY"),
@@ -92,7 +98,7 @@ def _claude(target: Target) -> Setup:
 def _codex(target: Target) -> Setup:
     """Override its configuration on the command line: CODEX_HOME, with the user's sessions, stays as it is."""
     provider = "model_providers.uniroute"
-    overrides = {
+    overrides: dict[str, str | int] = {
         "model_provider": "uniroute",
         "model": target.model,
         f"{provider}.name": "UniRoute",
@@ -100,11 +106,17 @@ def _codex(target: Target) -> Setup:
         f"{provider}.wire_api": "responses",
         f"{provider}.env_key": KEY_VARIABLE,
     }
+    if target.context_tokens:
+        overrides["model_context_window"] = target.context_tokens
     words = (word for name, value in overrides.items() for word in ("-c", f"{name}={json.dumps(value)}"))
     return Setup({KEY_VARIABLE: target.key}, arguments=tuple(words))
 
 
 def _opencode(target: Target) -> Setup:
+    limit = {}
+    if window := target.context_tokens:
+        # It wants both numbers, and keeps room for an answer of the second.
+        limit = {"limit": {"context": window, "output": min(MAX_OPENCODE_OUTPUT_TOKENS, window // 4)}}
     names = dict.fromkeys((target.model, target.cheap_model))
     config = {
         "provider": {
@@ -112,7 +124,7 @@ def _opencode(target: Target) -> Setup:
                 "npm": "@ai-sdk/openai-compatible",
                 "name": "UniRoute",
                 "options": {"baseURL": target.v1, "apiKey": f"{{env:{KEY_VARIABLE}}}"},
-                "models": {name: {"name": name} for name in names},
+                "models": {name: {"name": name, **limit} for name in names},
             }
         },
         "model": f"uniroute/{target.model}",
@@ -123,6 +135,9 @@ def _opencode(target: Target) -> Setup:
 
 def _aider(target: Target) -> Setup:
     names = (f"openai/{target.model}", f"openai/{target.cheap_model}")
+    known: dict[str, str | int] = {"litellm_provider": "openai", "mode": "chat"}
+    if target.context_tokens:
+        known["max_input_tokens"] = target.context_tokens
     settings = {"name": names[0], "edit_format": "diff", "use_repo_map": True, "weak_model_name": names[1]}
     return Setup(
         {
@@ -135,11 +150,9 @@ def _aider(target: Target) -> Setup:
             "AIDER_SHOW_MODEL_WARNINGS": "false",
         },
         files={
-            "aider.model.settings.yml": _yaml([settings]),
+            "aider.model.settings.yml": _json_text([settings]),
             # It looks for models that it does not know in a list on the internet.
-            "aider.model.metadata.json": json.dumps(
-                {key: {"litellm_provider": "openai", "mode": "chat"} for key in names}
-            ),
+            "aider.model.metadata.json": _json_text(dict.fromkeys(names, known)),
         },
     )
 
@@ -165,7 +178,7 @@ def _llm(target: Target) -> Setup:
     ]
     return Setup(
         {"LLM_USER_PATH": target.folder, "OPENAI_API_KEY": target.key},
-        files={"extra-openai-models.yaml": _yaml(models), "default_model.txt": f"{target.model}\n"},
+        files={"extra-openai-models.yaml": _json_text(models), "default_model.txt": f"{target.model}\n"},
     )
 
 
@@ -214,6 +227,6 @@ def _no_proxy(url: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def _yaml(value: object) -> str:
-    """Write a value as JSON, which is YAML too."""
+def _json_text(value: object) -> str:
+    """Write a value as a file of JSON, which is YAML too."""
     return json.dumps(value, indent=2) + "\n"

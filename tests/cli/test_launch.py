@@ -20,6 +20,7 @@ from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
 SECRET = "sk-uniroute-canary"
+WINDOW = 50_000
 
 # A client that writes down what it was given, and then behaves as CLIENT_DOES says.
 STAND_IN = f"""#!{sys.executable}
@@ -244,10 +245,14 @@ def test_another_server_at_the_address_is_not_taken_for_ours(
 
 
 def config_file(folder: Path, upstream: ScriptedUpstream, **more: Any) -> Path:
-    model = {"model_name": "small", "litellm_params": {"model": "openai/small", "api_base": upstream.url}}
+    model: dict[str, Any] = {
+        "model_name": "small",
+        "litellm_params": {"model": "openai/small", "api_base": upstream.url},
+    }
     path = folder / "config.yaml"
     section = {"profile": {"prompts": 20}, "data_dir": str(folder / "data"), "port": 1, **more}
-    path.write_text(yaml.safe_dump({"model_list": [{**model, "model_info": {"free": True}}], "uniroute": section}))
+    model["model_info"] = {"free": True, "max_input_tokens": WINDOW}
+    path.write_text(yaml.safe_dump({"model_list": [model], "uniroute": section}))
     return path
 
 
@@ -261,6 +266,22 @@ def test_without_a_server_one_is_started_and_stopped_again(
     assert report(asking)["answer"]["choices"][0]["message"]["content"] == "42"
     assert not store_answers(tmp_path / "data")
     assert left_behind(asking) == []
+
+
+def test_a_client_is_told_the_context_window_that_the_server_knows(
+    client_environ: dict[str, str], upstream: ScriptedUpstream, tmp_path: Path
+) -> None:
+    ended = run_command("launch", "codex", "--config", config_file(tmp_path, upstream), environ=client_environ)
+    assert ended.returncode == 3, ended.stderr
+    assert f"model_context_window={WINDOW}" in report(client_environ)["arguments"]
+
+
+@pytest.mark.parametrize("name", ["claude", "codex", "opencode", "aider"])
+def test_clients_that_shorten_conversations_know_when(name: str) -> None:
+    client = next(client for client in CLIENTS if client.name == name)
+    unknown, known = (client.setup(Target("http://here", "auto", "key", "/tmp", window)) for window in (None, WINDOW))
+    assert str(WINDOW) in repr(known)
+    assert str(WINDOW) not in repr(unknown)
 
 
 def test_a_server_that_does_not_start_is_said_with_its_log(client_environ: dict[str, str], tmp_path: Path) -> None:
