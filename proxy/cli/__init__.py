@@ -15,6 +15,7 @@ from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
 from proxy.cli.inspection import route, validation
 from proxy.cli.keys import keys
+from proxy.cli.launch import launch
 from proxy.cli.models import models, prices
 from proxy.cli.serve import demo, serve, worker
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, demo, worker, route, fit, evaluate, calibrate):
+for command in (serve, launch, demo, worker, route, fit, evaluate, calibrate):
     app.command()(command)
 for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (validation, "validation")):
     app.add_typer(group, name=name)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -23,8 +23,20 @@ UNAVAILABLE_TIMEOUT_S = 60.0
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
+class KeyRefused(CommandError):
+    """The server asks for another key (401)."""
+
+
 class ServerUnavailable(CommandError):
-    """The server cannot answer now (503), for instance while its store is busy."""
+    """The server cannot answer now (503), for instance while its store is busy.
+
+    Args:
+        passing: it says when to try again.
+    """
+
+    def __init__(self, message: str, *, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ServerClient:
@@ -49,8 +61,10 @@ class ServerClient:
             ) from None
         if reply.is_success:
             return reply.json() if reply.content else None
-        kind = ServerUnavailable if reply.status_code == 503 else CommandError
-        raise kind(f"{method} {path}: {reply.status_code} {_message(reply)}")
+        message = f"{method} {path}: {reply.status_code} {_message(reply)}"
+        if reply.status_code == 503:
+            raise ServerUnavailable(message, passing="retry-after" in reply.headers)
+        raise (KeyRefused if reply.status_code == 401 else CommandError)(message)
 
     def follow(self, job: str, progress: Progress) -> dict[str, Any]:
         """Show a job's progress until it has ended, and return its last state."""
@@ -127,12 +141,8 @@ def announce_ready(url: str) -> Iterator[None]:
     started, ended = time.monotonic(), threading.Event()
 
     def wait() -> None:
-        with httpx.Client(trust_env=False, timeout=1) as client, console.progress() as bars:
-            while (document := _readiness(client, url)) is not None:
-                show_startup(document, bars)
-                if ended.wait(STARTUP_POLL_INTERVAL_S):
-                    return
-        console.echo_err(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
+        if wait_until_ready(url, ended.wait):
+            console.echo_err(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
 
     thread = threading.Thread(target=wait, name="uniroute-announce", daemon=True)
     thread.start()
@@ -141,6 +151,20 @@ def announce_ready(url: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(5)
+
+
+def wait_until_ready(url: str, ended: Callable[[float], bool]) -> bool:
+    """Show the progress of a server's start; return True once it is ready, and False where it has ended before.
+
+    Args:
+        ended: waits for these seconds, or for the end of the server; says whether it has ended.
+    """
+    with httpx.Client(trust_env=False, timeout=1) as client, console.progress() as bars:
+        while (document := _readiness(client, url)) is not None:
+            show_startup(document, bars)
+            if ended(STARTUP_POLL_INTERVAL_S):
+                return False
+    return True
 
 
 def show_startup(document: Mapping[str, Any], bars: console.Progress) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +39,9 @@ def serve(
     detect: Annotated[
         bool, typer.Option("--detect", help="Also offer models of providers whose key is set, and of an Ollama.")
     ] = False,
+    end_with_stdin: Annotated[
+        bool, typer.Option("--end-with-stdin", help="Also end when standard input does, as with the death of a parent.")
+    ] = False,
 ) -> None:
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
@@ -47,6 +52,8 @@ def serve(
     from proxy.server.startup import validate_files
 
     exit_on_signals()
+    if end_with_stdin:
+        threading.Thread(target=_end_with_stdin, name="uniroute-stdin", daemon=True).start()
     dictConfig(LOGGING)
     settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
     if detect:
@@ -86,6 +93,14 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     settings = read_settings(config, data_dir=data_dir)
     validate_files(settings)
     asyncio.run(run_worker(settings))
+
+
+def _end_with_stdin() -> None:
+    """End this process in order once nobody can write to its standard input any more."""
+    # Not through sys.stdin: a thread that waits in its lock breaks off the end of the interpreter.
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _detect(settings: Settings) -> Settings:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,8 +106,26 @@ _TEXT_PARTS = ("text", "input_text")
 _NO_THINKING = ("", "none", "minimal", "disable")
 
 
+# What agents write around the words of their users, as they were seen to: blocks at the start of a part, by their tags;
+# whole parts, by their start; and instructions behind the user's words, by their first line.
+AGENT_TAGS = (
+    *("system-reminder", "command-message", "command-name", "local-command-stdout"),  # Claude Code
+    *("environment_context", "user_instructions", "permissions instructions", "skills_instructions"),  # Codex
+    "environment_details",  # Cline
+)
+
+AGENT_PARTS = ("This is the Qwen Code.", "<image name=[Image #", "</image>")
+
+AGENT_ENDS = ("\n# *SEARCH/REPLACE block* Rules:",)  # Aider
+
+_AGENT_BLOCKS = re.compile(rf"\s*(?:<({'|'.join(AGENT_TAGS)})>.*?(?:</\1>|\Z)\s*)+", re.DOTALL)
+
+
 def routing_text(messages: Sequence[Any]) -> str:
-    """Return the newest user turn, with up to two earlier ones if it is short; empty if there is no user text."""
+    """Return the newest user turn, with up to two earlier ones if it is short; empty if there is no user text.
+
+    What agents write around the words of a user is left out, unless there is nothing else.
+    """
     turns = _user_turns(messages)
     newest = next(turns, "")
     kept = [newest]
@@ -117,20 +136,39 @@ def routing_text(messages: Sequence[Any]) -> str:
 
 def _user_turns(messages: Sequence[Any]) -> Iterator[str]:
     """Yield the texts of user turns, newest first."""
+    newest_of_agent = ""
+    found = False
     for message in reversed(messages):
         if isinstance(message, Mapping) and message.get("role") == "user":
-            text = _text_of(message.get("content")).strip()
-            if text:
+            parts = [text for text in _texts_of(message.get("content")) if text.strip()]
+            if text := "\n".join(filter(None, map(_own_words, parts))).strip():
+                found = True
                 yield text
+            elif parts:
+                newest_of_agent = newest_of_agent or "\n".join(parts).strip()
+    if not found and newest_of_agent:
+        yield newest_of_agent
 
 
-def _text_of(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+def _own_words(text: str) -> str:
+    """Return a part of a user turn without what an agent has written."""
+    start = text.lstrip()
+    if start.startswith("<") and (blocks := _AGENT_BLOCKS.match(text)) is not None:
+        text = start = text[blocks.end() :]
+    if start.startswith(AGENT_PARTS):
         return ""
+    for end in AGENT_ENDS:
+        text = text.partition(end)[0]
+    return text
+
+
+def _texts_of(content: Any) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        return []
     parts = (part for part in content if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS)
-    return "\n".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
 
 
 def requirements_of(

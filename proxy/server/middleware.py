@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
 from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
-from proxy.server.api.messages_errors import anthropic_error
+from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
     APP_STATE,
@@ -175,6 +175,7 @@ class MessagesResponse:
         if headers.get("content-type", "").startswith("application/json"):
             error = decode_json(body)["error"]  # as `encode_json` wrote it, with half characters of an upstream's words
             body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
+            start["status"] = anthropic_status(start["status"])
             headers["content-length"] = str(len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})

@@ -72,6 +72,40 @@ DATA_URL = Unread("data:image/png;base64," + BIG)
 CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+REMINDER = "<system-reminder>\nAs you answer, you can use this context.\n</system-reminder>"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{REMINDER}\n\n{LONG}",
+        [{"type": "text", "text": REMINDER}, {"type": "text", "text": f"{REMINDER}\n{REMINDER}\n{LONG}"}],
+        [{"type": "text", "text": "<system-reminder>never closed"}, {"type": "text", "text": LONG}],
+        [{"type": "text", "text": '<image name=[Image #1] path="a.png">'}, {"type": "text", "text": "</image>"},
+         {"type": "text", "text": LONG}],
+        f"{LONG}\n\n# *SEARCH/REPLACE block* Rules:\n\nEvery block must use this format.",
+    ],
+)  # fmt: skip
+def test_what_an_agent_writes_around_the_users_words_does_not_decide(content: Any) -> None:
+    assert routing_text([user(content)]) == LONG
+
+
+def test_a_turn_of_an_agent_is_no_earlier_turn_of_the_user() -> None:
+    context = user("<environment_context>\n<cwd>/home</cwd>\n</environment_context>")
+    setup = user("This is the Qwen Code. We are setting up the context for our chat.")
+
+    assert routing_text([context, setup, user("say hi")]) == "say hi"
+
+
+def test_the_words_of_an_agent_decide_where_there_are_no_others() -> None:
+    assert routing_text([user(REMINDER)]) == REMINDER
+
+
+@pytest.mark.parametrize("text", ["What does <system-reminder> mean, and who writes it there at all?", "<b>x</b>"])
+def test_tags_of_the_user_stay(text: str) -> None:
+    assert routing_text([user(text)]) == text
+
+
 @pytest.mark.parametrize(
     "message",
     [

@@ -5,9 +5,10 @@ from typing import Any
 
 from proxy.upstream.sse import encode_json
 
-# Statuses stay what they are: Anthropic's SDKs and Claude Code send a request again after 408, 409, 429 and every 5xx.
-# A 503 is "overloaded" as a 529 is. Claude Code reads that type, also in a stream, where there is no status, and goes
-# on with its fallback model when it comes several times.
+# Anthropic's own status of a server that has no room for one more request. It knows no 503.
+OVERLOADED = 529
+
+# Of Anthropic's errors. Claude Code reads the type also in a stream, where there is no status.
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -19,7 +20,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
-    529: "overloaded_error",
+    OVERLOADED: "overloaded_error",
 }
 
 # By these words Claude Code knows that it has to shorten the conversation.
@@ -39,6 +40,10 @@ def anthropic_error(error: Mapping[str, Any], status: int, request_id: str | Non
         text = f"{_TOO_LONG}: {text}"
     body = {"type": "error", "error": {"type": error_type(status), "message": text}}
     return body if request_id is None else {**body, "request_id": request_id}
+
+
+def anthropic_status(status: int) -> int:
+    return OVERLOADED if status == 503 else status
 
 
 def error_event(error: Mapping[str, Any], status: int) -> bytes:
