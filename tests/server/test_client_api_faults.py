@@ -27,7 +27,6 @@ from tests.support.limited_keys import LimitedKey
 from tests.support.native_answers import (
     MESSAGE,
     MESSAGE_EVENTS,
-    RESPONSE,
     RESPONSE_EVENTS,
     a_response,
     event,
@@ -457,8 +456,10 @@ def test_an_image_is_refused_where_no_model_can_see(http: httpx.Client, api: API
 SOURCES = [*((api, "chat") for api in API_NAMES), *((api, "native") for api in NATIVE_APIS), ("embeddings", "vectors")]
 
 
-def ask_any(http: httpx.Client, api: Any, model: str, stream: bool) -> httpx.Response:
-    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens."""
+def ask_any(http: httpx.Client, source: tuple[Any, str], stream: bool = False) -> httpx.Response:
+    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens. `stream`: of models asked in chat."""
+    api, model = source
+    stream = stream and model == "chat"
     if api == "embeddings":
         return http.post("/v1/embeddings", json={"model": model, "input": [[1] * 100]})
     limit = {"max_output_tokens" if api == "responses" else "max_tokens": 100}
@@ -483,7 +484,9 @@ def test_requests_over_all_apis_never_spend_more_than_the_budget_of_their_key(se
     headers = {"authorization": f"Bearer {key.secret}"}
     with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         sources = SOURCES * 6
-        replies = list(pool.map(lambda source: ask_any(http, *source, stream and source[1] == "chat"), sources))
+        replies = list(
+            pool.map(lambda source: ask_any(http, source[0], source[1], stream and source[1] == "chat"), sources)
+        )
     statuses = [reply.status_code for reply in replies]
     answered = statuses.count(200)
 
@@ -501,9 +504,9 @@ def test_requests_over_all_apis_count_for_one_rate(served: Served) -> None:
     key = served.key(requests_per_minute=len(SOURCES))
     headers = {"authorization": f"Bearer {key.secret}"}
     with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http:
-        replies = [ask_any(http, *source, False) for source in SOURCES]
+        replies = [ask_any(http, source) for source in SOURCES]
         remaining = [int(reply.headers["x-ratelimit-remaining-requests"]) for reply in replies]
-        refused = [ask_any(http, *source, False) for source in SOURCES]
+        refused = [ask_any(http, source) for source in SOURCES]
 
     assert {reply.status_code for reply in replies} == {200}
     assert remaining == sorted(remaining, reverse=True)
@@ -601,7 +604,7 @@ def test_one_conversation_is_the_same_to_a_chat_model_whichever_api_it_came_in(
 ) -> None:
     sent = []
     for spoken in ("chat", api):
-        body = {**pinned("chat", "seeing"), **CONVERSATION[spoken]}  # type: ignore[arg-type]
+        body = {**pinned("chat", "seeing"), **CONVERSATION[spoken]}
         body |= {"max_tokens": 100} if api == "messages" else {}
         if spoken == "responses":
             del body["messages"]
@@ -679,6 +682,18 @@ def test_without_a_store_responses_are_answered_and_what_needs_them_says_so(http
 
 
 # Attacks.
+
+
+@pytest.mark.parametrize("api", ["messages", "responses", "completions"])
+def test_a_stream_without_end_is_not_held_without_end(http: httpx.Client, served: Served, api: APIName) -> None:
+    """The limits are max_answer_bytes, and some bytes for each of many small chunks."""
+    chunk = {"choices": [{"index": 0, "delta": {"content": "x" * 1_000_000}, "finish_reason": None}]}
+    served.chat.then(Step(events=[chunk] * 25))
+    reply = ask(http, api, pinned(api, stream=True))
+
+    assert ("max_answer_bytes" in reply.errors[0]["message"], reply.complete) == (True, False)
+    assert 18_000_000 < len(reply.text) < 21_000_000
+
 
 ODD = "a\r\nx-evil: 1\r\n\r\n\u2028\u00e9\x00\x7f" + "n" * 500
 

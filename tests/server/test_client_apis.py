@@ -153,7 +153,7 @@ def test_what_is_nested_in_another_field_steers_nothing(
 ) -> None:
     steering = {"api_base": fleet.good.url, "api_key": "sk-mine", "model": "good", "extra_headers": {"x-evil": "1"}}
     nested: Any = {**steering, "type": "auto", "extra_body": steering, "litellm_params": steering}
-    reply = ask(http, api, body_of(api, model="fair", **{within: [nested] if within == "tools" else nested}))
+    reply = ask(http, api, {**body_of(api, model="fair"), within: [nested] if within == "tools" else nested})
 
     assert reply.status in (200, 400), reply.errors
     assert fleet.good.history == []
