@@ -17,6 +17,7 @@ import httpx
 import pytest
 import redis
 
+from proxy.errors import SHUTTING_DOWN_MESSAGE
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.client_apis import API_NAMES, PATHS, APIName, Reply, ask, body_of, events_of
@@ -24,11 +25,11 @@ from tests.support.limited_keys import LimitedKey
 from tests.support.native_answers import (
     MESSAGE,
     MESSAGE_EVENTS,
-    RESPONSE,
     RESPONSE_EVENTS,
     a_response,
     event,
 )
+from tests.support.command import ServeCommand, environment
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_answers import Step, error_body
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -52,7 +53,7 @@ LIMIT_NAMES = {"responses": "max_output_tokens"}
 
 @dataclass(frozen=True)
 class Served:
-    """One proxy. "chat" and "other" are asked in chat completions, "native" in the client's own API where it has one."""
+    """One proxy. "chat" and "other" are asked in chat completions, "native" in the client's own API."""
 
     proxy: ProxyProcess
     chat: ScriptedUpstream
@@ -66,7 +67,9 @@ class Served:
         return [self.chat, self.other, self.native, self.vectors]
 
     def key(self, **limits: Any) -> LimitedKey:
+        """Make a key, and wait until the proxy knows it: before the first one every caller is served."""
         key = LimitedKey.put(self.store, **limits)
+        assert wait_until(lambda: httpx.get(f"{self.proxy.url}/v1/models").status_code == 401)
         url, headers = f"{self.proxy.url}/v1/models", {"authorization": f"Bearer {key.secret}"}
         assert wait_until(lambda: httpx.get(url, headers=headers).status_code == 200)
         return key
@@ -110,7 +113,8 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
         store = closing.enter_context(redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)))
         for name in ("chat", "other", "native"):
             proxy.put_profile(name, 0.1)
-        yield Served(proxy, *upstreams, store)
+        chat, other, native, vectors = upstreams
+        yield Served(proxy, chat, other, native, vectors, store)
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +441,147 @@ def test_an_image_is_refused_where_no_model_can_see(http: httpx.Client, api: API
         "responses": [{"type": "input_image", "image_url": url}],
     }
     turns = [{"role": "user", "content": parts[api]}]
-    reply = ask(http, api, body_of(api, **{"input" if api == "responses" else "messages": turns}))
+    body = {**body_of(api), "input" if api == "responses" else "messages": turns}
+    reply = ask(http, api, body)
 
     assert reply.status == 400
     assert "cannot read images" in json.dumps(reply.errors)
+
+
+# Limits of one key over all APIs.
+
+SOURCES = [*((api, "chat") for api in API_NAMES), *((api, "native") for api in NATIVE_APIS), ("embeddings", "vectors")]
+
+
+def ask_any(http: httpx.Client, api: Any, model: str, stream: bool) -> httpx.Response:
+    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens."""
+    if api == "embeddings":
+        return http.post("/v1/embeddings", json={"model": model, "input": [[1] * 100]})
+    limit = {"max_output_tokens" if api == "responses" else "max_tokens": 100}
+    return http.post(PATHS[api], json=pinned(api, model, stream=stream, **limit))
+
+
+def let_all_answer(served: Served) -> None:
+    """Let every upstream report what a request is reserved for at most, or less."""
+    served.chat.always = Step(usage={"prompt_tokens": 5, "completion_tokens": 90, "total_tokens": 95})
+    data = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
+    usage = {"prompt_tokens": 100, "total_tokens": 100}
+    served.vectors.always = Step(body={"object": "list", "data": data, "model": "theirs", "usage": usage})
+    message = {**MESSAGE, "usage": {"input_tokens": 5, "output_tokens": 90}}
+    response = a_response(usage={"input_tokens": 5, "output_tokens": 90, "total_tokens": 95})
+    served.native.skill_by_path = {"/v1/messages": message, "/v1/responses": response}
+
+
+@STREAMED_OR_NOT
+def test_requests_over_all_apis_never_spend_more_than_the_budget_of_their_key(served: Served, stream: bool) -> None:
+    let_all_answer(served)
+    key = served.key(usd_per_day=0.5)
+    headers = {"authorization": f"Bearer {key.secret}"}
+    with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(8) as pool:
+        sources = SOURCES * 6
+        replies = list(pool.map(lambda source: ask_any(http, *source, stream and source[1] == "chat"), sources))
+    statuses = [reply.status_code for reply in replies]
+    answered = statuses.count(200)
+
+    assert set(statuses) == {200, 429}
+    assert wait_until(lambda: len(served.records(key)) == answered and key.open == 0)
+    assert 0.5 - 0.0405 * 8 <= key.spent_usd <= 0.5
+    assert key.spent_usd == pytest.approx(sum(record["cost_usd"] for record in served.records(key)))
+    refused = {source[0]: reply.json() for source, reply in zip(sources, replies, strict=True) if reply.is_error}
+    assert refused["messages"]["error"]["type"] == "rate_limit_error"
+    assert refused["responses"]["error"]["code"] == "insufficient_quota"
+
+
+def test_requests_over_all_apis_count_for_one_rate(served: Served) -> None:
+    let_all_answer(served)
+    key = served.key(requests_per_minute=len(SOURCES))
+    headers = {"authorization": f"Bearer {key.secret}"}
+    with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http:
+        replies = [ask_any(http, *source, False) for source in SOURCES]
+        remaining = [int(reply.headers["x-ratelimit-remaining-requests"]) for reply in replies]
+        refused = [ask_any(http, *source, False) for source in SOURCES]
+
+    assert {reply.status_code for reply in replies} == {200}
+    assert remaining == sorted(remaining, reverse=True)
+    assert {reply.status_code for reply in refused} == {429}
+    assert all(int(reply.headers["retry-after"]) > 0 for reply in refused)
+
+
+@EVERY_NATIVE_API
+def test_what_no_chat_body_can_hold_is_reserved_for_where_it_is_sent(served: Served, api: APIName) -> None:
+    let_all_answer(served)
+    key = served.key(usd_per_day=0.5)
+    found = "x" * 400_000
+    hidden: dict[str, Any] = {
+        "messages": {"tools": [{"type": "web_search_20260209", "name": "web_search", "blocked": [found]}]},
+        "responses": {"tools": [{"type": "web_search", "filters": {"blocked": [found]}}]},
+    }
+    headers = {"authorization": f"Bearer {key.secret}"}
+    body = pinned(api, "native", **hidden[api], **{LIMIT_NAMES.get(api, "max_tokens"): 10})
+    reply = httpx.post(served.proxy.url + PATHS[api], json=body, headers=headers, timeout=60)
+
+    assert reply.status_code == 429
+    assert served.native.history == []
+
+
+# The server itself: its end, and what its protocol refuses.
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One server as `uniroute serve` runs it, that ends streams a second after it is told to end."""
+
+    server: ServeCommand
+    chat: ScriptedUpstream
+    native: ScriptedUpstream
+
+
+@pytest.fixture
+def ending(tmp_path: Path, embedder_cache: Path) -> Iterator[Ending]:
+    with ScriptedUpstream() as chat, ScriptedUpstream() as native:
+        models = [
+            model_entry("chat", chat.url),
+            model_entry("native", native.url, api=list(NATIVE_APIS), supports_reasoning=True),
+        ]
+        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "drain_s": 1}}
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps(config))
+        environ = environment(tmp_path / "data", embedder_cache, MODEL_API_KEY="sk-model")
+        with ServeCommand("--config", file, environ=environ, log=tmp_path / "log.txt") as server:
+            yield Ending(server, chat, native)
+
+
+def test_a_server_refuses_odd_heads_and_ends_streams_in_the_shape_of_each_api(ending: Ending) -> None:
+    url = ending.server.url
+    for api in API_NAMES:
+        reply = httpx.post(f"{url}{PATHS[api]}?{'x' * 9000}", json=pinned(api))
+        assert (reply.status_code, reply.json().get("type")) == (414, "error" if api == "messages" else None)
+    reply = httpx.get(f"{url}/v1/models", headers={"anthropic-version": "1", **{f"x-{n}": "" for n in range(150)}})
+    assert (reply.status_code, reply.json()["request_id"]) == (431, reply.headers["request-id"])
+
+    ending.chat.always = Step(message={"content": "word " * 1000}, drip_s=0.05)
+    ending.native.then(
+        *(Step(events=[b"".join(EVENTS[api][:10]), EVENTS[api][10]], drip_s=60) for api in NATIVE_APIS)
+    )
+    with ThreadPoolExecutor() as pool:
+        replies = {source: pool.submit(read_stream, url, *source) for source in [*CHATS, ("messages", "native")]}
+        assert wait_until(lambda: len(ending.native.history) == 1)
+        replies["responses", "native"] = pool.submit(read_stream, url, "responses", "native")
+        assert wait_until(lambda: len(ending.chat.history) == len(CHATS) and len(ending.native.history) == 2)
+        time.sleep(0.5)
+        ending.server.stop(signal.SIGTERM)
+        ended = {source: reply.result(60) for source, reply in replies.items()}
+
+    errors = {source: [error["message"] for error in reply.errors] for source, reply in ended.items()}
+    assert errors == dict.fromkeys(ended, [SHUTTING_DOWN_MESSAGE])
+    assert ended["messages", "native"].errors[0]["type"] == "overloaded_error"
+    assert ended["responses", "native"].errors[0]["code"] == "server_error"
+    assert "Traceback" not in ending.server.log
+
+
+CHATS = [(api, "chat") for api in API_NAMES]
+
+
+def read_stream(url: str, api: APIName, model: str) -> Reply:
+    with httpx.Client(base_url=url, timeout=60) as http:
+        return ask(http, api, pinned(api, model, stream=True))
