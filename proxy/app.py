@@ -37,7 +37,7 @@ from proxy.server.middleware import (
     FIXED_PATHS,
     AuditLogMiddleware,
     HeadMiddleware,
-    MessagesErrorsMiddleware,
+    MessagesMiddleware,
     RequestContextMiddleware,
     ServedPaths,
     corrected_path,
@@ -86,6 +86,7 @@ ROUTERS = (
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
     "x-request-id",
+    "request-id",
     "x-uniroute-model",
     "x-uniroute-decision",
     "x-uniroute-reason",
@@ -169,7 +170,7 @@ class Application(FastAPI):
             self.include_router(router)
 
         middleware = [
-            Middleware(MessagesErrorsMiddleware),
+            Middleware(MessagesMiddleware),
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),

@@ -208,6 +208,11 @@ def estimate_tokens(body: Mapping[str, Any]) -> int:
     return _tokens(_summarize_body(body))
 
 
+def estimate_document_tokens(document: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a prompt by a body of any API, all of which the model may read."""
+    return _tokens(summarize((document,), parts=True))
+
+
 def _tokens(contents: ContentSummary) -> int:
     return min(contents.text_bytes // BYTES_PER_TOKEN + contents.attachments * MEDIA_TOKENS, MAX_TOKENS)
 

@@ -210,7 +210,8 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
     if key is None or not key.limits.any:
         return selection, None
     limits = key.limits
-    estimate = UsageEstimate(limit_to_reserved(selection, limits), ctx.request.body, ctx.snapshot, ctx.app.settings)
+    selection = limit_to_reserved(selection, limits)
+    estimate = UsageEstimate(selection, ctx.request.body, ctx.snapshot, ctx.app.settings, ctx.translation)
     try:
         return estimate.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(estimate, limits))
     except BudgetExceeded:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 
-import orjson
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import MutableHeaders
@@ -31,7 +30,7 @@ from proxy.server.requests import (
 from proxy.server.responses import error_response, http_error_body
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
-from proxy.upstream.sse import encode_json
+from proxy.upstream.sse import decode_json, encode_json
 from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")
@@ -129,8 +128,8 @@ def _too_many_connections() -> JSONResponse:
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
 
 
-class MessagesErrorsMiddleware:
-    """Put every error into the shape of Anthropic's API for its clients, whichever layer answers.
+class MessagesMiddleware:
+    """Answer clients of Anthropic's API in its shape: the request's id under its name, and errors of every layer.
 
     It is outside of all layers that answer with errors.
     """
@@ -142,11 +141,11 @@ class MessagesErrorsMiddleware:
         if scope["type"] != "http" or not speaks_messages(path_of(scope), headers_of(scope)):
             await self.app(scope, receive, send)
             return
-        error = MessagesErrorResponse(send)
-        await self.app(scope, receive, error.send)
+        response = MessagesResponse(send)
+        await self.app(scope, receive, response.send)
 
 
-class MessagesErrorResponse:
+class MessagesResponse:
     """Pass on the messages of a response; rewrite the body of an error once it is whole."""
 
     def __init__(self, send: Send) -> None:
@@ -156,6 +155,9 @@ class MessagesErrorResponse:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            if (request_id := headers.get("x-request-id")) is not None:
+                headers["request-id"] = request_id
             if message["status"] < 400:
                 await self._send(message)
             else:
@@ -171,7 +173,7 @@ class MessagesErrorResponse:
         headers = MutableHeaders(scope=start)
         body = self._body
         if headers.get("content-type", "").startswith("application/json"):
-            error = orjson.loads(body)["error"]
+            error = decode_json(body)["error"]  # as `encode_json` wrote it, with half characters of an upstream's words
             body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
             start["status"] = anthropic_status(start["status"])
             headers["content-length"] = str(len(body))

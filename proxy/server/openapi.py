@@ -12,7 +12,15 @@ from fastapi.utils import deep_dict_update
 from pydantic import BaseModel, ConfigDict
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
-from proxy.server.api.client_apis import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, ROUTE, TEXT_COMPLETIONS
+from proxy.server.api.client_apis import (
+    CHAT,
+    COUNT_TOKENS,
+    MESSAGES,
+    MODELS,
+    RESPONSES,
+    ROUTE,
+    TEXT_COMPLETIONS,
+)
 
 Schema = dict[str, Any]
 
@@ -83,6 +91,13 @@ def complete(document: dict[str, Any]) -> dict[str, Any]:
     schemas.update(CLIENT_SCHEMAS)
     for path, operation in CLIENT_OPERATIONS.items():
         deep_dict_update(document["paths"][path]["post"], operation)
+    for path, operations in document["paths"].items():
+        if path.startswith(MODELS):  # clients of OpenAI's and of Anthropic's API ask here
+            for status, response in operations["get"]["responses"].items():
+                if not status.startswith("2"):
+                    response["content"] = {
+                        "application/json": {"schema": {"anyOf": [_ref("Error"), _ref("MessagesError")]}}
+                    }
     return document
 
 

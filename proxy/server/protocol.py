@@ -15,8 +15,10 @@ from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
 from proxy.errors import error_body
+from proxy.server.api.client_apis import speaks_messages
+from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.disconnects import DisconnectEvent
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders
 from proxy.upstream.sse import encode_json
 
 MAX_URL_BYTES = 8 * 1024
@@ -53,11 +55,20 @@ UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
 )
 
 
-def rejection_bytes(why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Return a whole response, the last of its connection, with the `headers` of every response."""
-    body = encode_json(error_body(why.message, "invalid_request_error", why.code))
+def rejection_bytes(
+    why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]], *, in_messages: bool = False
+) -> bytes:
+    """Return a whole response, the last of its connection, with the `headers` of every response.
+
+    Args:
+        in_messages: the client speaks Anthropic's API.
+    """
+    request_id = f"req-{uuid.uuid4().hex}"
+    error = error_body(why.message, "invalid_request_error", why.code)
+    body = encode_json(anthropic_error(error["error"], why.status, request_id) if in_messages else error)
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    own += [(b"connection", b"close"), (b"x-request-id", b"req-" + uuid.uuid4().hex.encode())]
+    own += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
+    own += [(b"request-id", request_id.encode())] if in_messages else []
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]
     return b"".join((STATUS_LINE[why.status], *lines, b"\r\n", body))
 
@@ -106,6 +117,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        # What has been read of a request's head.
+        self.url, self.headers = b"", []
         self._header_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._rejection: ProtocolRejection | None = None
@@ -268,7 +281,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # ends the wait for the rest of this body
             self.cycle.message_event.set()
             self._disconnect.set()
-        self.transport.write(rejection_bytes(why, self.server_state.default_headers))
+        in_messages = speaks_messages(self.url.partition(b"?")[0].decode("latin-1"), RequestHeaders(self.headers))
+        self.transport.write(rejection_bytes(why, self.server_state.default_headers, in_messages=in_messages))
         self._rejected = True
         self.flow.resume_reading()
         if self.transport.can_write_eof():

@@ -26,15 +26,17 @@ from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.concurrency import BackgroundTasks, cancel_and_wait
 from proxy.errors import NoEligibleModelError
-from proxy.routing.requirements import estimate_tokens
+from proxy.routing.requirements import estimate_document_tokens, estimate_tokens
 from proxy.routing.selection import Selection
 from proxy.routing.token_limits import TokenLimits, token_limits_of
+from proxy.server.api.translation import Translation
 from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, load_script, pipeline
 from proxy.storage.snapshot import RoutingSnapshot
+from proxy.upstream.native_api import native_apis
 from router_core.pricing import max_price_usd, picousd
 from router_core.types import Doubles, Price
 
@@ -123,6 +125,8 @@ class UsageEstimate:
     """The request's, as the caller sent it."""
     snapshot: RoutingSnapshot
     settings: Settings
+    translation: Translation | None = None
+    """Of a body that the caller did not send as it is."""
 
     @property
     def models(self) -> Sequence[str]:
@@ -158,6 +162,11 @@ class UsageEstimate:
     def _limits(self) -> TokenLimits:
         return token_limits_of(self.body)
 
+    @cached_property
+    def _native_prompt(self) -> int:
+        """Return the tokens of what the caller sent itself, which may hold what no chat body can."""
+        return 0 if self.translation is None else estimate_document_tokens(self.translation.document)
+
     def _tokens(self, name: str, per_minute: int) -> int:
         prompt, limits = self._as_sent_to(name)
         pool = self.snapshot.pool
@@ -169,6 +178,8 @@ class UsageEstimate:
         """Return the tokens of the prompt, and the limits, as they are sent to this model."""
         record, needs = self.snapshot.models[name], self.selection.requirements
         prompt, limits = needs.prompt_tokens, self._limits
+        if self.translation is not None and self.translation.api in native_apis(record):
+            prompt = max(prompt, self._native_prompt)
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, limits = prompt + estimate_tokens(_added(sent, self.body)), token_limits_of(sent)

@@ -14,6 +14,7 @@ from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel
 from proxy.server.api.responses_input import ExpandedInput
 from proxy.server.api.responses_reasoning import OWN_ITEM_ID
 from proxy.server.api.responses_request import ResponsesTranslation
+from proxy.server.api.responses_tools import without_secrets
 from proxy.server.api.translation import Translation
 from proxy.server.dependencies import AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, client_key, errors
@@ -32,11 +33,11 @@ def scope_of(key: ClientKey | None) -> str:
 
 
 def record_of(translation: Translation, response: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is kept of a request, with all that it continues, and of its answer."""
+    """Return what is kept of a request, with all that it continues, and of its answer; no secrets of tools."""
     kept = translation.document.get("input")
     if isinstance(translation, ResponsesTranslation):
         kept = translation.input
-    return {"input": _items(kept), "response": dict(response)}
+    return {"input": [without_secrets(item) for item in _items(kept)], "response": dict(without_secrets(response))}
 
 
 async def expand(document: Mapping[str, Any], store: ResponseStore, scope: str) -> Mapping[str, Any]:

@@ -18,7 +18,8 @@ from proxy.errors import (
     ShuttingDown,
     UpstreamError,
 )
-from proxy.server.api.translation import StreamTranslation, Translation
+from proxy.server.api.messages_stream import PING
+from proxy.server.api.translation import RelayedEvents, StreamTranslation, Translation
 from proxy.server.attempts import UpstreamStream
 from proxy.server.dependencies import RequestContext
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
@@ -288,32 +289,41 @@ class NativeEventWriter:
         # The last event is held back until everything is recorded.
         self._last = b""
         # What the client has seen: the newest `response` and the newest `sequence_number`, where events have them.
-        self._seen: dict[str, Any] = {}
+        self._response: Mapping[str, Any] | None = None
+        self._number: int | None = None
 
     def write(self, block: list[JSONPayload]) -> bytes:
         pieces: list[bytes] = []
         for event in block:
             assert isinstance(event, NativePayload)
             record_chunk(self._record, event.body)
-            self._seen |= {name: event.native[name] for name in _REMEMBERED if name in event.native}
+            self._note(event)
             data = event.with_model(self._record.model)
             if event.event_type in _LAST_EVENTS:
                 self._last = data
+                if isinstance(response := event.native.get("response"), Mapping):
+                    self.answer = {**response, "model": self._record.model}
             else:
                 pieces.append(data)
         return b"".join(pieces)
 
     def end(self) -> bytes:
-        if "response" in self._seen:
-            self.answer = {**self._seen["response"], "model": self._record.model}
         return self._last
 
     def fail(self, failure: APIError) -> bytes:
         status, error = _error_of(failure)
-        return self._translation.fail_relayed({**self._seen, "model": self._record.model}, error, status)
+        seen = RelayedEvents(self._record.model, self._response, self._number)
+        return self._translation.fail_relayed(seen, error, status)
 
+    def _note(self, event: NativePayload) -> None:
+        response, number = event.native.get("response"), event.native.get("sequence_number")
+        if isinstance(response, Mapping):
+            self._response = response
+        if type(number) is int:
+            self._number = number
+        if event.event_type == b"message_start":
+            self.keep_alive = PING
 
-_REMEMBERED = ("response", "sequence_number")
 
 _LAST_EVENTS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
 

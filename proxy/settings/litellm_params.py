@@ -299,9 +299,10 @@ def merge_model_params(litellm_params: Mapping[str, Any], body: Mapping[str, Any
     kept = {name: value for name, value in fixed.items() if name not in stated and value is not None}
     settled = _with_synonyms(kept)
     merged = {**kept, **{name: value for name, value in body.items() if value is not None or name not in settled}}
-    system, messages = litellm_params.get("system"), body.get("messages")  # a request for embeddings has no messages
-    if system and messages and not any(message.get("role") in ("system", "developer") for message in messages):
-        merged["messages"] = [{"role": "system", "content": system}, *messages]
+    system, messages = litellm_params.get("system"), body.get("messages")
+    if system and messages is not None:  # a request for embeddings has no messages
+        states_system = any(message.get("role") in ("system", "developer") for message in messages)
+        merged["messages"] = messages if states_system else [{"role": "system", "content": system}, *messages]
     return merged
 
 

@@ -121,7 +121,7 @@ def test_an_unknown_model_among_the_candidates_is_not_found(client: openai.OpenA
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/v1/chat/completions", 404)],
+    [("GET", "/nope", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v2/chat/completions", 404)],
 )
 def test_every_error_is_json(http: httpx.Client, method: str, path: str, status: int) -> None:
     reply = http.request(method, str(http.base_url).rstrip("/") + path, content=b"{}")

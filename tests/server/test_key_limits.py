@@ -38,6 +38,7 @@ class Limited:
     proxy: ProxyProcess
     upstream: ScriptedUpstream
     store: redis.Redis
+    closing: contextlib.ExitStack
 
     def key(self, **limits: Any) -> LimitedKey:
         """Make a key, and wait until the proxy knows it: before the first one every caller is served."""
@@ -49,7 +50,8 @@ class Limited:
 
     def client(self, key: LimitedKey, *, max_retries: int = 0) -> openai.OpenAI:
         base_url = f"{self.proxy.url}/v1"
-        return openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=60)
+        client = openai.OpenAI(base_url=base_url, api_key=key.secret, max_retries=max_retries, timeout=60)
+        return self.closing.enter_context(client)
 
     def records(self, key: LimitedKey) -> list[dict[str, Any]]:
         stored: Any = self.store.xrange(STREAM, "-", "+")
@@ -78,10 +80,11 @@ def session_limited(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Pa
         with (
             ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy,
             redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)) as store,
+            contextlib.ExitStack() as closing,
         ):
             proxy.put_profile("priced", 0.1)
             proxy.put_profile("other", 0.1)
-            yield Limited(proxy, upstream, store)
+            yield Limited(proxy, upstream, store, closing)
 
 
 @pytest.fixture

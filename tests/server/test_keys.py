@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ class Keyed:
     """May use every model."""
     limited: str
     """May use "first" alone."""
+    closing: ExitStack
 
     def client(self, key: str) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key, max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{self.proxy.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return self.closing.enter_context(client)
 
     def status(self, **headers: str) -> int:
         return httpx.get(f"{self.proxy.url}/v1/models", headers=headers, timeout=60).status_code
@@ -37,7 +40,7 @@ class Keyed:
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
-    with ScriptedUpstream() as upstream:
+    with ScriptedUpstream() as upstream, ExitStack() as closing:
         config = {
             "model_list": [model_entry("first", upstream.url), model_entry("second", upstream.url)],
             "uniroute": {"profile": {"on_start": False}},
@@ -45,7 +48,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Ite
         with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
             _, whole = with_registry(folder, lambda registry: registry.keys.create("whole"))
             _, limited = with_registry(folder, lambda registry: registry.keys.create("limited", ("first",)))
-            opened = Keyed(proxy, whole, limited)
+            opened = Keyed(proxy, whole, limited, closing)
             assert wait_until(lambda: opened.status() == 401)  # while no key is known, none is needed
             assert wait_until(lambda: opened.status(authorization=f"Bearer {limited}") == 200)
             yield opened

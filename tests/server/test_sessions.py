@@ -80,11 +80,12 @@ def both(
         with (
             ProxyProcess(folder / "one", embedder_cache, config, environ) as one,
             ProxyProcess(folder / "two", embedder_cache, config, environ) as two,
+            redis.Redis(unix_socket_path=str(server.socket_path)) as store,
         ):
             for name, error in {"fair": 0.3, "good": 0.1, "warm": 0.2, "cold": 0.2}.items():
                 one.put_profile(name, error)
             assert wait_until(lambda: two.admin("GET", "/admin/models/cold").json()["state"] == "ready")
-            yield Pair((one, two), fair, good, redis.Redis(unix_socket_path=str(server.socket_path)))
+            yield Pair((one, two), fair, good, store)
     server.stop()
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,23 @@ async def test_a_reference_to_what_is_not_kept_is_a_mistake(responses: ResponseS
 async def test_a_request_that_refers_to_nothing_is_left_as_it_is(responses: ResponseStore) -> None:
     for document in ({"input": "hi"}, {"input": [{"role": "user", "content": "hi"}]}, {"input": 3}, {}):
         assert await expand(document, responses, "key") is document
+
+
+def test_secrets_of_tools_are_not_kept() -> None:
+    secret = "sk-of-another-server"
+    network = {"type": "allowlist", "domain_secrets": [{"domain": "a", "name": "b", "value": secret}]}
+    tools = [
+        {"type": "mcp", "server_label": "x", "authorization": secret, "headers": {"x-key": secret}},
+        {"type": "shell", "environment": {"type": "container_auto", "network_policy": network}},
+        {"type": "function", "name": "f", "parameters": {"properties": {"headers": {"type": "string"}}}},
+    ]
+    added = {"type": "additional_tools", "role": "developer", "tools": tools}
+    record = a_record(tools=tools, input=[added, {"role": "user", "content": "hi"}])
+    kept = json.dumps(record)
+
+    assert secret not in kept
+    for holder in (record["response"], record["input"][0]):
+        assert (holder["tools"][0]["server_label"], holder["tools"][2]) == ("x", tools[2])
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,8 @@ class ScriptedUpstream:
         self.slow_s = slow_s
         self.script: deque[Step] = deque()
         self.always: Step | None = None
+        self.skill_by_path: dict[str, Json] = {}
+        """Whole answers of other APIs, where nothing is scripted."""
         self.history: list[Received] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -58,6 +60,7 @@ class ScriptedUpstream:
         self.script.clear()
         self.history.clear()
         self.always = None
+        self.skill_by_path = {}
 
     def start(self) -> ScriptedUpstream:
         self._thread.start()
@@ -99,7 +102,7 @@ class ScriptedUpstream:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         received = await _read(reader)
         self.history.append(received)
-        step = self.script.popleft() if self.script else (self.always or Step(delay_s=self.slow_s))
+        step = self.script.popleft() if self.script else self._standing(received.path)
         watch = asyncio.create_task(_watch(reader, received))
         try:
             if step.hang:
@@ -115,6 +118,11 @@ class ScriptedUpstream:
             raise
         finally:
             watch.cancel()
+
+    def _standing(self, path: str) -> Step:
+        if path in self.skill_by_path:
+            return Step(body=self.skill_by_path[path])
+        return self.always or Step(delay_s=self.slow_s)
 
     async def _answer(self, writer: asyncio.StreamWriter, received: Received, step: Step) -> None:
         await asyncio.sleep(step.delay_s)

@@ -322,7 +322,7 @@ class _Contents:
 
     def messages(self, messages: list[Any]) -> list[Any]:
         """Return the same list if nothing changes."""
-        adapted: list[Any] = []
+        turns: list[list[Any]] = []
         changed = follows_told = False
         for place, message in enumerate(messages):
             new = self._message(message)
@@ -331,12 +331,12 @@ class _Contents:
                 new = {"role": "user", "content": _tagged(new["content"])}
             changed = changed or new is not message
             # Some servers accept turns in alternation only.
-            if (told or follows_told) and new.get("role") == "user" and adapted[-1].get("role") == "user":
-                adapted[-1] = {**adapted[-1], "content": _concatenated(adapted[-1].get("content"), new.get("content"))}
+            if (told or follows_told) and new.get("role") == "user" and turns[-1][0].get("role") == "user":
+                turns[-1].append(new)
             else:
-                adapted.append(new)
+                turns.append([new])
             follows_told = told
-        return adapted if changed else messages
+        return [_joined(turn) for turn in turns] if changed else messages
 
     def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         new = _without(message, *self._unread)
@@ -384,8 +384,12 @@ def _tagged(content: Any) -> Any:
     return [{**part, "text": f"<system>\n{part['text']}\n</system>"} for part in content]
 
 
-def _concatenated(first: Any, second: Any) -> Any:
-    if isinstance(first, str) and isinstance(second, str):
-        return f"{first}\n\n{second}"
-    lists = [[{"type": "text", "text": each}] if isinstance(each, str) else (each or []) for each in (first, second)]
-    return [*lists[0], *lists[1]]
+def _joined(turn: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return messages of one role as one."""
+    if len(turn) == 1:
+        return turn[0]
+    contents: list[Any] = [message.get("content") for message in turn]
+    if all(isinstance(content, str) for content in contents):
+        return {**turn[0], "content": "\n\n".join(contents)}
+    lists = [[{"type": "text", "text": each}] if isinstance(each, str) else (each or []) for each in contents]
+    return {**turn[0], "content": [part for parts in lists for part in parts]}

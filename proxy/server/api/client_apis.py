@@ -54,8 +54,12 @@ CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, MODELS, ROUTE}
 NATIVE_HEADERS = ("anthropic-version", "anthropic-beta")
 
 
+# Paths that no client of Anthropic's API asks for, whatever headers it sends.
+_OF_OTHER_APIS = frozenset({CHAT.path, RESPONSES.path, TEXT_COMPLETIONS.path, EMBEDDINGS, ROUTE})
+
+
 def speaks_messages(path: str, headers: RequestHeaders) -> bool:
-    """Return whether a client expects what it is sent in the shapes of Anthropic's API."""
-    if path in (MESSAGES.path, COUNT_TOKENS):
+    """Return whether a client expects what it is sent in the shapes of Anthropic's API, also at unknown paths."""
+    if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
         return True
-    return (path == MODELS or path.startswith(f"{MODELS}/")) and bool(headers.getlist("anthropic-version"))
+    return path not in _OF_OTHER_APIS and bool(headers.getlist("anthropic-version"))

@@ -28,7 +28,7 @@ from proxy.server.api.messages_turns import (
     read_text,
     with_cache_control,
 )
-from proxy.server.api.translation import APIName
+from proxy.server.api.translation import APIName, RelayedEvents
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
@@ -53,7 +53,7 @@ class MessagesTranslation:
     def stream(self, model: str) -> MessageStream:
         return MessageStream(model, self.facts)
 
-    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
+    def fail_relayed(self, seen: RelayedEvents, error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
         return error_event(error, status)
 
 

@@ -9,6 +9,7 @@ calls. While a call is open whose arguments are not complete, everything else wa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -80,10 +81,15 @@ def _simple_reasoning(chunk: Mapping[str, Any]) -> str | None:
     return text if type(text) is str and not others else None
 
 
+# How often a call is looked at whether its arguments are whole, while others wait for it. After that they wait for the
+# end of the answer.
+MAX_CHECKS = 32
+
+
 class _Call:
     """A tool call of a stream, as far as it has come."""
 
-    __slots__ = ("_checked", "_pieces", "_sent", "id", "is_object", "name")
+    __slots__ = ("_checked", "_checks_left", "_pieces", "_sent", "id", "is_object", "name")
 
     def __init__(self) -> None:
         self.id: object = None
@@ -94,6 +100,7 @@ class _Call:
         self._sent = 0
         self._checked = 0
         """How many pieces there were when they were found incomplete."""
+        self._checks_left = MAX_CHECKS
 
     def add(self, call: Mapping[str, Any]) -> None:
         self.id = self.id or call.get("id")
@@ -116,11 +123,13 @@ class _Call:
 
     @property
     def is_complete(self) -> bool:
-        if not self.is_object or len(self._pieces) == self._checked:
+        if not self.is_object or len(self._pieces) == self._checked or not self._checks_left:
             return False
-        text = self.text
-        if text.rstrip().endswith("}") and _is_json(text):
-            return True
+        last = next((piece for piece in reversed(self._pieces) if not piece.isspace()), "")
+        if last.rstrip().endswith("}"):
+            if _is_json(self.text):
+                return True
+            self._checks_left -= 1
         self._checked = len(self._pieces)
         return False
 
@@ -159,7 +168,7 @@ class MessageStream:
         self._blank = ""
         """White space that is sent only before more text: clients may not send back a text of nothing else."""
         self._calls: dict[int, _Call] = {}
-        self._queue: list[_Call | Piece] = []
+        self._queue: deque[_Call | Piece] = deque()
         self._has_calls = False
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
@@ -254,7 +263,7 @@ class MessageStream:
                 if isinstance(self._open, _Call):
                     self._close()
                 self._send(first)
-            del self._queue[0]
+            self._queue.popleft()
 
     def _send(self, piece: Piece) -> None:
         kind, text = piece

@@ -495,6 +495,11 @@ class ResponseStream:
         self._emit("response.failed", {"response": response})
         return self._take_events()
 
+    def fail_after(self, number: int, error: Mapping[str, Any], status: int) -> bytes:
+        """Return the event that ends a stream whose events up to this sequence number another has written."""
+        self._begun, self._sequence = number > 0, number
+        return self.fail(error, status)
+
     def _begin(self) -> None:
         if not self._begun:
             self._begun = True

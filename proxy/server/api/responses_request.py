@@ -21,7 +21,7 @@ from proxy.server.api.responses_answer import (
 from proxy.server.api.responses_input import Conversation, numbered, tools_among
 from proxy.server.api.responses_reasoning import is_own_reasoning
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
-from proxy.server.api.translation import APIName
+from proxy.server.api.translation import APIName, RelayedEvents
 
 # Fields of UniRoute and of OpenRouter, which mean something here and nothing to an upstream.
 OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
@@ -73,17 +73,13 @@ class ResponsesTranslation:
     def stream(self, model: str) -> ResponseStream:
         return ResponseStream(self.plan, model)
 
-    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:
-        """Repeat the newest response that the client has seen, as one that failed."""
-        if "response" not in seen:
-            return self.stream(seen["model"]).fail(error, status)
-        response = {**seen["response"], "model": seen["model"], "status": "failed", "error": failure(error, status)}
-        return format_typed_event("response.failed", {"response": response, "sequence_number": _after(seen)})
-
-
-def _after(seen: Mapping[str, Any]) -> int:
-    number = seen.get("sequence_number")
-    return number + 1 if isinstance(number, int) else 0
+    def fail_relayed(self, seen: RelayedEvents, error: Mapping[str, Any], status: int) -> bytes:
+        """Repeat the newest response that the client has seen, or else one of our own, as one that failed."""
+        number = 0 if seen.sequence_number is None else seen.sequence_number + 1
+        if seen.response is None:
+            return self.stream(seen.model).fail_after(number, error, status)
+        response = {**seen.response, "model": seen.model, "status": "failed", "error": failure(error, status)}
+        return format_typed_event("response.failed", {"response": response, "sequence_number": number})
 
 
 def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -> ResponsesTranslation:

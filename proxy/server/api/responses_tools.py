@@ -212,6 +212,32 @@ _FREE_FORM = _parameters(
     "input", input={"type": "string", "description": "The whole input of the tool, as plain text."}
 )
 
+# Members of tools by which a provider gets into other servers.
+_SECRETS = frozenset({"authorization", "headers", "domain_secrets"})
+
+
+def without_secrets(holder: Any) -> Any:
+    """Return a response, or an item of an input, without the secrets in its `tools`; the same object if it has none.
+
+    Functions are left as they are: what they define may have any name.
+    """
+    tools = holder.get("tools") if isinstance(holder, Mapping) else None
+    if not isinstance(tools, list):
+        return holder
+    safe = [tool if _is_defined_by_client(tool) else _without_members(tool) for tool in tools]
+    return holder if safe == tools else {**holder, "tools": safe}
+
+
+def _is_defined_by_client(tool: Any) -> bool:
+    return isinstance(tool, Mapping) and tool.get("type") in ("function", "custom", "namespace")
+
+
+def _without_members(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_members(inner) for name, inner in value.items() if name not in _SECRETS}
+    return [_without_members(inner) for inner in value] if isinstance(value, list) else value
+
+
 # Tools without a definition, which the client runs itself.
 _CLIENT_RUN: Mapping[str, Mapping[str, Any]] = {
     "local_shell": {

@@ -20,7 +20,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
-from proxy.server.api.translation import APIName
+from proxy.server.api.translation import APIName, RelayedEvents
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import iter_choices
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
@@ -176,7 +176,7 @@ class TextCompletionsTranslation:
     def stream(self, model: str) -> TextCompletionsStream:
         return TextCompletionsStream(self, model)
 
-    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
+    def fail_relayed(self, seen: RelayedEvents, error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
         return format_event({"error": error})
 
     def envelope(self, source: Mapping[str, Any], model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,22 @@ Translators compute on plain dicts and bytes: no I/O, no clock, no randomness. T
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 APIName = Literal["chat", "messages", "responses", "completions"]
+
+
+@dataclass(frozen=True, slots=True)
+class RelayedEvents:
+    """What a client knows by the events that an upstream of its API has written."""
+
+    model: str
+    """Our name of it."""
+    response: Mapping[str, Any] | None = None
+    """The newest one; None: no event had one."""
+    sequence_number: int | None = None
+    """The newest one."""
 
 
 class StreamTranslation(Protocol):
@@ -72,10 +85,8 @@ class Translation(Protocol):
     def stream(self, model: str) -> StreamTranslation:
         """Begin a stream. `model`: the registered name that answers."""
 
-    def fail_relayed(self, seen: Mapping[str, Any], error: Mapping[str, Any], status: int) -> bytes:
+    def fail_relayed(self, seen: RelayedEvents, error: Mapping[str, Any], status: int) -> bytes:
         """Return the events that end a failed stream whose events an upstream of the client's API has written.
 
-        Args:
-            seen: our name of the `model`, and the newest `response` and `sequence_number`, where events had them.
-            error, status: as of `StreamTranslation.fail`.
+        Arguments as of `StreamTranslation.fail`.
         """

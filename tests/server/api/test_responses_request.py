@@ -152,7 +152,7 @@ def test_every_type_of_item_is_told_or_named_as_left_out(kind: str) -> None:
     assert found.left_out == ((f"input[1] {left_out}",) if left_out else ())
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_items_that_ask_for_what_is_not_kept_are_refused(kind: str) -> None:
     assert refusal(input=[USER, {"type": kind, "id": "msg_1"}]).param == "input[1]"
 

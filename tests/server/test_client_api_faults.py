@@ -1,0 +1,587 @@
+"""Every API that clients speak, under faults: silence, shutdown, odd upstreams, limits, refusals at every layer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import pytest
+import redis
+
+from proxy.errors import SHUTTING_DOWN_MESSAGE
+from proxy.storage.usage_writer import STREAM
+from proxy.storage.valkey import EmbeddedValkey
+from tests.support.client_apis import API_NAMES, PATHS, APIName, Reply, ask, body_of, events_of
+from tests.support.limited_keys import LimitedKey
+from tests.support.native_answers import (
+    MESSAGE,
+    MESSAGE_EVENTS,
+    RESPONSE_EVENTS,
+    a_response,
+    event,
+)
+from tests.support.command import ServeCommand, environment
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.scripted_answers import Step, error_body
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
+
+EVERY_API = pytest.mark.parametrize("api", API_NAMES)
+NATIVE_APIS = ("messages", "responses")
+EVERY_NATIVE_API = pytest.mark.parametrize("api", NATIVE_APIS)
+STREAMED_OR_NOT = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+# USD per prompt token; four times that per token of an answer.
+PRICE = 1e-4
+USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+EVENTS = {"messages": MESSAGE_EVENTS, "responses": RESPONSE_EVENTS}
+KEEP_ALIVE_S = 0.1
+COMMENT = b": keep-alive\n\n"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+# What states the limit of an answer.
+LIMIT_NAMES = {"responses": "max_output_tokens"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """One proxy. "chat" and "other" are asked in chat completions, "native" in the client's own API."""
+
+    proxy: ProxyProcess
+    chat: ScriptedUpstream
+    other: ScriptedUpstream
+    native: ScriptedUpstream
+    vectors: ScriptedUpstream
+    store: redis.Redis
+
+    @property
+    def upstreams(self) -> list[ScriptedUpstream]:
+        return [self.chat, self.other, self.native, self.vectors]
+
+    def key(self, **limits: Any) -> LimitedKey:
+        """Make a key, and wait until the proxy knows it: before the first one every caller is served."""
+        key = LimitedKey.put(self.store, **limits)
+        assert wait_until(lambda: httpx.get(f"{self.proxy.url}/v1/models").status_code == 401)
+        url, headers = f"{self.proxy.url}/v1/models", {"authorization": f"Bearer {key.secret}"}
+        assert wait_until(lambda: httpx.get(url, headers=headers).status_code == 200)
+        return key
+
+    def records(self, key: LimitedKey) -> list[dict[str, Any]]:
+        stored: Any = self.store.xrange(STREAM, "-", "+")
+        entries = [json.loads(fields[b"record"]) for _, fields in stored]
+        return [entry for entry in entries if entry["key_id"] == key.id]
+
+
+def entries(chat: str, other: str, native: str, vectors: str) -> list[dict[str, Any]]:
+    return [
+        model_entry("chat", chat, price=PRICE, max_output_tokens=8000, supports_vision=False),
+        model_entry("other", other, price=2 * PRICE, max_output_tokens=8000, supports_vision=False),
+        model_entry(
+            *("native", native), price=PRICE, api=["chat", *NATIVE_APIS], supports_reasoning=True, supports_vision=False
+        ),
+        {
+            **model_entry("vectors", vectors),
+            "model_info": {"mode": "embedding", "input_cost_per_token": PRICE},
+        },
+    ]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("faults")
+    with ExitStack() as closing:
+        upstreams = [closing.enter_context(ScriptedUpstream()) for _ in range(4)]
+        config = {
+            "model_list": entries(*(upstream.url for upstream in upstreams)),
+            "uniroute": {
+                "profile": {"on_start": False},
+                "breaker": NO_COOLDOWN,
+                "keep_alive_s": KEEP_ALIVE_S,
+                "limits_timeout_s": 1.0,
+                "max_body_bytes": 2_000_000,
+            },
+        }
+        proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}))
+        store = closing.enter_context(redis.Redis(unix_socket_path=str(EmbeddedValkey(folder).socket_path)))
+        for name in ("chat", "other", "native"):
+            proxy.put_profile(name, 0.1)
+        chat, other, native, vectors = upstreams
+        yield Served(proxy, chat, other, native, vectors, store)
+
+
+@pytest.fixture(scope="module")
+def open_key(started: Served) -> LimitedKey:
+    return started.key()
+
+
+@pytest.fixture
+def served(started: Served) -> Served:
+    for upstream in started.upstreams:
+        upstream.reset()
+    return started
+
+
+@pytest.fixture
+def http(served: Served, open_key: LimitedKey) -> Iterator[httpx.Client]:
+    headers = {"authorization": f"Bearer {open_key.secret}"}
+    with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as opened:
+        yield opened
+
+
+def pinned(api: APIName, model: str = "chat", **more: Any) -> dict[str, Any]:
+    return body_of(api, model=model, **more)
+
+
+def raw_stream(http: httpx.Client, api: APIName, **more: Any) -> tuple[httpx.Response, bytes]:
+    with http.stream("POST", PATHS[api], json=pinned(api, **{"stream": True, **more})) as reply:
+        return reply, reply.read()
+
+
+# Silence.
+
+
+@EVERY_API
+def test_a_silent_model_is_waited_for_with_comments_and_then_with_what_the_api_has(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    served.chat.then(Step(delay_s=0.3, message={"content": "one two"}, drip_s=0.25))
+    _, raw = raw_stream(http, api)
+    before, found, after = raw.partition(b"one")
+
+    assert before.startswith(COMMENT)
+    assert found
+    assert (PING if api == "messages" else COMMENT) in after
+    assert PING not in before.partition(b"message_start")[0]
+
+
+@EVERY_NATIVE_API
+def test_a_silent_upstream_of_the_same_api_is_waited_for_in_the_same_way(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    events = EVENTS[api]
+    content = 5
+    served.native.then(Step(events=[b"".join(events[:content]), b"".join(events[content:])], drip_s=0.25, done=False))
+    _, raw = raw_stream(http, api, model="native")
+    kept = PING if api == "messages" else COMMENT
+
+    assert raw.replace(kept, b"").replace(b'"native"', b'"theirs"') == b"".join(events)
+    assert raw.count(kept) >= 1
+
+
+@EVERY_API
+def test_a_failure_behind_the_first_comment_is_one_error_in_the_clients_shape(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    served.chat.then(Step(delay_s=0.25, status=429, body=error_body("slow down", "rate_limit_error", None)))
+    reply = ask(http, api, pinned(api, stream=True))
+
+    assert (reply.status, len(reply.errors), reply.complete) == (200, 1, False)
+    stated = {"messages": ("type", "rate_limit_error"), "responses": ("code", "rate_limit_exceeded")}
+    name, value = stated.get(api, ("type", "rate_limit_error"))
+    assert (reply.errors[0][name], reply.errors[0]["message"]) == (value, "slow down")
+
+
+# Odd upstreams of chat completions.
+
+
+@EVERY_API
+def test_a_whole_answer_in_place_of_a_stream_is_streamed(http: httpx.Client, served: Served, api: APIName) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "whole"}, "finish_reason": "stop"}
+    served.chat.then(Step(body={"id": "c", "object": "chat.completion", "choices": [choice], "usage": USAGE}))
+    reply = ask(http, api, pinned(api, stream=True))
+
+    assert (reply.text, reply.complete) == ("whole", True)
+
+
+@EVERY_API
+def test_an_error_event_after_content_ends_the_stream_as_an_error(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "so far"}, "finish_reason": None}]}
+    served.chat.then(Step(events=[chunk, {"error": {"message": "it broke", "type": "server_error", "code": 500}}]))
+    reply = ask(http, api, pinned(api, stream=True))
+
+    assert (reply.text, len(reply.errors), reply.complete) == ("so far", 1, False)
+    assert "it broke" in reply.errors[0]["message"]
+
+
+@EVERY_API
+@STREAMED_OR_NOT
+def test_an_answer_without_usage_is_whole_all_the_same(
+    http: httpx.Client, served: Served, api: APIName, stream: bool
+) -> None:
+    choice = {"index": 0, "message": {"content": "hi"}, "finish_reason": "stop"}
+    chunk = {"id": "c", "choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": "stop"}]}
+    served.chat.then(Step(events=[chunk]) if stream else Step(body={"id": "c", "choices": [choice]}))
+    reply = ask(http, api, pinned(api, stream=stream))
+
+    assert (reply.text, reply.complete) == ("hi", True)
+
+
+@EVERY_API
+@STREAMED_OR_NOT
+def test_an_empty_answer_of_the_only_model_is_a_whole_answer(
+    http: httpx.Client, served: Served, api: APIName, stream: bool
+) -> None:
+    served.chat.then(Step(message={"content": ""}))
+    reply = ask(http, api, pinned(api, stream=stream))
+
+    assert (reply.status, reply.text, reply.complete) == (200, "", True)
+
+
+@EVERY_API
+@STREAMED_OR_NOT
+def test_of_several_answers_each_api_has_those_that_it_knows(
+    http: httpx.Client, served: Served, api: APIName, stream: bool
+) -> None:
+    reply = http.post(PATHS[api], json=pinned(api, n=2, stream=stream))
+
+    assert reply.status_code == 200
+    knows = api in ("chat", "completions")
+    assert served.chat.last.body.get("n") == (2 if knows else None)
+    if not knows:
+        assert "n" in reply.headers["x-uniroute-left-out"].split(", ")
+
+
+@EVERY_API
+@STREAMED_OR_NOT
+def test_a_lone_surrogate_in_the_words_of_an_upstreams_error_stays_an_error(
+    http: httpx.Client, served: Served, api: APIName, stream: bool
+) -> None:
+    served.chat.then(Step(status=400, body=b'{"error":{"message":"half \\ud83d","type":"x","n":1e999}}'))
+    reply = http.post(PATHS[api], json=pinned(api, stream=stream))
+
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "half \ud83d")
+
+
+# Upstreams that speak the client's own API.
+
+
+def broken_off(api: APIName, *more: bytes, after: int) -> Step:
+    """Return a stream with content that ends with these events in place of its own."""
+    return Step(events=[*EVENTS[api][:after], *more], done=False)
+
+
+OVERLOADED = event({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
+FAILED = event({"type": "response.failed", "response": a_response("failed", error={"code": "x", "message": "no"})})
+WITHOUT_RESPONSE = event({"type": "response.in_progress", "response": None, "sequence_number": 10})
+
+
+@pytest.mark.parametrize(
+    ("api", "more"),
+    [
+        pytest.param("messages", [], id="ends"),
+        pytest.param("messages", [OVERLOADED], id="error"),
+        pytest.param("messages", [b"<html><body>502 Bad Gateway</body></html>\n\n"], id="html"),
+        pytest.param("messages", [b"\x1f\x8b\x08\x00\xff\xfe\n\n"], id="gzip"),
+        pytest.param("messages", [MESSAGE_EVENTS[8][:30]], id="half an event"),
+        pytest.param("messages", [b"data: [1]\n\n"], id="a list"),
+        pytest.param("responses", [], id="ends "),
+        pytest.param("responses", [FAILED], id="failed"),
+        pytest.param("responses", [event({"type": "error", "code": "x", "message": "no"})], id="error "),
+        pytest.param("responses", [b"<html><body>502 Bad Gateway</body></html>\n\n"], id="html "),
+        pytest.param("responses", [RESPONSE_EVENTS[10][:30]], id="half an event "),
+        pytest.param("responses", [WITHOUT_RESPONSE], id="a response that is none"),
+    ],
+)
+def test_a_native_stream_that_goes_wrong_after_content_ends_with_one_error_that_follows_its_events(
+    http: httpx.Client, served: Served, api: APIName, more: list[bytes]
+) -> None:
+    served.native.then(broken_off(api, *more, after=10))
+    _, raw = raw_stream(http, api, model="native")
+    events = events_of(raw)
+    last = events[-1]
+
+    assert last["type"] == ("error" if api == "messages" else "response.failed")
+    if api == "responses":
+        assert [each["sequence_number"] for each in events] == list(range(len(events)))
+        assert (last["response"]["status"], last["response"]["model"]) == ("failed", "native")
+    assert served.other.history == []
+
+
+def test_a_native_response_that_fails_without_ever_being_named_is_named_by_us(
+    http: httpx.Client, served: Served
+) -> None:
+    served.native.then(Step(events=list(RESPONSE_EVENTS[2:10]), done=False))
+    _, raw = raw_stream(http, "responses", model="native")
+    events = events_of(raw)
+
+    assert [each["type"] for each in events][-2:] == ["response.output_text.delta", "response.failed"]
+    assert [each["sequence_number"] for each in events] == list(range(2, 11))
+    assert events[-1]["response"]["id"].startswith("resp_")
+
+
+@EVERY_NATIVE_API
+@pytest.mark.parametrize(
+    "instead",
+    [b"<html>502</html>", b"\x1f\x8b\x08\x00\xff", b"data: [1]\n\n", b"", OVERLOADED, FAILED],
+    ids=["html", "gzip", "a list", "nothing", "overloaded", "failed"],
+)
+def test_a_native_stream_that_goes_wrong_before_content_is_answered_by_the_next_model(
+    http: httpx.Client, served: Served, api: APIName, instead: bytes
+) -> None:
+    served.native.then(Step(events=[EVENTS[api][0], instead], done=False))
+    reply = ask(http, api, pinned(api, "native", stream=True, uniroute={"fallbacks": True}))
+
+    assert (reply.complete, len(served.native.history)) == (True, 1)
+    assert reply.model in ("chat", "other")
+
+
+@EVERY_NATIVE_API
+def test_a_large_native_event_and_unknown_ones_arrive_as_they_are(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    large = event({"type": "new", "text": "x" * 5_000_000, "model": "theirs", "deep": {"model": "theirs"}})
+    events = [*EVENTS[api][:10], large, event({"type": ["odd"]}, "odd"), *EVENTS[api][10:]]
+    served.native.then(Step(events=events, done=False))
+    _, raw = raw_stream(http, api, model="native")
+
+    assert raw.count(b"x" * 5_000_000) == 1
+    assert b'"deep": {"model": "theirs"}' in raw
+    assert raw.endswith(EVENTS[api][-1].replace(b'"theirs"}', b'"native"}')[-40:])
+
+
+def test_the_start_of_a_native_message_may_come_in_single_bytes(http: httpx.Client, served: Served) -> None:
+    start, rest = MESSAGE_EVENTS[0], MESSAGE_EVENTS[1:]
+    pieces = [start[place : place + 1] for place in range(len(start))]
+    served.native.then(Step(events=[*pieces, *rest], done=False))
+    _, raw = raw_stream(http, "messages", model="native")
+
+    assert raw.replace(b'"native"', b'"theirs"') == b"".join(MESSAGE_EVENTS)
+
+
+# Refusals, at every layer.
+
+SDK_ERRORS: dict[int, type[anthropic.APIStatusError]] = {
+    400: anthropic.BadRequestError,
+    401: anthropic.AuthenticationError,
+    403: anthropic.PermissionDeniedError,
+    404: anthropic.NotFoundError,
+    409: anthropic.ConflictError,
+    413: anthropic.RequestTooLargeError,
+    422: anthropic.UnprocessableEntityError,
+    429: anthropic.RateLimitError,
+    500: anthropic.InternalServerError,
+    503: anthropic.ServiceUnavailableError,
+    504: anthropic.DeadlineExceededError,
+    529: anthropic.OverloadedError,
+}
+
+
+@pytest.fixture
+def claude(served: Served, open_key: LimitedKey) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=served.proxy.url, api_key=open_key.secret, max_retries=0) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("status", SDK_ERRORS)
+@STREAMED_OR_NOT
+def test_anthropics_client_raises_its_own_error_for_each_status(
+    claude: anthropic.Anthropic, served: Served, status: int, stream: bool
+) -> None:
+    served.chat.then(Step(status=status, body=error_body("as it says", "x", None)))
+    with pytest.raises(SDK_ERRORS[status], match="as it says") as raised:
+        claude.messages.create(model="chat", max_tokens=9, messages=[{"role": "user", "content": "hi"}], stream=stream)
+
+    assert raised.value.request_id == raised.value.response.headers["x-request-id"]
+
+
+REFUSED: dict[str, tuple[int, dict[str, Any]]] = {
+    "no key": (401, {"headers": {"authorization": ""}}),
+    "a wrong key": (401, {"headers": {"authorization": "Bearer sk-wrong"}}),
+    "an unknown model": (404, {"json": {"model": "nobody"}}),
+    "a large body": (413, {"json": {"more": "x" * 2_100_000}}),
+    "no JSON": (400, {"content": b"{"}),
+    "a list": (400, {"content": b"[]"}),
+    "a text": (415, {"headers": {"content-type": "text/plain"}}),
+    "compressed": (415, {"headers": {"content-encoding": "gzip"}}),
+    "an unknown host": (403, {"headers": {"host": "evil.example"}}),
+    "a strange web page": (403, {"headers": {"origin": "https://evil.example"}}),
+    "a loop": (400, {"headers": {"x-uniroute-hops": "a,b,c,d,e"}}),
+    "GET": (405, {"method": "GET"}),
+    "OPTIONS": (405, {"method": "OPTIONS"}),
+    "an unknown path": (404, {"below": "/batches/x"}),
+    "no model": (404, {"json": {"uniroute": {"models": ["nobody"]}}}),
+    "a control field": (400, {"json": {"extra_body": {"api_base": "http://127.0.0.1:1"}}}),
+}
+
+
+@EVERY_API
+@pytest.mark.parametrize("how", REFUSED)
+def test_each_layer_refuses_in_the_shape_of_the_clients_api(http: httpx.Client, api: APIName, how: str) -> None:
+    status, more = REFUSED[how]
+    method, path = more.get("method", "POST"), PATHS[api] + more.get("below", "")
+    content = more.get("content") or json.dumps(pinned(api, **more.get("json", {}))).encode()
+    headers = {"content-type": "application/json", **more.get("headers", {})}
+    reply = http.request(method, path, content=content, headers=headers)
+    body = reply.json()
+
+    assert reply.status_code == status, body
+    assert body["error"]["message"]
+    assert ("code" in body["error"], body.get("type")) == ((False, "error") if api == "messages" else (True, None))
+    assert body.get("request_id", reply.headers["x-request-id"]) == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("api", ["chat", "messages", "responses"])
+def test_an_image_is_refused_where_no_model_can_see(http: httpx.Client, api: APIName) -> None:
+    url = "data:image/png;base64,iVBORw0KGgo="
+    parts: dict[str, Any] = {
+        "chat": [{"type": "image_url", "image_url": {"url": url}}],
+        "messages": [
+            {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+        ],
+        "responses": [{"type": "input_image", "image_url": url}],
+    }
+    turns = [{"role": "user", "content": parts[api]}]
+    body = {**body_of(api), "input" if api == "responses" else "messages": turns}
+    reply = ask(http, api, body)
+
+    assert reply.status == 400
+    assert "cannot read images" in json.dumps(reply.errors)
+
+
+# Limits of one key over all APIs.
+
+SOURCES = [*((api, "chat") for api in API_NAMES), *((api, "native") for api in NATIVE_APIS), ("embeddings", "vectors")]
+
+
+def ask_any(http: httpx.Client, api: Any, model: str, stream: bool) -> httpx.Response:
+    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens."""
+    if api == "embeddings":
+        return http.post("/v1/embeddings", json={"model": model, "input": [[1] * 100]})
+    limit = {"max_output_tokens" if api == "responses" else "max_tokens": 100}
+    return http.post(PATHS[api], json=pinned(api, model, stream=stream, **limit))
+
+
+def let_all_answer(served: Served) -> None:
+    """Let every upstream report what a request is reserved for at most, or less."""
+    served.chat.always = Step(usage={"prompt_tokens": 5, "completion_tokens": 90, "total_tokens": 95})
+    data = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
+    usage = {"prompt_tokens": 100, "total_tokens": 100}
+    served.vectors.always = Step(body={"object": "list", "data": data, "model": "theirs", "usage": usage})
+    message = {**MESSAGE, "usage": {"input_tokens": 5, "output_tokens": 90}}
+    response = a_response(usage={"input_tokens": 5, "output_tokens": 90, "total_tokens": 95})
+    served.native.skill_by_path = {"/v1/messages": message, "/v1/responses": response}
+
+
+@STREAMED_OR_NOT
+def test_requests_over_all_apis_never_spend_more_than_the_budget_of_their_key(served: Served, stream: bool) -> None:
+    let_all_answer(served)
+    key = served.key(usd_per_day=0.5)
+    headers = {"authorization": f"Bearer {key.secret}"}
+    with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(8) as pool:
+        sources = SOURCES * 6
+        replies = list(pool.map(lambda source: ask_any(http, *source, stream and source[1] == "chat"), sources))
+    statuses = [reply.status_code for reply in replies]
+    answered = statuses.count(200)
+
+    assert set(statuses) == {200, 429}
+    assert wait_until(lambda: len(served.records(key)) == answered and key.open == 0)
+    assert 0.5 - 0.0405 * 8 <= key.spent_usd <= 0.5
+    assert key.spent_usd == pytest.approx(sum(record["cost_usd"] for record in served.records(key)))
+    refused = {source[0]: reply.json() for source, reply in zip(sources, replies, strict=True) if reply.is_error}
+    assert refused["messages"]["error"]["type"] == "rate_limit_error"
+    assert refused["responses"]["error"]["code"] == "insufficient_quota"
+
+
+def test_requests_over_all_apis_count_for_one_rate(served: Served) -> None:
+    let_all_answer(served)
+    key = served.key(requests_per_minute=len(SOURCES))
+    headers = {"authorization": f"Bearer {key.secret}"}
+    with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http:
+        replies = [ask_any(http, *source, False) for source in SOURCES]
+        remaining = [int(reply.headers["x-ratelimit-remaining-requests"]) for reply in replies]
+        refused = [ask_any(http, *source, False) for source in SOURCES]
+
+    assert {reply.status_code for reply in replies} == {200}
+    assert remaining == sorted(remaining, reverse=True)
+    assert {reply.status_code for reply in refused} == {429}
+    assert all(int(reply.headers["retry-after"]) > 0 for reply in refused)
+
+
+@EVERY_NATIVE_API
+def test_what_no_chat_body_can_hold_is_reserved_for_where_it_is_sent(served: Served, api: APIName) -> None:
+    let_all_answer(served)
+    key = served.key(usd_per_day=0.5)
+    found = "x" * 400_000
+    hidden: dict[str, Any] = {
+        "messages": {"tools": [{"type": "web_search_20260209", "name": "web_search", "blocked": [found]}]},
+        "responses": {"tools": [{"type": "web_search", "filters": {"blocked": [found]}}]},
+    }
+    headers = {"authorization": f"Bearer {key.secret}"}
+    body = pinned(api, "native", **hidden[api], **{LIMIT_NAMES.get(api, "max_tokens"): 10})
+    reply = httpx.post(served.proxy.url + PATHS[api], json=body, headers=headers, timeout=60)
+
+    assert reply.status_code == 429
+    assert served.native.history == []
+
+
+# The server itself: its end, and what its protocol refuses.
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One server as `uniroute serve` runs it, that ends streams a second after it is told to end."""
+
+    server: ServeCommand
+    chat: ScriptedUpstream
+    native: ScriptedUpstream
+
+
+@pytest.fixture
+def ending(tmp_path: Path, embedder_cache: Path) -> Iterator[Ending]:
+    with ScriptedUpstream() as chat, ScriptedUpstream() as native:
+        models = [
+            model_entry("chat", chat.url),
+            model_entry("native", native.url, api=list(NATIVE_APIS), supports_reasoning=True),
+        ]
+        config = {"model_list": models, "uniroute": {"profile": {"on_start": False}, "drain_s": 1}}
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps(config))
+        environ = environment(tmp_path / "data", embedder_cache, MODEL_API_KEY="sk-model")
+        with ServeCommand("--config", file, environ=environ, log=tmp_path / "log.txt") as server:
+            yield Ending(server, chat, native)
+
+
+def test_a_server_refuses_odd_heads_and_ends_streams_in_the_shape_of_each_api(ending: Ending) -> None:
+    url = ending.server.url
+    for api in API_NAMES:
+        reply = httpx.post(f"{url}{PATHS[api]}?{'x' * 9000}", json=pinned(api))
+        assert (reply.status_code, reply.json().get("type")) == (414, "error" if api == "messages" else None)
+    reply = httpx.get(f"{url}/v1/models", headers={"anthropic-version": "1", **{f"x-{n}": "" for n in range(150)}})
+    assert (reply.status_code, reply.json()["request_id"]) == (431, reply.headers["request-id"])
+
+    ending.chat.always = Step(message={"content": "word " * 1000}, drip_s=0.05)
+    ending.native.then(
+        *(Step(events=[b"".join(EVENTS[api][:10]), EVENTS[api][10]], drip_s=60) for api in NATIVE_APIS)
+    )
+    with ThreadPoolExecutor() as pool:
+        replies = {source: pool.submit(read_stream, url, *source) for source in [*CHATS, ("messages", "native")]}
+        assert wait_until(lambda: len(ending.native.history) == 1)
+        replies["responses", "native"] = pool.submit(read_stream, url, "responses", "native")
+        assert wait_until(lambda: len(ending.chat.history) == len(CHATS) and len(ending.native.history) == 2)
+        time.sleep(0.5)
+        ending.server.stop(signal.SIGTERM)
+        ended = {source: reply.result(60) for source, reply in replies.items()}
+
+    errors = {source: [error["message"] for error in reply.errors] for source, reply in ended.items()}
+    assert errors == dict.fromkeys(ended, [SHUTTING_DOWN_MESSAGE])
+    assert ended["messages", "native"].errors[0]["type"] == "overloaded_error"
+    assert ended["responses", "native"].errors[0]["code"] == "server_error"
+    assert "Traceback" not in ending.server.log
+
+
+CHATS = [(api, "chat") for api in API_NAMES]
+
+
+def read_stream(url: str, api: APIName, model: str) -> Reply:
+    with httpx.Client(base_url=url, timeout=60) as http:
+        return ask(http, api, pinned(api, model, stream=True))
