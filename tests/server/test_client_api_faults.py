@@ -560,9 +560,7 @@ def test_a_server_refuses_odd_heads_and_ends_streams_in_the_shape_of_each_api(en
     assert (reply.status_code, reply.json()["request_id"]) == (431, reply.headers["request-id"])
 
     ending.chat.always = Step(message={"content": "word " * 1000}, drip_s=0.05)
-    ending.native.then(
-        *(Step(events=[b"".join(EVENTS[api][:10]), EVENTS[api][10]], drip_s=60) for api in NATIVE_APIS)
-    )
+    ending.native.then(*(Step(events=[b"".join(EVENTS[api][:10]), EVENTS[api][10]], drip_s=60) for api in NATIVE_APIS))
     with ThreadPoolExecutor() as pool:
         replies = {source: pool.submit(read_stream, url, *source) for source in [*CHATS, ("messages", "native")]}
         assert wait_until(lambda: len(ending.native.history) == 1)

@@ -172,6 +172,22 @@ def test_a_tool_is_called_and_its_result_goes_back_to_the_caller_of_it(
     assert fleet.good.last.body["messages"][2]["content"] == "sunny"
 
 
+@pytest.mark.parametrize("api", ["messages", "responses"])
+@STREAMED_OR_NOT
+@pytest.mark.parametrize("repeated", ["call_1", ""])
+def test_an_id_that_a_model_repeats_is_not_given_to_two_calls_of_a_conversation(
+    http: httpx.Client, fleet: Fleet, api: APIName, stream: bool, repeated: str
+) -> None:
+    calling = Step(message={"content": None, "tool_calls": [{**CALL, "id": repeated}]}, finish_reason="tool_calls")
+    more: dict[str, Any] = {"tools": [weather_tool(api)], "stream": stream, "model": "fair"}
+    fleet.fair.then(calling, calling)
+    first = ask(http, api, body_of(api, **more))
+    second = ask(http, api, turn_with_result(api, first, "sunny", **more))
+
+    assert first.calls[0].id
+    assert second.calls[0].id not in ("", first.calls[0].id)
+
+
 @EVERY_API_WITH_TOOLS
 @STREAMED_OR_NOT
 def test_reasoning_is_shown(http: httpx.Client, fleet: Fleet, api: APIName, stream: bool) -> None:

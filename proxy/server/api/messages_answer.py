@@ -38,6 +38,8 @@ class AnswerFacts:
     tool_names: Mapping[str, str] = field(default_factory=dict)
     """Names of tools as the model was told them → the client's. Those that are the same are not here."""
     shows_thinking: bool = True
+    used_call_ids: frozenset[str] = frozenset()
+    """Of earlier turns."""
 
     @property
     def message_id(self) -> str:
@@ -53,7 +55,7 @@ def message_of(completion: Mapping[str, Any], model: str, facts: AnswerFacts) ->
     content = _thinking_blocks(part) if facts.shows_thinking else []
     if text.strip():
         content.append({"type": "text", "text": text})
-    ids = CallIds(facts.id)
+    ids = CallIds(facts)
     calls = [_call_block(call, facts, ids) for _, call in calls_of(part)]
     content += calls
     return {
@@ -227,15 +229,17 @@ def calls_of(part: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]
 class CallIds:
     """Gives each call of an answer an id of its own: the model's, if it has one and no other has it."""
 
-    def __init__(self, answer_id: str) -> None:
-        self._answer_id = answer_id
-        self._used: set[str] = set()
+    def __init__(self, facts: AnswerFacts) -> None:
+        self._answer_id = facts.id
+        self._used = set(facts.used_call_ids)
+        self._count = 0
 
     def take(self, stated: object) -> str:
         chosen = stated if isinstance(stated, str) and stated and stated not in self._used else None
         if chosen is None:
-            chosen = f"toolu_{self._answer_id}{len(self._used):02d}"
+            chosen = f"toolu_{self._answer_id}{self._count:02d}"
         self._used.add(chosen)
+        self._count += 1
         return chosen
 
 

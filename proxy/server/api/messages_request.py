@@ -28,7 +28,7 @@ from proxy.server.api.messages_turns import (
     read_text,
     with_cache_control,
 )
-from proxy.server.api.translation import APIName, RelayedEvents
+from proxy.server.api.translation import APIName, RelayedEvents, call_ids_in
 
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
@@ -81,6 +81,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
             stop_sequences=tuple(body.get("stop", ())),
             tool_names=request.notes.tool_names,
             shows_thinking=_shows_thinking(document),
+            used_call_ids=call_ids_in(body["messages"]),
         ),
     )
 

@@ -150,7 +150,7 @@ class MessageStream:
         self.answer: Mapping[str, Any] | None = None
         self._model = model
         self._facts = facts
-        self._ids = CallIds(facts.id)
+        self._ids = CallIds(facts)
         self._started = False
         self._events: list[bytes] = []
         self._usage: object = None

@@ -36,6 +36,8 @@ class AnswerPlan:
     """The client asks for `encrypted_content`, to send it back."""
     stored: bool
     has_logprobs: bool
+    used_call_ids: frozenset[str] = frozenset()
+    """Of earlier turns."""
 
 
 def request_echo(document: Mapping[str, Any], *, stored: bool) -> dict[str, Any]:
@@ -381,8 +383,9 @@ class _Call:
 class _CallIds:
     """The call ids of one answer: each once."""
 
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
+    def __init__(self, used: frozenset[str]) -> None:
+        """`used`: the ids of earlier turns."""
+        self._taken = set(used)
 
     def take(self, wanted: str, otherwise: str) -> str:
         call_id = wanted if wanted and wanted not in self._taken else otherwise
@@ -438,7 +441,7 @@ class ResponseStream:
         self._output: list[dict[str, Any]] = []
         self._queue: deque[_Item] = deque()
         self._calls = _CallTable()
-        self._call_ids = _CallIds()
+        self._call_ids = _CallIds(plan.used_call_ids)
         self._counts: TokenCounts | None = None
         self._finish_reason: Any = None
         self._service_tier: Any = None

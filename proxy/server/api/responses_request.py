@@ -21,7 +21,7 @@ from proxy.server.api.responses_answer import (
 from proxy.server.api.responses_input import Conversation, numbered, tools_among
 from proxy.server.api.responses_reasoning import is_own_reasoning
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
-from proxy.server.api.translation import APIName, RelayedEvents
+from proxy.server.api.translation import APIName, RelayedEvents, call_ids_in
 
 # Fields of UniRoute and of OpenRouter, which mean something here and nothing to an upstream.
 OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
@@ -119,6 +119,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
         encrypts_reasoning=ENCRYPTED_REASONING in included,
         stored=stored,
         has_logprobs=asks_logprobs,
+        used_call_ids=call_ids_in(conversation.messages),
     )
     return ResponsesTranslation(
         document=_native_document(document),

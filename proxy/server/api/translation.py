@@ -9,7 +9,7 @@ Translators compute on plain dicts and bytes: no I/O, no clock, no randomness. T
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -90,3 +90,9 @@ class Translation(Protocol):
 
         Arguments as of `StreamTranslation.fail`.
         """
+
+
+def call_ids_in(messages: Iterable[Mapping[str, Any]]) -> frozenset[str]:
+    """Return the ids of the tool calls in earlier turns. A new call may have none of them: clients would drop it."""
+    calls = (call for message in messages for call in message.get("tool_calls") or ())
+    return frozenset(call["id"] for call in calls if isinstance(call.get("id"), str))
