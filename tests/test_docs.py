@@ -100,6 +100,12 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
 
 
 @each_page
+def test_every_test_that_is_named_exists(path: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text(path))
+    assert [name for file, name in named if f"def {name}(" not in text(ROOT / file)] == []
+
+
+@each_page
 def test_every_program_that_is_named_can_be_run(path: Path) -> None:
     named = re.findall(r"python -m ([\w.]+)", text(path))
     assert [name for name in named if find_spec(name) is None] == []

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from proxy.cli import app
 from proxy.cli.launch_clients import CLIENTS, KEY_VARIABLE, NO_KEY, Target, setup_for
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.processes import process_group, store_answers
@@ -94,6 +96,13 @@ def words_of(name: str) -> list[str]:
     return ["other"] if name == "env" else []
 
 
+def printed(*arguments: str, environ: Mapping[str, str]) -> str:
+    """Return what a command that starts nothing writes, run in this process."""
+    ended = CliRunner().invoke(app, ["launch", *arguments], env=environ)
+    assert ended.exit_code == 0, ended.output
+    return ended.output
+
+
 each_client = pytest.mark.parametrize("name", [client.name for client in CLIENTS])
 
 
@@ -121,11 +130,10 @@ def test_what_would_be_set_is_shown_without_client_or_server(
     name: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
     bare = {**environ, "PATH": "/nonexistent", "UNIROUTE_PORT": "1", "TMPDIR": str(tmp_path)}
-    shown = run_command("launch", name, "--print", environ=bare)
-    document = json.loads(run_command("launch", name, "--json", environ=bare).stdout)
-    assert shown.returncode == 0, shown.stderr
-    assert [variable for variable in document["environment"] if f"export {variable}=" not in shown.stdout] == []
-    assert "127.0.0.1:1" in shown.stdout
+    shown = printed(name, "--print", environ=bare)
+    document = json.loads(printed(name, "--json", environ=bare))
+    assert [variable for variable in document["environment"] if f"export {variable}=" not in shown] == []
+    assert "127.0.0.1:1" in shown
 
 
 @each_client
@@ -133,14 +141,14 @@ def test_the_lines_that_are_shown_do_in_a_shell_what_launch_does(
     name: str, served: str, client_environ: dict[str, str]
 ) -> None:
     keyed = {**client_environ, KEY_VARIABLE: SECRET}
-    arguments = ("launch", name, "--url", served, "--model", "small")
-    shown = run_command(*arguments, "--print", "--", *words_of(name), environ=keyed).stdout
+    arguments = (name, "--url", served, "--model", "small")
+    shown = printed(*arguments, "--print", "--", *words_of(name), environ=keyed)
     script = f'{shown}\n{shown.splitlines()[-1].removeprefix("# ")}\nrm -r "${{UNIROUTE_FOLDER:-$TMPDIR/none}}"'
     subprocess.run(["bash", "-c", script], env=keyed, check=False, capture_output=True)
     by_hand = report(keyed)
-    assert run_command(*arguments, "--", *words_of(name), environ=keyed).returncode == 3
+    assert run_command("launch", *arguments, "--", *words_of(name), environ=keyed).returncode == 3
     by_launch = report(keyed)
-    document = json.loads(run_command(*arguments, "--json", environ=keyed).stdout)
+    document = json.loads(printed(*arguments, "--json", environ=keyed))
     assert given(by_hand, document) == given(by_launch, document)
     assert [variable for variable in document["unset"] if variable in by_hand["environment"]] == []
 
@@ -154,13 +162,10 @@ def given(seen: Mapping[str, Any], document: Mapping[str, Any]) -> list[Any]:
 @each_client
 def test_a_key_reaches_the_client_and_is_shown_nowhere(name: str, served: str, client_environ: dict[str, str]) -> None:
     keyed = {**client_environ, KEY_VARIABLE: SECRET, "UNIROUTE_ADMIN_KEY": ADMIN_KEY}
-    arguments = ("launch", name, "--url", served)
-    outputs = [
-        run_command(*arguments, *options, "--", *words_of(name), environ=keyed)
-        for options in (["--print"], ["--json", "--key", SECRET], [])
-    ]
-    assert [each for each in outputs if SECRET in each.stdout + each.stderr] == []
-    assert f"${KEY_VARIABLE}" in outputs[0].stdout
+    shown = printed(name, "--print", environ=keyed) + printed(name, "--json", "--key", SECRET, environ=keyed)
+    ended = run_command("launch", name, "--url", served, "--", *words_of(name), environ=keyed)
+    assert SECRET not in shown + ended.stdout + ended.stderr
+    assert f"${KEY_VARIABLE}" in shown
     seen = report(keyed)
     assert SECRET in {value for variable, value in seen["environment"].items() if variable != "REPORT"}
     assert SECRET not in json.dumps([seen["arguments"], seen["files"]])
@@ -189,7 +194,7 @@ def test_this_machine_is_reached_without_the_proxy_of_the_environment(
 
 
 def test_a_server_elsewhere_keeps_the_proxy(environ: dict[str, str]) -> None:
-    shown = run_command("launch", "qwen", "--url", "https://router.example/v1/", "--print", environ=environ).stdout
+    shown = printed("qwen", "--url", "https://router.example/v1/", "--print", environ=environ)
     assert "OPENAI_BASE_URL=https://router.example/v1\n" in shown
     assert "proxy" not in shown.lower()
 
