@@ -484,9 +484,7 @@ def test_requests_over_all_apis_never_spend_more_than_the_budget_of_their_key(se
     headers = {"authorization": f"Bearer {key.secret}"}
     with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         sources = SOURCES * 6
-        replies = list(
-            pool.map(lambda source: ask_any(http, source[0], source[1], stream and source[1] == "chat"), sources)
-        )
+        replies = list(pool.map(lambda source: ask_any(http, source, stream), sources))
     statuses = [reply.status_code for reply in replies]
     answered = statuses.count(200)
 
