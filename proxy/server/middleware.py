@@ -14,7 +14,16 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
-from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
+from proxy.server.api.client_apis import (
+    CHAT,
+    CLIENT_PATHS,
+    EMBEDDINGS,
+    MESSAGES,
+    MODELS,
+    RESPONSES,
+    ROUTE,
+    TEXT_COMPLETIONS,
+)
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
@@ -23,6 +32,7 @@ from proxy.server.requests import (
     OVERLOADED,
     RECEIVED_AT,
     REQUEST_IDS,
+    Headers,
     RequestIds,
     headers_of,
     request_ids_from,
@@ -126,6 +136,17 @@ async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None
 def _too_many_connections() -> JSONResponse:
     body = error_body("this server has no room for one more connection", "server_error", "too_many_connections")
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
+
+
+# Paths that no client of Anthropic's API asks for, whatever headers it sends.
+_OF_OTHER_APIS = frozenset({CHAT.path, RESPONSES.path, TEXT_COMPLETIONS.path, EMBEDDINGS, ROUTE})
+
+
+def speaks_messages(path: str, headers: Headers) -> bool:
+    """Return whether a client expects what it is sent in the shapes of Anthropic's API, also at unknown paths."""
+    if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
+        return True
+    return path not in _OF_OTHER_APIS and bool(headers.getlist("anthropic-version"))
 
 
 class MessagesMiddleware:

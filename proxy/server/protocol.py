@@ -15,9 +15,9 @@ from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
 from proxy.errors import error_body
-from proxy.server.api.client_apis import speaks_messages
 from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.disconnects import DisconnectEvent
+from proxy.server.middleware import speaks_messages
 from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders
 from proxy.upstream.sse import encode_json
 
