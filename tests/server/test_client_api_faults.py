@@ -47,6 +47,7 @@ PRICE = 1e-4
 USAGE = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
 EVENTS = {"messages": MESSAGE_EVENTS, "responses": RESPONSE_EVENTS}
 KEEP_ALIVE_S = 0.1
+WEB_PAGE = "https://app.example"
 COMMENT = b": keep-alive\n\n"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 # What states the limit of an answer.
@@ -110,6 +111,7 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
                 "keep_alive_s": KEEP_ALIVE_S,
                 "limits_timeout_s": 1.0,
                 "max_body_bytes": 2_000_000,
+                "allowed_origins": [WEB_PAGE],
             },
         }
         proxy = closing.enter_context(ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}))
@@ -447,6 +449,27 @@ def test_each_layer_refuses_in_the_shape_of_the_clients_api(http: httpx.Client, 
     assert body["error"]["message"]
     assert ("code" in body["error"], body.get("type")) == ((False, "error") if api == "messages" else (True, None))
     assert body.get("request_id", reply.headers["x-request-id"]) == reply.headers["x-request-id"]
+
+
+@EVERY_API
+def test_an_allowed_web_page_may_ask_in_every_api_and_read_its_errors(http: httpx.Client, api: APIName) -> None:
+    asked = "x-api-key,anthropic-version,anthropic-dangerous-direct-browser-access,content-type"
+    preflight = http.options(
+        PATHS[api],
+        headers={
+            "origin": WEB_PAGE,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": asked,
+        },
+    )
+    refused = http.post(PATHS[api], json=pinned(api, "nobody"), headers={"origin": WEB_PAGE})
+
+    assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, WEB_PAGE)
+    assert set(asked.split(",")) <= {
+        each.strip() for each in preflight.headers["access-control-allow-headers"].split(",")
+    }
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (404, WEB_PAGE)
+    assert "request-id" in refused.headers["access-control-expose-headers"].split(", ")
 
 
 @pytest.mark.parametrize("api", ["chat", "messages", "responses"])
