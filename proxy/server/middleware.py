@@ -171,9 +171,10 @@ class MessagesResponse:
 
     async def _send_error(self, start: Message) -> None:
         headers = MutableHeaders(scope=start)
-        body = self._body
+        body, error = self._body, None
         if headers.get("content-type", "").startswith("application/json"):
-            error = decode_json(body)["error"]  # as `encode_json` wrote it, with half characters of an upstream's words
+            error = decode_json(body).get("error")  # with half characters, if an upstream's words have some
+        if error is not None:
             body = encode_json(anthropic_error(error, start["status"], headers.get("x-request-id")))
             start["status"] = anthropic_status(start["status"])
             headers["content-length"] = str(len(body))

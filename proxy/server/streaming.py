@@ -32,9 +32,11 @@ from proxy.upstream.payload import (
     content_bytes,
     is_null_usage_chunk,
     is_usage_chunk,
+    iter_choices,
     usage_chunk,
 )
-from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
+from proxy.upstream.sse import DONE, KEEP_ALIVE, encode_json, format_event
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -69,7 +71,7 @@ class CompletionStream(Response):
         self._events: EventWriter = (
             ChatEventWriter(record, include_usage=ctx.request.include_usage)
             if ctx.translation is None
-            else TranslatedEventWriter(record, ctx.translation)
+            else TranslatedEventWriter(record, ctx.translation, ctx.app.upstream.memory)
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -165,7 +167,11 @@ class EventWriter(Protocol):
     """The whole answer, once `end` was called; None if nobody can ask for it later."""
 
     def write(self, block: list[JSONPayload]) -> bytes:
-        """Return the events of a block; no bytes if none of it is for the client."""
+        """Return the events of a block; no bytes if none of it is for the client.
+
+        Raises:
+            ResponseTooLarge, ResponseMemoryFull: more is to be held than may be.
+        """
 
     def end(self) -> bytes:
         """Return what ends a complete answer. It is sent once everything is recorded."""
@@ -240,15 +246,23 @@ class ChatEventWriter:
         return chunk.without("usage")
 
 
+# What a translation holds of a chunk beside its text.
+CHUNK_BYTES = 64
+
+
 class TranslatedEventWriter:
-    """Send events of another API, translated from chunks."""
+    """Send events of another API, translated from chunks.
+
+    Some APIs repeat the whole answer at its end: what is held for that counts as a whole response does.
+    """
 
     keep_alive = KEEP_ALIVE
     answer: Mapping[str, Any] | None = None
 
-    def __init__(self, record: RequestRecord, translation: Translation) -> None:
+    def __init__(self, record: RequestRecord, translation: Translation, memory: ResponseMemory) -> None:
         self._record = record
         self._translation = translation
+        self._bounds = ResponseBounds(memory)
         # Begun at the first event: only then is it known which model answers.
         self._stream: StreamTranslation | None = None
 
@@ -256,7 +270,7 @@ class TranslatedEventWriter:
         stream = self._begin()
         pieces: list[bytes] = []
         for chunk in block:
-            record_chunk(self._record, chunk.body)
+            self._bounds.add_bytes(record_chunk(self._record, chunk.body) + logprobs_bytes(chunk.body) + CHUNK_BYTES)
             pieces.append(stream.write(chunk.body))
         return b"".join(pieces)
 
@@ -328,12 +342,19 @@ class NativeEventWriter:
 _LAST_EVENTS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
 
 
-def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> None:
-    """Add a chunk's size, usage and fingerprints to the request's record."""
+def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> int:
+    """Add a chunk's size, usage and fingerprints to the request's record. Return the bytes of its text."""
     record.affinity.observe(chunk, record.model)
-    record.add_output(content_bytes(chunk))
+    size = content_bytes(chunk)
+    record.add_output(size)
     if usage := usage_of(chunk):
         record.set_usage(usage)
+    return size
+
+
+def logprobs_bytes(chunk: Mapping[str, Any]) -> int:
+    """Return the size of a chunk's log probabilities, of which there may be many for each token."""
+    return sum(len(encode_json(choice["logprobs"])) for choice in iter_choices(chunk) if choice.get("logprobs"))
 
 
 class SSEKeepAlive:

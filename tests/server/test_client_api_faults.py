@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import time
@@ -21,6 +22,7 @@ from proxy.errors import SHUTTING_DOWN_MESSAGE
 from proxy.storage.usage_writer import STREAM
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.client_apis import API_NAMES, PATHS, APIName, Reply, ask, body_of, events_of
+from tests.support.command import ServeCommand, environment
 from tests.support.limited_keys import LimitedKey
 from tests.support.native_answers import (
     MESSAGE,
@@ -29,10 +31,10 @@ from tests.support.native_answers import (
     a_response,
     event,
 )
-from tests.support.command import ServeCommand, environment
-from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry, uniform_profile
 from tests.support.scripted_answers import Step, error_body
 from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.valkey import frozen
 from tests.support.waiting import wait_until
 
 EVERY_API = pytest.mark.parametrize("api", API_NAMES)
@@ -83,6 +85,7 @@ class Served:
 def entries(chat: str, other: str, native: str, vectors: str) -> list[dict[str, Any]]:
     return [
         model_entry("chat", chat, price=PRICE, max_output_tokens=8000, supports_vision=False),
+        model_entry("seeing", other, price=3 * PRICE, max_output_tokens=8000, supports_vision=True),
         model_entry("other", other, price=2 * PRICE, max_output_tokens=8000, supports_vision=False),
         model_entry(
             *("native", native), price=PRICE, api=["chat", *NATIVE_APIS], supports_reasoning=True, supports_vision=False
@@ -370,7 +373,7 @@ SDK_ERRORS: dict[int, type[anthropic.APIStatusError]] = {
     422: anthropic.UnprocessableEntityError,
     429: anthropic.RateLimitError,
     500: anthropic.InternalServerError,
-    503: anthropic.ServiceUnavailableError,
+    503: anthropic.OverloadedError,
     504: anthropic.DeadlineExceededError,
     529: anthropic.OverloadedError,
 }
@@ -441,7 +444,7 @@ def test_an_image_is_refused_where_no_model_can_see(http: httpx.Client, api: API
         "responses": [{"type": "input_image", "image_url": url}],
     }
     turns = [{"role": "user", "content": parts[api]}]
-    body = {**body_of(api), "input" if api == "responses" else "messages": turns}
+    body = {**body_of(api, models=["chat", "other", "native"]), "input" if api == "responses" else "messages": turns}
     reply = ask(http, api, body)
 
     assert reply.status == 400
@@ -453,8 +456,10 @@ def test_an_image_is_refused_where_no_model_can_see(http: httpx.Client, api: API
 SOURCES = [*((api, "chat") for api in API_NAMES), *((api, "native") for api in NATIVE_APIS), ("embeddings", "vectors")]
 
 
-def ask_any(http: httpx.Client, api: Any, model: str, stream: bool) -> httpx.Response:
-    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens."""
+def ask_any(http: httpx.Client, source: tuple[Any, str], stream: bool = False) -> httpx.Response:
+    """Ask for an answer of at most 100 tokens, or for the vectors of 100 tokens. `stream`: of models asked in chat."""
+    api, model = source
+    stream = stream and model == "chat"
     if api == "embeddings":
         return http.post("/v1/embeddings", json={"model": model, "input": [[1] * 100]})
     limit = {"max_output_tokens" if api == "responses" else "max_tokens": 100}
@@ -479,7 +484,9 @@ def test_requests_over_all_apis_never_spend_more_than_the_budget_of_their_key(se
     headers = {"authorization": f"Bearer {key.secret}"}
     with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         sources = SOURCES * 6
-        replies = list(pool.map(lambda source: ask_any(http, *source, stream and source[1] == "chat"), sources))
+        replies = list(
+            pool.map(lambda source: ask_any(http, source[0], source[1], stream and source[1] == "chat"), sources)
+        )
     statuses = [reply.status_code for reply in replies]
     answered = statuses.count(200)
 
@@ -497,9 +504,9 @@ def test_requests_over_all_apis_count_for_one_rate(served: Served) -> None:
     key = served.key(requests_per_minute=len(SOURCES))
     headers = {"authorization": f"Bearer {key.secret}"}
     with httpx.Client(base_url=served.proxy.url, headers=headers, timeout=60) as http:
-        replies = [ask_any(http, *source, False) for source in SOURCES]
+        replies = [ask_any(http, source) for source in SOURCES]
         remaining = [int(reply.headers["x-ratelimit-remaining-requests"]) for reply in replies]
-        refused = [ask_any(http, *source, False) for source in SOURCES]
+        refused = [ask_any(http, source) for source in SOURCES]
 
     assert {reply.status_code for reply in replies} == {200}
     assert remaining == sorted(remaining, reverse=True)
@@ -522,6 +529,212 @@ def test_what_no_chat_body_can_hold_is_reserved_for_where_it_is_sent(served: Ser
 
     assert reply.status_code == 429
     assert served.native.history == []
+
+
+# One conversation in every API.
+
+SYSTEM, FIRST, RESULT, LAST = "Be brief.", "What is in this picture?", "a cat", "And what does it do?"
+IMAGE = "data:image/png;base64,iVBORw0KGgo="
+CALL_ID, ARGUMENTS = "call_1a2b", '{"place":"left"}'
+CONVERSATION: dict[str, dict[str, Any]] = {
+    "chat": {
+        "messages": [
+            {"role": "system", "content": SYSTEM},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": FIRST}, {"type": "image_url", "image_url": {"url": IMAGE}}],
+            },
+            {
+                "role": "assistant",
+                "content": "Let me look.",
+                "tool_calls": [
+                    {"id": CALL_ID, "type": "function", "function": {"name": "look", "arguments": ARGUMENTS}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": CALL_ID, "content": RESULT},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": LAST},
+        ]
+    },
+    "messages": {
+        "system": SYSTEM,
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": FIRST},
+                    {
+                        "type": "image",
+                        "source": {"type": "base64", "media_type": "image/png", "data": IMAGE.partition(",")[2]},
+                    },
+                ],
+            },
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "text", "text": "Let me look."},
+                    {"type": "tool_use", "id": CALL_ID, "name": "look", "input": json.loads(ARGUMENTS)},
+                ],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": CALL_ID, "content": RESULT}]},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": LAST},
+        ],
+    },
+    "responses": {
+        "instructions": SYSTEM,
+        "input": [
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": FIRST}, {"type": "input_image", "image_url": IMAGE}],
+            },
+            {"role": "assistant", "content": [{"type": "output_text", "text": "Let me look."}]},
+            {"type": "function_call", "call_id": CALL_ID, "name": "look", "arguments": ARGUMENTS},
+            {"type": "function_call_output", "call_id": CALL_ID, "output": RESULT},
+            {"role": "assistant", "content": "A cat."},
+            {"role": "user", "content": LAST},
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("api", ["messages", "responses"])
+def test_one_conversation_is_the_same_to_a_chat_model_whichever_api_it_came_in(
+    http: httpx.Client, served: Served, api: APIName
+) -> None:
+    sent = []
+    for spoken in ("chat", api):
+        body = {**pinned("chat", "seeing"), **CONVERSATION[spoken]}
+        body |= {"max_tokens": 100} if api == "messages" else {}
+        if spoken == "responses":
+            del body["messages"]
+        reply = http.post(PATHS[spoken], json=body)
+        assert reply.status_code == 200, reply.text
+        sent.append(served.other.last.body["messages"])
+
+    assert sent[0] == sent[1]
+
+
+# Responses that are kept.
+
+
+def respond(http: httpx.Client, text: str, previous: str | None = None, **more: Any) -> dict[str, Any]:
+    body = pinned("responses", **more, previous_response_id=previous)
+    reply = http.post("/v1/responses", json={**body, "input": text})
+    assert reply.status_code == 200, reply.text
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def test_a_long_conversation_goes_on_by_its_last_id_alone(http: httpx.Client, served: Served) -> None:
+    answer: dict[str, Any] = {"id": None}
+    for turn in range(100):
+        answer = respond(http, f"turn {turn}", answer["id"])
+    sent = served.chat.last.body["messages"]
+
+    assert [message["content"] for message in sent if message["role"] == "user"] == [f"turn {n}" for n in range(100)]
+    assert len(sent) == 199
+    listed = http.get(f"/v1/responses/{answer['id']}/input_items", params={"limit": 100, "order": "asc"}).json()
+    assert (len(listed["data"]), listed["has_more"]) == (100, True)
+
+
+def test_a_conversation_goes_on_when_the_model_that_answered_is_gone(http: httpx.Client, served: Served) -> None:
+    entry = model_entry("leaving", served.other.url, price=PRICE)
+    served.proxy.admin("POST", "/admin/models", {**entry, "profile": uniform_profile(0.1)})
+    assert wait_until(lambda: http.get("/v1/models/leaving").status_code == 200)
+    first = respond(http, "first", model="leaving")
+    served.proxy.admin("DELETE", "/admin/models/leaving")
+    assert wait_until(lambda: http.get("/v1/models/leaving").status_code == 404)
+    second = respond(http, "second", first["id"])
+
+    assert (first["model"], second["model"]) == ("leaving", "chat")
+    assert [message["content"] for message in served.chat.last.body["messages"]][::2] == ["first", "second"]
+
+
+def test_what_is_not_to_be_kept_is_not(http: httpx.Client, served: Served) -> None:
+    named = a_response(id="resp_of_native")
+    last = event({"type": "response.completed", "response": named})
+    served.native.then(Step(body=named), Step(events=[*RESPONSE_EVENTS[:-1], last], done=False))
+    ours = respond(http, "x", store=False)["id"]
+    assert respond(http, "x", model="native", store=False)["id"] == named["id"]
+    assert (
+        last.replace(b'"theirs"}', b'"native"}')[-30:] in raw_stream(http, "responses", model="native", store=False)[1]
+    )
+
+    assert [http.get(f"/v1/responses/{each}").status_code for each in (ours, named["id"])] == [404, 404]
+
+
+def test_without_a_store_responses_are_answered_and_what_needs_them_says_so(http: httpx.Client, served: Served) -> None:
+    kept = respond(http, "x")["id"]
+    info: Any = served.store.info("server")
+    with frozen(int(info["process_id"])):
+        answered = respond(http, "y")
+        refused = [
+            http.get(f"/v1/responses/{kept}"),
+            http.delete(f"/v1/responses/{kept}"),
+            http.post("/v1/responses", json={**pinned("responses"), "previous_response_id": kept}),
+        ]
+
+    assert answered["status"] == "completed"
+    assert [reply.status_code for reply in refused] == [503] * 3
+    assert {reply.json()["error"]["code"] for reply in refused} == {"unavailable"}
+    assert wait_until(lambda: http.get(f"/v1/responses/{kept}").status_code == 200)
+
+
+# Attacks.
+
+
+@pytest.mark.parametrize("api", ["messages", "responses", "completions"])
+def test_a_stream_without_end_is_not_held_without_end(http: httpx.Client, served: Served, api: APIName) -> None:
+    """The limits are max_answer_bytes, and some bytes for each of many small chunks."""
+    chunk = {"choices": [{"index": 0, "delta": {"content": "x" * 1_000_000}, "finish_reason": None}]}
+    served.chat.then(Step(events=[chunk] * 25))
+    reply = ask(http, api, pinned(api, stream=True))
+
+    assert ("max_answer_bytes" in reply.errors[0]["message"], reply.complete) == (True, False)
+    assert 18_000_000 < len(reply.text) < 21_000_000
+
+
+ODD = "a\r\nx-evil: 1\r\n\r\n\u2028\u00e9\x00\x7f" + "n" * 500
+
+
+@pytest.mark.parametrize(
+    ("api", "more"),
+    [
+        pytest.param("messages", {"tools": [{"type": ODD, "name": "x"}]}, id="a tool"),
+        pytest.param("messages", {ODD: 1}, id="a field"),
+        pytest.param("messages", {"metadata": {ODD: "x"}}, id="metadata"),
+        pytest.param("responses", {"tools": [{"type": ODD}]}, id="a tool "),
+        pytest.param("responses", {ODD: 1}, id="a field "),
+        pytest.param("responses", {"include": [ODD] * 100}, id="include"),
+        pytest.param("responses", {"input": [{"role": "user", "content": "x"}, {"type": ODD}]}, id="an item"),
+        pytest.param("responses", {"tools": [{"type": "function", "name": "f", ODD: 1}]}, id="of a tool"),
+    ],
+)
+def test_what_was_left_out_adds_nothing_but_one_header(
+    http: httpx.Client, served: Served, api: APIName, more: dict[str, Any]
+) -> None:
+    reply = http.post(PATHS[api], json=pinned(api, **more))
+
+    assert reply.status_code == 200, reply.text
+    assert "x-evil" not in reply.headers
+    left_out = reply.headers["x-uniroute-left-out"]
+    assert (left_out.isascii(), left_out.isprintable(), len(left_out) < 1100) == (True, True, True)
+    assert "\nx-evil" not in served.proxy.log
+
+
+@EVERY_API
+@STREAMED_OR_NOT
+def test_no_prompt_is_logged(http: httpx.Client, served: Served, api: APIName, stream: bool) -> None:
+    prompt = "canary-of-the-prompt-5d1c"
+    steps = [Step(), Step(status=400, body=error_body("no", "x", None)), Step(cut_after=2), Step(drop=True)]
+    for step in steps:
+        served.chat.then(step)
+        with contextlib.suppress(httpx.HTTPError):
+            http.post(PATHS[api], json=body_of(api, prompt, model="chat", stream=stream, strange=prompt))
+    http.post(PATHS[api], content=json.dumps({"model": prompt, "messages": prompt, "input": prompt, "prompt": 1}))
+
+    assert prompt not in served.proxy.log
 
 
 # The server itself: its end, and what its protocol refuses.
@@ -571,7 +784,7 @@ def test_a_server_refuses_odd_heads_and_ends_streams_in_the_shape_of_each_api(en
         ended = {source: reply.result(60) for source, reply in replies.items()}
 
     errors = {source: [error["message"] for error in reply.errors] for source, reply in ended.items()}
-    assert errors == dict.fromkeys(ended, [SHUTTING_DOWN_MESSAGE])
+    assert errors == {source: [SHUTTING_DOWN_MESSAGE] for source in ended}
     assert ended["messages", "native"].errors[0]["type"] == "overloaded_error"
     assert ended["responses", "native"].errors[0]["code"] == "server_error"
     assert "Traceback" not in ending.server.log

@@ -142,6 +142,29 @@ def test_an_unknown_field_of_the_provider_layer_is_refused(http: httpx.Client, f
 
 @EVERY_API
 @pytest.mark.parametrize(
+    "within",
+    [
+        *("extra_body", "metadata", "reasoning", "thinking", "text", "output_config", "stream_options", "tool_choice"),
+        *("response_format", "cache_control", "context_management", "client_metadata", "prediction", "tools"),
+    ],
+)
+def test_what_is_nested_in_another_field_steers_nothing(
+    http: httpx.Client, fleet: Fleet, api: APIName, within: str
+) -> None:
+    steering = {"api_base": fleet.good.url, "api_key": "sk-mine", "model": "good", "extra_headers": {"x-evil": "1"}}
+    nested: Any = {**steering, "type": "auto", "extra_body": steering, "litellm_params": steering}
+    reply = ask(http, api, {**body_of(api, model="fair"), within: [nested] if within == "tools" else nested})
+
+    assert reply.status in (200, 400), reply.errors
+    assert fleet.good.history == []
+    for received in fleet.fair.history:
+        assert received.headers["authorization"] == f"Bearer {CANARY}"
+        assert "x-evil" not in received.headers
+        assert received.body["model"] == "fair-upstream"
+
+
+@EVERY_API
+@pytest.mark.parametrize(
     "field", ["model", "messages", "input", "prompt", "max_tokens", "stream", "tools", "tool_choice"]
 )
 @pytest.mark.parametrize("value", [None, 3, -1, True, "x", [], [1], {}, {"type": 1}], ids=repr)
