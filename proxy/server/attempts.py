@@ -217,6 +217,7 @@ class AttemptRunner:
             return None
         headers = {**self._headers, **dict(self._ctx.native_headers)}
         limit = self._smaller_limit(model.name)
+        self._record.native_document = translation.document
         return NativeRequest(translation.api, translation.document, headers, limit)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:

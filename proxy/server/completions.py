@@ -136,7 +136,8 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
             document = await expand(document, app.responses, scope_of(scope[KEY_IN_SCOPE]))
         translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
-        native_headers = tuple(headers.items_for(NATIVE_HEADERS))
+        # A list may be sent in several headers.
+        native_headers = tuple((name, ",".join(headers.getlist(name))) for name in NATIVE_HEADERS)
     return RequestContext(
         app,
         app.snapshots.current,

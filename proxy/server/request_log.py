@@ -10,6 +10,7 @@ import orjson
 
 from proxy.errors import UpstreamError
 from proxy.routing.affinity import Affinity, AffinityRecorder
+from proxy.routing.requirements import estimate_document_tokens
 from proxy.routing.selection import Selection
 from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
@@ -58,6 +59,8 @@ class RequestRecord:
         self.clamped: int | None = None
         # Fields of the client's request that the last attempt could not send to its model.
         self.left_out: tuple[str, ...] = ()
+        # The client's own body, if the last attempt sent it to an upstream that speaks the client's API.
+        self.native_document: Mapping[str, Any] | None = None
         self._ctx = ctx
         self._reservation = reservation
         self._output_bytes = 0
@@ -82,7 +85,7 @@ class RequestRecord:
         self.model = model
         self._counts, self._first_content_at = TokenCounts(), None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
-        self.clamped, self.left_out = None, ()
+        self.clamped, self.left_out, self.native_document = None, (), None
 
     @property
     def has_asked(self) -> bool:
@@ -218,10 +221,10 @@ class RequestRecord:
         return entry
 
     def _observed(self) -> ObservedTraffic:
-        size = self._output_bytes
-        return ObservedTraffic(
-            self.selection.requirements.prompt_tokens, size, size - self._reported_bytes, self.has_content
-        )
+        size, prompt = self._output_bytes, self.selection.requirements.prompt_tokens
+        if self.native_document is not None and self._counts.prompt_tokens is None:
+            prompt = max(prompt, estimate_document_tokens(self.native_document))
+        return ObservedTraffic(prompt, size, size - self._reported_bytes, self.has_content)
 
     def _plausible_counts(self) -> TokenCounts:
         """Return the reported usage as far as it agrees with what this process saw."""

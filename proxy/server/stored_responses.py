@@ -70,22 +70,40 @@ async def expand(document: Mapping[str, Any], store: ResponseStore, scope: str) 
 async def _resolve(items: list[Item], history: list[Item], store: ResponseStore, scope: str) -> list[Item]:
     """Replace references by the items that they mean. One to an item of `history` is left out: it is there already."""
     present = {item["id"] for item in history if isinstance(item.get("id"), str)}
-    known: dict[str, dict[str, Item]] = {}
+    wanted = [str(item.get("id")) for item in items if _is_reference(item)]
+    found = await _find([each for each in wanted if each not in present], store, scope)
     resolved: list[Item] = []
     for place, item in enumerate(items):
         if not _is_reference(item):
             resolved.append(item)
-        elif (wanted := str(item.get("id"))) not in present:
-            match = OWN_ITEM_ID.fullmatch(wanted)
-            response_id = f"resp_{match[1]}" if match else ""
-            if response_id not in known and len(known) < MAX_REFERRED:
-                record = await store.get(scope, response_id) or {}
-                known[response_id] = {str(each.get("id")): each for each in _conversation(record)}
-            found = known.get(response_id, {}).get(wanted)
-            if found is None:
-                raise BadRequest(f"Item with id '{wanted[:100]}' not found.", param=f"input[{place}].id")
-            resolved.append(found)
+        elif (item_id := str(item.get("id"))) not in present:
+            # Each once: a short request must not become a long one by one large item.
+            if (meant := found.pop(item_id, None)) is None:
+                why = "is referred to twice" if wanted.count(item_id) > 1 else "not found"
+                raise BadRequest(f"Item with id '{item_id[:100]}' {why}.", param=f"input[{place}].id")
+            resolved.append(meant)
     return resolved
+
+
+async def _find(wanted: Sequence[str], store: ResponseStore, scope: str) -> dict[str, Item]:
+    """Return the kept items of these ids.
+
+    The newest response is read first: it is kept with what came before it. Nothing but the wanted items is held.
+    """
+    missing = set(wanted)
+    found: dict[str, Item] = {}
+    read: set[str] = set()
+    for item_id in reversed(wanted):
+        match = OWN_ITEM_ID.fullmatch(item_id)
+        response_id = f"resp_{match[1]}" if match else ""
+        if item_id not in missing or not match or response_id in read or len(read) == MAX_REFERRED:
+            continue
+        read.add(response_id)
+        record = await store.get(scope, response_id) or {}
+        here = {str(item.get("id")): item for item in _conversation(record)}
+        found |= {each: here[each] for each in missing.intersection(here)}
+        missing -= here.keys()
+    return found
 
 
 def _is_reference(item: Any) -> bool:

@@ -48,7 +48,10 @@ _NAMES_OF_STATUS = {
     400: frozenset(
         """
         invalid_request_error invalid_request badrequesterror bad_request invalid_argument failed_precondition
-        validation_error exceed_context_size_error context_length_exceeded
+        validation_error exceed_context_size_error context_length_exceeded invalid_prompt invalid_image
+        invalid_image_format invalid_base64_image invalid_image_url invalid_image_mode image_too_large image_too_small
+        image_parse_error image_content_policy_violation image_file_too_large unsupported_image_media_type
+        empty_image_file failed_to_download_image image_file_not_found
         """.split()
     ),
     401: frozenset({"authentication_error", "invalid_api_key", "unauthenticated", "unauthorized"}),

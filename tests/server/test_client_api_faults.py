@@ -338,6 +338,22 @@ def test_a_native_stream_that_goes_wrong_before_content_is_answered_by_the_next_
     assert reply.model in ("chat", "other")
 
 
+@STREAMED_OR_NOT
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("invalid_prompt", 400), ("image_too_large", 400), ("rate_limit_exceeded", 429), ("server_error", 502)],
+)
+def test_a_native_response_that_failed_at_once_has_the_status_that_its_code_means(
+    http: httpx.Client, served: Served, code: str, status: int, stream: bool
+) -> None:
+    failed = a_response("failed", error={"code": code, "message": "as it says"})
+    events = [RESPONSE_EVENTS[0], event({"type": "response.failed", "response": failed})]
+    served.native.then(Step(events=events, done=False) if stream else Step(body=failed))
+    reply = http.post("/v1/responses", json=pinned("responses", "native", stream=stream))
+
+    assert (reply.status_code, reply.json()["error"]["message"]) == (status, "as it says")
+
+
 @EVERY_NATIVE_API
 def test_a_large_native_event_and_unknown_ones_arrive_as_they_are(
     http: httpx.Client, served: Served, api: APIName
@@ -513,7 +529,7 @@ def test_requests_over_all_apis_count_for_one_rate(served: Served) -> None:
 
 
 @EVERY_NATIVE_API
-def test_what_no_chat_body_can_hold_is_reserved_for_where_it_is_sent(served: Served, api: APIName) -> None:
+def test_what_no_chat_body_can_hold_is_reserved_and_billed_where_it_is_sent(served: Served, api: APIName) -> None:
     let_all_answer(served)
     key = served.key(usd_per_day=0.5)
     found = "x" * 400_000
@@ -527,6 +543,18 @@ def test_what_no_chat_body_can_hold_is_reserved_for_where_it_is_sent(served: Ser
 
     assert reply.status_code == 429
     assert served.native.history == []
+
+    rich = served.key(usd_per_day=500)
+    served.native.skill_by_path = {}
+    served.native.then(Step(events=[b"".join(EVENTS[api][1:10])], done=False))
+    httpx.post(
+        served.proxy.url + PATHS[api],
+        json={**body, "stream": True},
+        headers={"authorization": f"Bearer {rich.secret}"},
+        timeout=60,
+    )
+    assert wait_until(lambda: len(served.records(rich)) == 1)
+    assert (served.records(rich)[0]["ending"], rich.spent_usd > 100_000 * PRICE) == ("broken", True)
 
 
 # One conversation in every API.

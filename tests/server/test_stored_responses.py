@@ -91,6 +91,24 @@ async def test_references_to_single_items_are_replaced_by_them(responses: Respon
     assert len(again["input"]) == 3
 
 
+async def test_the_newest_response_holds_the_items_of_earlier_ones(responses: ResponseStore) -> None:
+    document = {"previous_response_id": RESPONSE_ID, "input": "And tomorrow?", "model": "auto"}
+    second = translate(await expand(document, responses, "key"), answer_id=NEXT_ID, created_at=1)
+    answer = second.answer(completion(content="Rain."), "big")
+    await responses.save("key", answer["id"], record_of(second, answer))
+    await responses.delete("key", RESPONSE_ID)
+    references = [{"type": "item_reference", "id": each} for each in (f"msg_{ID}_0", f"msg_{NEXT_ID}_0")]
+    expanded = await expand({"input": references}, responses, "key")
+    assert [item["content"][0]["text"] for item in expanded["input"]] == ["Let me look.", "Rain."]
+
+
+async def test_an_item_is_put_in_once_however_often_it_is_referred_to(responses: ResponseStore) -> None:
+    reference = {"type": "item_reference", "id": f"msg_{ID}_0"}
+    with pytest.raises(BadRequest, match="is referred to twice") as caught:
+        await expand({"input": [reference, {"role": "user", "content": "x"}, reference]}, responses, "key")
+    assert caught.value.param == "input[2].id"
+
+
 @pytest.mark.parametrize("wanted", [f"msg_{ID}_7", f"msg_{NEXT_ID}_0", "msg_1"])
 async def test_a_reference_to_what_is_not_kept_is_a_mistake(responses: ResponseStore, wanted: str) -> None:
     with pytest.raises(BadRequest) as caught:

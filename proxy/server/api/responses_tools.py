@@ -24,6 +24,9 @@ MAX_NAME_CHARS = 64
 
 _DIGEST_CHARS = 8
 
+# Of the description of a namespace, in front of that of each member.
+MAX_NAMESPACE_CHARS = 1000
+
 _UNUSABLE = re.compile(r"[^A-Za-z0-9_-]")
 
 # Members of a function that a chat server knows, and those that say what it is.
@@ -195,7 +198,9 @@ def _digest(text: str) -> str:
 
 def _description(tool: Mapping[str, Any], namespace: Mapping[str, Any] | None) -> str:
     """Describe a function, with what the client says of its namespace and of the form of its input."""
-    texts = [of.get("description") for of in (namespace or {}, tool)]
+    texts = [(namespace or {}).get("description"), tool.get("description")]
+    if isinstance(texts[0], str):  # each member repeats it
+        texts[0] = texts[0][:MAX_NAMESPACE_CHARS]
     form = tool.get("format")
     if isinstance(form, Mapping) and isinstance(form.get("definition"), str):
         texts.append(f"The input follows this {form.get('syntax', '')} grammar:\n{form['definition']}")

@@ -406,3 +406,13 @@ def test_reasoning_of_chat_models_is_not_sent_to_an_upstream_of_this_api() -> No
     found = translated(input=[USER, theirs, by_id, by_mark, USER], previous_response_id="resp_1")
     assert found.document == {"model": "auto", "input": [USER, theirs, USER]}
     assert found.input == [USER, theirs, by_id, by_mark, USER]
+
+
+def test_a_long_description_of_a_namespace_is_not_repeated_whole_for_each_member() -> None:
+    members = [{"type": "function", "name": f"f{n}", "description": "Own.", "parameters": {}} for n in range(100)]
+    namespace = {"type": "namespace", "name": "n", "description": "x" * 100_000, "tools": members}
+    tools = translated(tools=[namespace]).body["tools"]
+
+    assert len(tools) == 100
+    assert all(len(tool["function"]["description"]) < 1100 for tool in tools)
+    assert all(tool["function"]["description"].endswith("Own.") for tool in tools)
