@@ -308,8 +308,10 @@ def run_client(command: Sequence[str], environ: Mapping[str, str]) -> int:
     Ctrl-C is the client's: the terminal sends it to both. A signal that ends this process is passed on.
     """
     running: list[subprocess.Popen[bytes]] = []
+    received: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
+        received.append(number)
         for process in running:
             process.send_signal(number)
 
@@ -318,6 +320,8 @@ def run_client(command: Sequence[str], environ: Mapping[str, str]) -> int:
 
     with _handling({signal.SIGINT: leave_to_client, signal.SIGQUIT: leave_to_client, **_ending(pass_on)}):
         running.append(subprocess.Popen(list(command), env=dict(environ)))  # noqa: S603  what the user asked for
+        for number in received:  # while it was started
+            running[0].send_signal(number)
         status = running[0].wait()
     return status if status >= 0 else 128 - status
 
