@@ -25,7 +25,7 @@ from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_st
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
+from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
@@ -54,6 +54,7 @@ from proxy.server.strict_bodies import handle_validation_error
 from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.decisions import DecisionBounds, DecisionStore
 from proxy.storage.price_feed import PriceFeed
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
@@ -80,7 +81,7 @@ Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
-    *(models_router, jobs_router, keys_router, audit_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router),
 )
 
 # Headers that scripts of allowed web pages may read.
@@ -322,7 +323,13 @@ async def app_state(
         metrics = Metrics(open_values(counts))
         health = await closing.enter_async_context(_health_registry(settings, store, state, metrics))
         journals = JournalDirectory(settings.data_dir / "usage", settings.usage_journal_max_bytes)
-        usage = UsageWriter(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
+        usage = UsageWriter(
+            store,
+            journals,
+            metrics.usage_dropped.inc,
+            settle_function=SETTLE_FUNCTION,
+            decisions=_decision_bounds(settings),
+        )
         await closing.enter_async_context(_running(usage))
         sessions = SessionStore(
             store,
@@ -375,6 +382,7 @@ async def app_state(
             concurrency_limiter=ConcurrencyLimiter(),
             sessions=sessions,
             responses=responses,
+            decisions=DecisionStore(store, settings.decision_ttl_s),
             resolver=resolver,
             environ=environ,
         )
@@ -463,6 +471,12 @@ async def _update_metrics(metrics: Metrics) -> None:
     while True:
         metrics.refresh()
         await asyncio.sleep(METRICS_INTERVAL_S)
+
+
+def _decision_bounds(settings: Settings) -> DecisionBounds | None:
+    if not settings.decision_ttl_s or not settings.max_decisions:
+        return None
+    return DecisionBounds(settings.decision_ttl_s, settings.max_decisions, settings.max_decision_bytes)
 
 
 def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:

@@ -119,6 +119,7 @@ class KeyCard(ResponseModel):
     name: str
     role: Annotated[str, one_of(*ROLES)]
     models: list[str] | None
+    tags: list[str]
     created_at: str | None
     expires_at: str | None
     revoked: bool
@@ -138,6 +139,71 @@ class KeyWithSecret(KeyCard):
 
 class KeyCards(ResponseModel):
     keys: list[KeyCard]
+
+
+class DecisionRow(OpenResponseModel):
+    """A decision in a list: without its candidates, clusters and attempts."""
+
+    id: str
+    request: str
+    received_at: str
+    key: str | None
+    tags: list[str]
+    api: str
+    requested: str
+    model: str
+    reason: str
+    ending: str
+    cost_usd: Number | None
+    saved_usd: Number | None
+
+
+class Decisions(ResponseModel):
+    decisions: list[DecisionRow]
+    next: str | None
+
+
+class DecisionCluster(ResponseModel):
+    id: Count
+    name: str
+    weight: Number
+
+
+class DecisionCandidate(ResponseModel):
+    model: str
+    expected_error: Number
+    expected_cost_usd: Number
+    cost: Number
+    score: Number
+    flips_at_lambda: Number | None
+
+
+class DecisionAttempt(ResponseModel):
+    model: str
+    outcome: str | None
+    status: str | None
+    started_s: Number
+    ended_s: Number | None
+
+
+class Decision(DecisionRow):
+    """A whole decision. Times in seconds are from the request's arrival."""
+
+    ended_at: str
+    expected_error: Number | None
+    state_version: Count
+    map: str
+    clusters: list[DecisionCluster]
+    candidates: list[DecisionCandidate]
+    candidates_left_out: Count
+    ineligible: list[dict[str, str]]
+    attempts: list[DecisionAttempt]
+    times: dict[str, Number | None]
+    usage: dict[str, Count | None]
+    cost_estimated: bool
+    failed_attempts_cost_usd: Number | None
+    baseline: dict[str, Any]
+    prompt: str | None
 
 
 class AuditEntry(OpenResponseModel):

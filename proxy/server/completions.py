@@ -146,6 +146,7 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         scope[RECEIVED_AT],
         translation,
         native_headers,
+        api.name,
     )
 
 

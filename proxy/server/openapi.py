@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
 from proxy.server.api.client_apis import CHAT, COUNT_TOKENS, MESSAGES, RESPONSES, ROUTE, TEXT_COMPLETIONS
+from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS
 
 Schema = dict[str, Any]
 
@@ -135,6 +136,8 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
             "session": null_or({"type": "string", "minLength": 1, "maxLength": 255}),
             "fallbacks": null_or({"type": "boolean"}),
             "timeouts": null_or(_object(dict.fromkeys(TIMEOUTS, null_or(_SECONDS)), additionalProperties=False)),
+            "tags": null_or(_array({"type": "string", "minLength": 1, "maxLength": MAX_TAG_CHARS}, maxItems=MAX_TAGS)),
+            "metadata": null_or({"type": "boolean"}),
         },
         additionalProperties=False,
     ),

@@ -355,6 +355,23 @@ class Settings(FrozenModel):
         default=30,
         description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted.",
     )
+    decision_ttl_s: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=604_800,
+        description="Seconds that the record of a decision is kept. 0 keeps none.",
+    )
+    max_decisions: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=20_000, description="Decisions that are kept in Redis; the oldest go first. 0 keeps none."
+    )
+    max_decision_bytes: PositiveInt = Field(
+        default=64_000_000, description="Bytes of all decisions that are kept in Redis; the oldest go first."
+    )
+    log_prompts: bool = Field(
+        default=False,
+        description=(
+            "Whether the record of a decision holds the text that the model was chosen for, up to 4,000 characters of "
+            "it."
+        ),
+    )
     usage_journal_max_bytes: PositiveInt = Field(
         default=256_000_000,
         description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",

@@ -113,6 +113,7 @@ async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
                 concurrency_limiter=ConcurrencyLimiter(),
                 sessions=SessionStore(store, 3600),
                 responses=absent,
+                decisions=absent,
                 resolver=absent,
                 environ={},
             )
