@@ -51,9 +51,9 @@ from proxy.server.reservations import (
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.stored_responses import expand, record_of, scope_of
-from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
+from proxy.server.streaming import METADATA, CompletionStream, PendingStream, cancel_or_close
 from proxy.settings.litellm_params import reject_control_fields
-from proxy.upstream.payload import JSONPayload, NativePayload
+from proxy.upstream.payload import JSONPayload, NativePayload, with_member
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -226,14 +226,15 @@ async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestR
     try:
         completion = await runner.complete()
         content, answer = _in_clients_api(ctx, completion, record.model)
-        response = CompletionResponse(content, completion.held, record.headers())
     except BaseException as failure:
         await finish_failed(record, failure)
         raise
     record.finish("complete")
+    if ctx.request.options.metadata:
+        content = with_member(content, METADATA, record.metadata())
     await keep_answer(ctx, answer)
     await record.wait_until_settled()
-    return response
+    return CompletionResponse(content, completion.held, record.headers())
 
 
 def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) -> tuple[bytes, Mapping[str, Any] | None]:

@@ -187,6 +187,21 @@ class RequestRecord:
             headers |= self._reservation.headers
         return headers
 
+    def metadata(self) -> dict[str, Any]:
+        """Return what an answer says of itself where its request asks for it. To be called after `finish`."""
+        costs, decision = self._costs, self.selection.decision
+        error = None
+        if decision is not None and self.model in decision.table.names:
+            error = float(decision.table.errors[list(decision.table.names).index(self.model)])
+        return {
+            "decision": self.selection.id,
+            "model": self.model,
+            "reason": self.reason,
+            "expected_error": error,
+            "cost_usd": costs.usd if costs else None,
+            "saved_usd": costs.saved_usd if costs else None,
+        }
+
     def _overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 

@@ -191,7 +191,10 @@ def test_no_decision_is_kept_where_the_setting_says_so(tmp_path: Path, embedder_
 
 
 def test_tags_come_from_the_field_the_header_and_the_metadata(fleet: Fleet) -> None:
-    more: dict[str, Any] = {"uniroute": {"tags": ["own", "own"]}, "metadata": {"tags": ["a,b", "theirs", 5], "user": "u-1"}}
+    more: dict[str, Any] = {
+        "uniroute": {"tags": ["own", "own"]},
+        "metadata": {"tags": ["a,b", "theirs", 5], "user": "u-1"},
+    }
     kept = decision_of(fleet, ask(fleet, headers={"x-uniroute-tags": "team-7 ,, batch"}, **more))
     text = decision_of(fleet, ask(fleet, metadata={"tags": "x, y"}))
 
