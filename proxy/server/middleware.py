@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
-from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
+from proxy.server.api.client_apis import CLIENT_PATHS, COUNT_TOKENS, MESSAGES, MODELS, RESPONSES
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
 from proxy.server.requests import (
@@ -24,6 +24,7 @@ from proxy.server.requests import (
     OVERLOADED,
     RECEIVED_AT,
     REQUEST_IDS,
+    Headers,
     RequestIds,
     headers_of,
     request_ids_from,
@@ -127,6 +128,13 @@ async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None
 def _too_many_connections() -> JSONResponse:
     body = error_body("this server has no room for one more connection", "server_error", "too_many_connections")
     return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
+
+
+def speaks_messages(path: str, headers: Headers) -> bool:
+    """Return whether a client expects what it is sent in the shapes of Anthropic's API."""
+    if path in (MESSAGES.path, COUNT_TOKENS):
+        return True
+    return (path == MODELS or path.startswith(f"{MODELS}/")) and bool(headers.getlist("anthropic-version"))
 
 
 class MessagesErrorsMiddleware:

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 from proxy.server.api import messages_request, responses_request, text_completions
 from proxy.server.api.translation import APIName, Translation
-from proxy.server.requests import RequestHeaders
 
 
 class Translator(Protocol):
@@ -52,10 +51,3 @@ CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, MODELS, ROUTE}
 
 # Headers of a client that only an upstream of the client's own API can read.
 NATIVE_HEADERS = ("anthropic-version", "anthropic-beta")
-
-
-def speaks_messages(path: str, headers: RequestHeaders) -> bool:
-    """Return whether a client expects what it is sent in the shapes of Anthropic's API."""
-    if path in (MESSAGES.path, COUNT_TOKENS):
-        return True
-    return (path == MODELS or path.startswith(f"{MODELS}/")) and bool(headers.getlist("anthropic-version"))
