@@ -50,8 +50,8 @@ the setting is refused at the start.
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Routing": (
-        *("model_list", "lambda", "route_names", "default_model", "latency_weight", "cost_unit", "reference_price"),
-        *("map", "embedder", "recipe", "clamp_max_tokens"),
+        *("model_list", "lambda", "route_names", "presets", "default_model", "latency_weight", "cost_unit"),
+        *("reference_price", "map", "embedder", "recipe", "clamp_max_tokens"),
     ),
     "Measuring": (
         *("validation_set", "judge_model"),
@@ -117,7 +117,7 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == ():
+    if value is None or value == () or value == {}:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -25,11 +25,11 @@ from proxy.server.admin_bodies import (
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
-    Decision,
     DecisionRow,
     Decisions,
     JobOutcomes,
     JobStatus,
+    KeptDecision,
     KeyCard,
     KeyCards,
     KeyWithSecret,
@@ -473,7 +473,7 @@ _ROW_FIELDS = tuple(DecisionRow.model_fields)
 @decisions_router.get(
     "/{decision_id}",
     summary="One decision, whole: candidates, attempts, times, usage, cost",
-    response_model=Decision,
+    response_model=KeptDecision,
     responses=errors(404),
 )
 async def get_decision(decision_id: DecisionIdPath, state: AdminState) -> Response:

@@ -36,7 +36,7 @@ from proxy.settings.model_config import (
 )
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
-from proxy.settings.schema import ProfileSettings, Settings
+from proxy.settings.schema import PRESET_PREFIX, ProfileSettings, Settings
 from proxy.storage.client_keys import (
     LIMITS,
     MAX_LAMBDA,
@@ -206,6 +206,8 @@ class NewModel(StrictBody, ModelConfig):
 
     def to_record(self, settings: Settings, environ: Mapping[str, str], now: float) -> ModelRecord:
         """Return the record of the new model. `now`: Unix seconds. Raises BadRequest."""
+        if self.model_name.removeprefix(PRESET_PREFIX) in settings.presets:
+            raise BadRequest(f"{self.model_name!r} is the name of a preset: it asks for routing", param="model_name")
         if self.model_name in settings.route_names:
             raise BadRequest(f"{self.model_name!r} is one of route_names: it asks for routing", param="model_name")
         _check_params(self, settings, environ)

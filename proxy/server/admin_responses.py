@@ -186,7 +186,7 @@ class DecisionAttempt(ResponseModel):
     ended_s: Number | None
 
 
-class Decision(DecisionRow):
+class KeptDecision(DecisionRow):
     """A whole decision. Times in seconds are from the request's arrival."""
 
     ended_at: str

@@ -15,7 +15,7 @@ from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
-from proxy.routing.selection_context import SelectionContext
+from proxy.routing.selection_context import SelectionContext, preset_of
 from proxy.server.api import messages_request
 from proxy.server.api.client_apis import (
     CHAT,
@@ -92,8 +92,11 @@ for each in CLIENT_APIS.values():
 
 @router.post(ROUTE, response_model=None)
 async def route(request: Request, app: AppStateDep) -> Response:
-    selection, _ = await select(await read_request(request, app, CHAT), explain=True)
-    return Response(encode_json(selection_to_json(selection)), media_type="application/json")
+    ctx = await read_request(request, app, CHAT)
+    selection, _ = await select(ctx, explain=True)
+    preset = preset_of(ctx.request.model, app.settings, ctx.snapshot)
+    stated = {} if preset is None else {"preset": preset.model_dump(by_alias=True)}
+    return Response(encode_json({**selection_to_json(selection), **stated}), media_type="application/json")
 
 
 @router.post(COUNT_TOKENS, response_model=None)

@@ -230,6 +230,14 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
                     "model",
                 )
             ),
+            "preset": _object(
+                {
+                    "lambda": null_or(_WEIGHT),
+                    "models": null_or(_array(_TEXT)),
+                    "max_cost_usd": null_or(_WEIGHT),
+                },
+                description="What the name that was asked for stands for, if it is a preset's.",
+            ),
             "ineligible": _array(_object({"model": _TEXT, "why": _TEXT}, "model", "why", additionalProperties=False)),
         },
         *("decision", "model", "reason", "lambda", "max_tokens", "clusters", "candidates", "ineligible"),
