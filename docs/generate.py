@@ -70,6 +70,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("breaker.failures", "breaker.share", "breaker.window_s", "breaker.cooldown_s", "breaker.longest_cooldown_s"),
     ),
     "Decisions": ("decision_ttl_s", "max_decisions", "max_decision_bytes", "log_prompts"),
+    "Feedback": ("feedback", "feedback_half_life_s", "feedback_labels_per_key", "feedback_per_minute"),
     "Sizes": ("max_body_bytes", "max_answer_bytes", "max_answers_in_flight_bytes"),
     "Limits of client keys": ("reserve_output_tokens", "limits_timeout_s", "limits_without_store"),
     "Access": ("admin_key", "allowed_env", "allowed_hosts", "allowed_origins"),

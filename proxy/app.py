@@ -44,7 +44,7 @@ from proxy.server.middleware import (
 )
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
-from proxy.server.public import keyed_router, open_router
+from proxy.server.public import feedback_router, keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
@@ -55,6 +55,7 @@ from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.decisions import DecisionBounds, DecisionStore
+from proxy.storage.feedback import FeedbackLimits, FeedbackStore, ObservedProfiles
 from proxy.storage.price_feed import PriceFeed
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
@@ -81,6 +82,7 @@ Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
+    feedback_router,
     *(models_router, jobs_router, keys_router, audit_router, decisions_router),
 )
 
@@ -313,11 +315,16 @@ async def app_state(
         traffic_stats, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         configured = await resolving
         price_map = await asyncio.to_thread(bundled_price_map)
-        inputs = SnapshotInputs(cluster_map, configured, price_map, ESTIMATORS[settings.recipe], traffic_stats)
+        observed = ObservedProfiles(store) if settings.feedback == "adapt" else None
+        recipe = ESTIMATORS[settings.recipe]
+        inputs = SnapshotInputs(cluster_map, configured, price_map, recipe, traffic_stats, observed)
         state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
+        if observed is not None:
+            reading = partial(observed.run, lambda: state.current.profiles)
+            await closing.enter_async_context(background("uniroute-feedback", reading))
         check_exposure(settings, keys_required=state.current.keys_required)
         check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics(open_values(counts))
@@ -383,6 +390,7 @@ async def app_state(
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
+            feedback=FeedbackStore(store, _feedback_limits(settings)),
             resolver=resolver,
             environ=environ,
         )
@@ -477,6 +485,15 @@ def _decision_bounds(settings: Settings) -> DecisionBounds | None:
     if not settings.decision_ttl_s or not settings.max_decisions:
         return None
     return DecisionBounds(settings.decision_ttl_s, settings.max_decisions, settings.max_decision_bytes)
+
+
+def _feedback_limits(settings: Settings) -> FeedbackLimits:
+    return FeedbackLimits(
+        half_life_s=settings.feedback_half_life_s,
+        labels_per_key=settings.feedback_labels_per_key,
+        calls_per_minute=settings.feedback_per_minute,
+        ttl_s=max(settings.decision_ttl_s, 1),
+    )
 
 
 def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:

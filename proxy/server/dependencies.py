@@ -19,6 +19,7 @@ from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.decisions import DecisionStore
+from proxy.storage.feedback import FeedbackStore
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
@@ -61,6 +62,7 @@ class AppState:
     sessions: SessionStore
     responses: ResponseStore
     decisions: DecisionStore
+    feedback: FeedbackStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)

@@ -21,6 +21,7 @@ from proxy.settings.model_config import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
+    OffObserveAdapt,
     PositiveInt,
     Seconds,
     SettingsError,
@@ -392,6 +393,23 @@ class Settings(FrozenModel):
             "Whether the record of a decision holds the text that the model was chosen for, up to 4,000 characters of "
             "it."
         ),
+    )
+    feedback: OffObserveAdapt = Field(
+        default="observe",
+        description=(
+            "What `POST /v1/feedback` does: `observe` counts it beside the measured profiles, `adapt` also routes by "
+            "it, `off` refuses it."
+        ),
+    )
+    feedback_half_life_s: Annotated[Seconds, Field(ge=60)] = Field(
+        default=1_209_600, description="Seconds after which feedback counts half."
+    )
+    feedback_labels_per_key: Annotated[NonNegativeFloat, Field(gt=0)] = Field(
+        default=20,
+        description="Labels of one model and cluster that the feedback of one client key counts as, at most.",
+    )
+    feedback_per_minute: PositiveInt = Field(
+        default=120, description="Calls of `POST /v1/feedback` in a minute that one client key may make."
     )
     usage_journal_max_bytes: PositiveInt = Field(
         default=256_000_000,

@@ -1,5 +1,5 @@
 -- Count one batch of a usage journal, once. Needs a local function `settle`, and the constant REFUSED.
--- KEYS: journals, stream, decisions, their times, their bytes.
+-- KEYS: journals, stream, decisions, their times, their bytes, what was said of them.
 -- ARGV: journal; the number that is known to be applied; the first and the last number of this batch; the length of
 -- the stream; of decisions, for how long they are kept, how many, and how many bytes; how many texts, and the texts;
 -- how many sums, and the sums, three words each; how many decisions, and the decisions, three words each;
@@ -22,6 +22,7 @@ local function forget(id)
   local size = redis.call('HSTRLEN', KEYS[3], id)
   redis.call('HDEL', KEYS[3], id)
   redis.call('ZREM', KEYS[4], id)
+  redis.call('HDEL', KEYS[6], id)
   return redis.call('INCRBY', KEYS[5], -size)
 end
 local function keep(id, time, text)

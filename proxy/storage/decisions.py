@@ -29,6 +29,9 @@ TIMES: Final = f"{DECISIONS}:times"
 
 BYTES: Final = f"{DECISIONS}:bytes"
 
+# Hash: decision → what was said of its answer; see feedback.py.
+FEEDBACK: Final = f"{DECISIONS}:feedback"
+
 # Member of a usage record in the journal, and of a stored decision.
 DETAIL: Final = "detail"
 
@@ -115,9 +118,10 @@ class DecisionStore:
         async with self._store.operation("read a decision") as client:
             at = await awaited(client.zscore(TIMES, decision))
             text = await awaited(client.hget(DECISIONS, decision))
+            said = await awaited(client.hget(FEEDBACK, decision))
         if text is None or at is None or at < time.time() - self._ttl_s:
             return None
-        return _parsed(text)
+        return _parsed(text, said)
 
     async def page(self, limit: int, wanted: DecisionFilter = ALL, after: Cursor | None = None) -> Page:
         """Return up to `limit` decisions. Fewer may come although there are more: `next` says so."""
@@ -145,19 +149,26 @@ class DecisionStore:
                 listed = await awaited(
                     client.zrevrangebyscore(TIMES, newest, oldest, start=offset, num=CHUNK_SIZE, withscores=True)
                 )
-                texts = await awaited(client.hmget(DECISIONS, [name for name, _ in listed])) if listed else []
-            for (name, at), text in zip(listed, texts, strict=True):
+                names = [name for name, _ in listed]
+                texts = await awaited(client.hmget(DECISIONS, names)) if names else []
+                said = await awaited(client.hmget(FEEDBACK, names)) if names else []
+            for (name, at), text, words in zip(listed, texts, said, strict=True):
                 # Of decisions of the same time the last by name comes first, here as in Redis.
                 if after is None or (at, name) < (after.at, after.id):
-                    yield Cursor(at, name), None if text is None else _parsed(text)
+                    yield Cursor(at, name), None if text is None else _parsed(text, words)
             if len(listed) < CHUNK_SIZE:
                 return
             offset += CHUNK_SIZE
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str, said: str | None) -> dict[str, Any] | None:
     try:
-        return decision_to_json(json_object(text))
+        feedback = json_object(said) if said else {}
+        return {
+            **decision_to_json(json_object(text)),
+            "score": feedback.get("score"),
+            "score_source": feedback.get("source"),
+        }
     except (InvalidRecord, KeyError, TypeError, ValueError):  # another program wrote it
         return None
 
@@ -189,6 +200,7 @@ def decision_to_json(stored: Mapping[str, Any]) -> dict[str, Any]:
         "lambda": detail["lambda"],
         "state_version": detail["version"],
         "map": detail["map"],
+        "fingerprint": detail["fingerprint"],
         "degraded": detail.get("degraded"),
         "lost_affinity": detail.get("lost_affinity"),
         "clusters": [

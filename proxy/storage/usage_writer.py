@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from proxy.concurrency import BackgroundTasks
-from proxy.storage.decisions import BYTES, DECISIONS, DETAIL, TIMES, DecisionBounds
+from proxy.storage.decisions import BYTES, DECISIONS, DETAIL, FEEDBACK, TIMES, DecisionBounds
 from proxy.storage.redis import Availability, Store, StoreUnavailable, load_script
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
@@ -244,7 +244,7 @@ class UsageWriter:
         first, last = batch.entries[0].sequence, batch.entries[-1].sequence
         bounds = self._decisions.script_args() if self._decisions else (0, 0, 0)
         arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *bounds, *totals.script_args()]
-        keys = [JOURNALS, STREAM, DECISIONS, TIMES, BYTES]
+        keys = [JOURNALS, STREAM, DECISIONS, TIMES, BYTES, FEEDBACK]
         async with self._store.operation("record usage"):
             applied, uncounted = await self._apply(keys=keys, args=arguments)
         return int(applied), int(uncounted)

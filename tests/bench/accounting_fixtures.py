@@ -114,6 +114,7 @@ async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
                 sessions=SessionStore(store, 3600),
                 responses=absent,
                 decisions=absent,
+                feedback=absent,
                 resolver=absent,
                 environ={},
             )

@@ -118,6 +118,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
         sessions=SessionStore(store, 3600),
         responses=absent,
         decisions=absent,
+        feedback=absent,
         environ={},
     )
 
