@@ -160,12 +160,12 @@ def export_decisions(
     out: Annotated[Path | None, typer.Option("--out", help="FILE.jsonl or FILE.parquet; stdout if left out.")] = None,
     url: UrlOption = None,
     *,
+    outcomes: Annotated[
+        bool, typer.Option("--outcomes", help="Only those with a prompt and a score: an outcomes file.")
+    ] = False,
     query: dict[str, str],
 ) -> None:
-    """Write whole decisions, one a line, newest first, with the fields of an outcomes file beside their own.
-
-    A line is read as outcomes where its prompt was kept and its answer was graded by feedback.
-    """
+    """Write whole decisions, one a line, newest first, with the fields of an outcomes file beside their own."""
     from proxy.cli.client import admin_client
 
     parquet = out is not None and out.suffix == ".parquet"
@@ -174,7 +174,11 @@ def export_decisions(
     if out is not None:
         console.require_writable(out, "--out")
     with admin_client(url) as server:
-        rows = (outcome_row(decision) for decision in server.decisions(query))
+        rows = (
+            outcome_row(decision)
+            for decision in server.decisions(query)
+            if not outcomes or (decision["prompt"] and decision["score"] is not None)
+        )
         if out is None:
             for row in rows:
                 console.echo(json.dumps(row))

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from pyarrow.parquet import read_table
 
+from router_core.evaluation.outcomes import parse_row, read_rows
 from tests.server.conftest import Fleet, open_fleet
 from tests.support.command import environment, run_command
 from tests.support.proxy_process import ADMIN_KEY
@@ -53,3 +54,17 @@ def test_decisions_are_exported_as_lines_and_as_parquet(fleet: Fleet, tmp_path: 
     assert [row["id"] for row in rows] == [row["id"] for row in written]
     assert dict(rows[0]["output_tokens"]) == written[0]["output_tokens"] == {"fair": 3.0}
     assert json.loads(rows[0]["attempts"]) == written[0]["attempts"]
+
+
+def test_scored_decisions_with_their_prompts_are_an_outcomes_file(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, log_prompts=True) as fleet:
+        body = {"model": "auto", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
+        replies = [httpx.post(f"{fleet.base_url}/chat/completions", json=body, timeout=60) for _ in range(2)]
+        said = {"decision": replies[0].headers["x-uniroute-decision"], "score": 0.5}
+        assert httpx.post(f"{fleet.base_url}/feedback", json=said, timeout=60).status_code == 200
+        decisions(fleet, "export", "--outcomes", "--out", str(tmp_path / "outcomes.jsonl"))
+    ((where, row),) = read_rows(tmp_path / "outcomes.jsonl")
+    outcome = parse_row(where, row)
+
+    assert (outcome.prompt, outcome.source, outcome.scores) == ("What is 2 + 2?", "traffic", {"fair": 0.5})
+    assert outcome.output_tokens == {"fair": 3}
