@@ -50,8 +50,8 @@ the setting is refused at the start.
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Routing": (
-        *("model_list", "lambda", "route_names", "default_model", "latency_weight", "cost_unit", "reference_price"),
-        *("map", "embedder", "recipe", "clamp_max_tokens"),
+        *("model_list", "lambda", "route_names", "presets", "default_model", "latency_weight", "cost_unit"),
+        *("reference_price", "map", "embedder", "recipe", "clamp_max_tokens"),
     ),
     "Measuring": (
         *("validation_set", "judge_model"),
@@ -69,6 +69,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Cooldown": (
         *("breaker.failures", "breaker.share", "breaker.window_s", "breaker.cooldown_s", "breaker.longest_cooldown_s"),
     ),
+    "Decisions": ("decision_ttl_s", "max_decisions", "max_decision_bytes", "log_prompts"),
+    "Feedback": ("feedback", "feedback_half_life_s", "feedback_labels_per_key", "feedback_per_minute"),
     "Sizes": ("max_body_bytes", "max_answer_bytes", "max_answers_in_flight_bytes"),
     "Limits of client keys": ("reserve_output_tokens", "limits_timeout_s", "limits_without_store"),
     "Access": ("admin_key", "allowed_env", "allowed_hosts", "allowed_origins"),
@@ -116,7 +118,7 @@ def _row(name: str, field: FieldInfo) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == ():
+    if value is None or value == () or value == {}:
         return "none"
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"

@@ -25,7 +25,7 @@ from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_st
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.server.admin import audit_router, jobs_router, keys_router, models_router
+from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
 from proxy.server.auth import AuthMiddleware, path_of
 from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
@@ -44,7 +44,7 @@ from proxy.server.middleware import (
 )
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
-from proxy.server.public import keyed_router, open_router
+from proxy.server.public import feedback_router, keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
@@ -54,6 +54,8 @@ from proxy.server.strict_bodies import handle_validation_error
 from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings, check_exposure, load_settings
 from proxy.storage.client_keys import AuthRequiredLatch
+from proxy.storage.decisions import DecisionBounds, DecisionStore
+from proxy.storage.feedback import FeedbackLimits, FeedbackStore, ObservedProfiles
 from proxy.storage.price_feed import PriceFeed
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
@@ -80,7 +82,8 @@ Opening = AbstractAsyncContextManager[AppState]
 
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
-    *(models_router, jobs_router, keys_router, audit_router),
+    feedback_router,
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router),
 )
 
 # Headers that scripts of allowed web pages may read.
@@ -313,17 +316,28 @@ async def app_state(
         traffic_stats, latch = TrafficStats(cluster_map.size), AuthRequiredLatch(settings.data_dir)
         configured = await resolving
         price_map = await asyncio.to_thread(bundled_price_map)
-        inputs = SnapshotInputs(cluster_map, configured, price_map, ESTIMATORS[settings.recipe], traffic_stats)
+        observed = ObservedProfiles(store) if settings.feedback == "adapt" else None
+        recipe = ESTIMATORS[settings.recipe]
+        inputs = SnapshotInputs(cluster_map, configured, price_map, recipe, traffic_stats, observed)
         state = SnapshotWatcher(store, inputs, latch, lambda now: upstream.set_models(now.models))
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
+        if observed is not None:
+            reading = partial(observed.run, lambda: state.current.profiles)
+            await closing.enter_async_context(background("uniroute-feedback", reading))
         check_exposure(settings, keys_required=state.current.keys_required)
         check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics(open_values(counts))
         health = await closing.enter_async_context(_health_registry(settings, store, state, metrics))
         journals = JournalDirectory(settings.data_dir / "usage", settings.usage_journal_max_bytes)
-        usage = UsageWriter(store, journals, metrics.usage_dropped.inc, settle_function=SETTLE_FUNCTION)
+        usage = UsageWriter(
+            store,
+            journals,
+            metrics.usage_dropped.inc,
+            settle_function=SETTLE_FUNCTION,
+            decisions=_decision_bounds(settings),
+        )
         await closing.enter_async_context(_running(usage))
         sessions = SessionStore(
             store,
@@ -376,6 +390,8 @@ async def app_state(
             concurrency_limiter=ConcurrencyLimiter(),
             sessions=sessions,
             responses=responses,
+            decisions=DecisionStore(store, settings.decision_ttl_s),
+            feedback=FeedbackStore(store, _feedback_limits(settings)),
             resolver=resolver,
             environ=environ,
         )
@@ -464,6 +480,21 @@ async def _update_metrics(metrics: Metrics) -> None:
     while True:
         metrics.refresh()
         await asyncio.sleep(METRICS_INTERVAL_S)
+
+
+def _decision_bounds(settings: Settings) -> DecisionBounds | None:
+    if not settings.decision_ttl_s or not settings.max_decisions:
+        return None
+    return DecisionBounds(settings.decision_ttl_s, settings.max_decisions, settings.max_decision_bytes)
+
+
+def _feedback_limits(settings: Settings) -> FeedbackLimits:
+    return FeedbackLimits(
+        half_life_s=settings.feedback_half_life_s,
+        labels_per_key=settings.feedback_labels_per_key,
+        calls_per_minute=settings.feedback_per_minute,
+        ttl_s=max(settings.decision_ttl_s, 1),
+    )
 
 
 def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:

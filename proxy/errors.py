@@ -9,6 +9,7 @@ ProxyError
 ├── ModelNotFound             404
 │   ├── JobNotFound           404
 │   ├── KeyNotFound           404
+│   ├── DecisionNotFound      404
 │   └── ResponseNotFound      404
 │       └── PreviousResponseNotFound 404  the response that a request continues
 ├── Conflict                  409  the name is taken, or the configuration file owns it
@@ -100,6 +101,10 @@ class KeyNotFound(ModelNotFound):
 
 class ResponseNotFound(ModelNotFound):
     """No response with this id is kept for the caller."""
+
+
+class DecisionNotFound(ModelNotFound):
+    """No decision with this id is kept, or none of the caller's."""
 
 
 class PreviousResponseNotFound(ResponseNotFound):

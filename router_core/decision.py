@@ -100,7 +100,6 @@ class ScoreDetails:
 
     labels: Doubles
     """The number of labels that an expected error is worth."""
-    costs_usd: Doubles
     output_tokens: Doubles
     seconds: Doubles
 
@@ -113,15 +112,12 @@ class ScoreTable:
     errors: Doubles
     costs: Doubles
     scores: Doubles
+    costs_usd: Doubles
     compute_details: Callable[[], ScoreDetails] = field(repr=False)
 
     @cached_property
     def details(self) -> ScoreDetails:
         return self.compute_details()
-
-    @property
-    def costs_usd(self) -> Doubles:
-        return self.details.costs_usd
 
     def with_scores(self, scores: Doubles) -> ScoreTable:
         return replace(self, scores=scores)
@@ -208,7 +204,7 @@ class RoutingDecision:
             table.errors,
             low,
             high,
-            details.costs_usd,
+            table.costs_usd,
             table.costs,
             table.scores,
             details.output_tokens,

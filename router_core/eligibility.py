@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
 from typing import overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,11 +156,51 @@ class Eligibility:
         rows = sorted(failed, key=lambda row: (-failed[row][0], row))
         return {self.pool.names[row]: ", ".join(failed[row][1]) for row in rows}
 
+    def why_ruled_out(self, limit: int) -> Mapping[str, str]:
+        """Return what `reasons` does of the first `limit` models, in order of name, without those not allowed.
+
+        It is cheap enough to be kept of every request.
+        """
+        if len(self.rows) == len(self.pool):
+            return {}
+        if self.rows is self.pool.routable_rows:
+            return _unroutable(self, limit)
+        return self._why_ruled_out(limit)
+
+    def _why_ruled_out(self, limit: int) -> dict[str, str]:
+        filters = sorted(self.compute_filters(), key=lambda each: each.stage)
+        shown = np.ones(len(self.pool), dtype=np.bool_)
+        shown[self.rows] = False
+        for each in filters:
+            if each.stage == FilterStage.ALLOWED:
+                shown &= each.passed
+        rows = np.flatnonzero(shown)[:limit]
+        if not rows.size:
+            return {}
+        why: dict[str, str] = {}
+        passed = np.array([each.passed[rows] for each in filters])
+        for place, row in enumerate(rows.tolist()):
+            failed = [filters[number] for number in np.flatnonzero(~passed[:, place]).tolist()]
+            why[self.pool.names[row]] = ", ".join(each.reason for each in failed if each.stage == failed[0].stage)
+        return why
+
     def filtered(self, passed: Mask, reason: str) -> Eligibility:
         """Apply one more filter, once the costs are known. `passed`: (M,)."""
         earlier = self.compute_filters
         rows = self.rows[passed[self.rows]]
         return Eligibility(self.pool, rows, lambda: (*earlier(), Filter(FilterStage.COST, passed, reason)))
+
+
+# A request that every model fits rules out the same ones as the request before.
+_UNROUTABLE: WeakKeyDictionary[Pool, dict[int, Mapping[str, str]]] = WeakKeyDictionary()
+
+
+def _unroutable(eligibility: Eligibility, limit: int) -> Mapping[str, str]:
+    """Return why models of this pool can be asked by no request, worked out once per pool."""
+    known = _UNROUTABLE.setdefault(eligibility.pool, {})
+    if limit not in known:
+        known[limit] = eligibility._why_ruled_out(limit)
+    return known[limit]
 
 
 def eligible(

@@ -158,6 +158,19 @@ class Pool:
         """Rows of the models that are profiled and priced."""
         return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
 
+    def best_on_average(self, allowed: tuple[str, ...] | None = None) -> str | None:
+        """Return the priced model with the lowest mean error, of those that are allowed (None: all); None: no model."""
+        if allowed not in self._best:
+            rows = self.routable_rows.tolist()
+            usable = [row for row in rows if allowed is None or self.names[row] in allowed]
+            best = min(usable, key=lambda row: (self.mean_errors[row], row), default=None)
+            self._best[allowed] = None if best is None else self.names[best]
+        return self._best[allowed]
+
+    @cached_property
+    def _best(self) -> dict[tuple[str, ...] | None, str | None]:
+        return {}
+
     @cached_property
     def output_caps(self) -> Doubles:
         """(M,) `max_output_tokens` as float64."""

@@ -97,8 +97,8 @@ class Router:
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
         costs = np.array([self._cost(name) for name in names])
         unknown = np.full(len(names), np.nan)
-        details = ScoreDetails(labels, unknown, unknown, unknown)
-        return ScoreTable(names, errors, costs, errors + lambda_ * costs, lambda: details)
+        details = ScoreDetails(labels, unknown, unknown)
+        return ScoreTable(names, errors, costs, errors + lambda_ * costs, unknown, lambda: details)
 
     def _rates(self, names: tuple[str, ...]) -> Doubles:
         """Return the (M, K) rates of `names`, estimated from all profiles of this map, candidates or not."""

@@ -113,9 +113,9 @@ def _score(
         errors=errors,
         costs=costs,
         scores=errors + params.lambda_ * costs,
+        costs_usd=usd[selected],
         compute_details=lambda: ScoreDetails(
             labels=_effective_labels(pool, rows, assignment),
-            costs_usd=usd[rows],
             output_tokens=billed_tokens[rows],
             seconds=_seconds(pool, assignment)[rows],
         ),

@@ -13,7 +13,7 @@ from proxy.cli.calibrate import calibrate
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
-from proxy.cli.inspection import route, validation
+from proxy.cli.inspection import decisions, route, validation
 from proxy.cli.keys import keys
 from proxy.cli.launch import launch
 from proxy.cli.models import models, prices
@@ -28,7 +28,10 @@ app = typer.Typer(
 )
 for command in (serve, launch, demo, worker, route, fit, evaluate, calibrate):
     app.command()(command)
-for group, name in ((models, "models"), (keys, "keys"), (prices, "prices"), (validation, "validation")):
+for group, name in (
+    *((models, "models"), (keys, "keys"), (prices, "prices")),
+    *((decisions, "decisions"), (validation, "validation")),
+):
     app.add_typer(group, name=name)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -19,6 +20,8 @@ FINISHED = frozenset({"ready", "failed", "cancelled"})
 
 # How long an unavailable server is asked again how far a job is: the job itself goes on.
 UNAVAILABLE_TIMEOUT_S = 60.0
+
+DECISIONS_PER_PAGE = 500
 
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -51,8 +54,32 @@ class ServerClient:
             raise BadArgument(f"--url: {url!r} is not an address, as http://127.0.0.1:8000 ({error})") from None
 
     def call(self, method: Method, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        reply = self._request(method, path, body)
+        return reply.json() if reply.content else None
+
+    def decisions(self, query: Mapping[str, str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yield whole decisions, newest first, page by page. `limit`: of how many; None: of all."""
+        left, cursor = limit, None
+        while left is None or left > 0:
+            size = DECISIONS_PER_PAGE if left is None else min(left, DECISIONS_PER_PAGE)
+            asked = {**query, "format": "jsonl", "limit": str(size), **({"cursor": cursor} if cursor else {})}
+            reply = self._request("GET", "/admin/decisions", query=asked)
+            lines = [line for line in reply.text.split("\n") if line]
+            yield from map(json.loads, lines)
+            left, cursor = None if left is None else left - len(lines), reply.headers.get("x-uniroute-next")
+            if cursor is None:
+                return
+
+    def _request(
+        self,
+        method: Method,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+    ) -> httpx.Response:
         try:
-            reply = self._http.request(method, path, json=body)
+            reply = self._http.request(method, path, json=body, params=query)
         except OutboundConnectError as error:
             raise CommandError(f"the server at {self.url} cannot be reached: {error}") from None
         except (httpx.TransportError, httpx.InvalidURL) as error:
@@ -60,7 +87,7 @@ class ServerClient:
                 f"no UniRoute server answers at {self.url} ({error}); start one with `uniroute serve`, or give --url"
             ) from None
         if reply.is_success:
-            return reply.json() if reply.content else None
+            return reply
         message = f"{method} {path}: {reply.status_code} {_message(reply)}"
         if reply.status_code == 503:
             raise ServerUnavailable(message, passing="retry-after" in reply.headers)

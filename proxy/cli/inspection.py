@@ -1,12 +1,19 @@
-"""Commands that show and change nothing: `route`, the choice for one prompt; `validation`, the prompts and graders."""
+"""Commands that show and change nothing.
+
+`route` shows the choice for one prompt, `decisions` the choices that were made, `validation` the prompts and graders.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -20,6 +27,7 @@ from proxy.cli.console import (
     read_settings,
     read_validation_set,
 )
+from proxy.cli.keys import seconds_of, with_options_of
 
 LambdaOption = Annotated[
     float | None, typer.Option("--lambda", min=0.0, callback=finite, help="Cost weight of this request.")
@@ -70,6 +78,174 @@ def candidate_row(candidate: Mapping[str, Any]) -> tuple[str, ...]:
         f"{candidate['score']:.3f}",
         "never" if flips is None else f"{flips:.3g}",
     )
+
+
+decisions = typer.Typer(
+    no_args_is_help=True, help="Look at the decisions of a running server. Needs UNIROUTE_ADMIN_KEY."
+)
+
+TimeOption = Annotated[str | None, typer.Option(metavar="TIME", help="RFC 3339 with its zone, or as 7d: so long ago.")]
+
+
+def _filters(
+    model: Annotated[str | None, typer.Option("--model", help="Answered by this model.")] = None,
+    key: Annotated[str | None, typer.Option("--key", metavar="ID", help="Asked with this client key.")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="With this tag.")] = None,
+    ending: Annotated[str | None, typer.Option("--ending", help="complete, empty, failed, busy, broken …")] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="scored, pinned, sticky, fallback …")] = None,
+    since: TimeOption = None,
+    until: TimeOption = None,
+) -> dict[str, str]:
+    """Return the given options as a query. The parameters are the options."""
+    times = {"since": _moment(since, "--since"), "until": _moment(until, "--until")}
+    stated = {"model": model, "key": key, "tag": tag, "ending": ending, "reason": reason, **times}
+    return {name: value for name, value in stated.items() if value is not None}
+
+
+def _moment(text: str | None, option: str) -> str | None:
+    if text is None or not (text[:1].isdigit() and text[-1:] in "smhdw"):
+        return text
+    seconds = seconds_of(text, option)
+    return None if seconds is None else repr(time.time() - seconds)
+
+
+with_filters = with_options_of(_filters, "query")
+
+
+@decisions.command("list")
+@with_filters
+def list_decisions(
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Show so many, the newest first.")] = 20,
+    url: UrlOption = None,
+    *,
+    as_json: JsonOption = False,
+    query: dict[str, str],
+) -> None:
+    """List decisions, newest first."""
+    from proxy.cli.client import admin_client
+
+    with admin_client(url) as server:
+        found = list(server.decisions(query, limit))
+    if as_json:
+        console.emit_json(found)
+        return
+    columns = ("decision", "received", "requested", "model", "reason", "ending", "cost", "saved")
+    console.table(columns, [_decision_row(decision) for decision in found])
+
+
+def _decision_row(decision: Mapping[str, Any]) -> tuple[str, ...]:
+    names = ("id", "received_at", "requested", "model", "reason", "ending")
+    return *(decision[name] for name in names), _usd(decision["cost_usd"]), _usd(decision["saved_usd"])
+
+
+def _usd(amount: float | None) -> str:
+    return "?" if amount is None else f"${amount:.6f}"
+
+
+@decisions.command("show")
+def show_one(
+    decision: Annotated[str, typer.Argument(metavar="ID", help="As the header x-uniroute-decision has it.")],
+    url: UrlOption = None,
+) -> None:
+    """Print one decision, whole, as JSON."""
+    from proxy.cli.client import admin_client
+
+    with admin_client(url) as server:
+        console.emit_json(server.call("GET", f"/admin/decisions/{quote(decision, safe='')}"))
+
+
+@decisions.command("export")
+@with_filters
+def export_decisions(
+    out: Annotated[Path | None, typer.Option("--out", help="FILE.jsonl or FILE.parquet; stdout if left out.")] = None,
+    url: UrlOption = None,
+    *,
+    outcomes: Annotated[
+        bool, typer.Option("--outcomes", help="Only those with a prompt and a score: an outcomes file.")
+    ] = False,
+    query: dict[str, str],
+) -> None:
+    """Write whole decisions, one a line, newest first, with the fields of an outcomes file beside their own."""
+    from proxy.cli.client import admin_client
+
+    parquet = out is not None and out.suffix == ".parquet"
+    if parquet and find_spec("pyarrow") is None:
+        raise BadArgument("--out: writing Parquet needs pyarrow; pip install 'uniroute[parquet]'")
+    if out is not None:
+        console.require_writable(out, "--out")
+    with admin_client(url) as server:
+        rows = (
+            outcome_row(decision)
+            for decision in server.decisions(query)
+            if not outcomes or (decision["prompt"] and decision["score"] is not None)
+        )
+        if out is None:
+            for row in rows:
+                console.echo(json.dumps(row))
+            return
+        count = _write_parquet(out, rows) if parquet else _write_lines(out, rows)
+    console.echo_err(f"{out}: {count} decisions")
+
+
+def outcome_row(decision: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a decision with the fields of an outcomes file: the one model that answered, as far as it is graded."""
+    model, usage, score = decision["model"], decision["usage"], decision.get("score")
+    whole = decision["ending"] == "complete"
+    return {
+        **decision,
+        "source": "traffic",
+        "scores": {} if score is None else {model: score},
+        "output_tokens": {model: usage["output_tokens"]} if whole and usage["output_tokens"] else {},
+        "seconds": {model: decision["times"]["ended_s"]} if whole else {},
+    }
+
+
+def _write_lines(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    with out.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(f"{json.dumps(row)}\n")
+            count += 1
+    return count
+
+
+# Rows that are held in memory at once.
+_ROW_GROUP = 2000
+
+_PER_MODEL = ("scores", "output_tokens", "seconds")
+
+_NESTED = ("clusters", "candidates", "ineligible", "attempts", "times", "usage", "baseline")
+
+
+def _write_parquet(out: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write plain columns as they are, those of an outcomes file as maps, and what is nested otherwise as JSON."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    text, number = pa.string(), pa.float64()
+    columns = {
+        **dict.fromkeys(("id", "request", "received_at", "ended_at", "key", "api", "requested", "model"), text),
+        **dict.fromkeys(("reason", "ending", "map", "degraded", "lost_affinity", "prompt", "source"), text),
+        **dict.fromkeys(("expected_error", "lambda", "cost_usd", "failed_attempts_cost_usd", "saved_usd"), number),
+        "score": number,
+        "state_version": pa.int64(),
+        "cost_estimated": pa.bool_(),
+        "tags": pa.list_(text),
+        **dict.fromkeys(_PER_MODEL, pa.map_(text, number)),
+        **dict.fromkeys(_NESTED, text),
+    }
+    schema, count, left = pa.schema(columns), 0, iter(rows)
+    with ParquetWriter(out, schema) as writer:
+        while group := [_parquet_row(row, columns) for row in islice(left, _ROW_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(group, schema))
+            count += len(group)
+    return count
+
+
+def _parquet_row(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, Any]:
+    packed: dict[str, Any] = {name: list(row[name].items()) for name in _PER_MODEL}
+    packed |= {name: json.dumps(row[name]) for name in _NESTED}
+    return {name: packed.get(name, row.get(name)) for name in columns}
 
 
 validation = typer.Typer(

@@ -33,6 +33,7 @@ NO_LIMIT = "none"
 _OPTION_OF_FIELD = {
     "name": "NAME",
     "models": "--model",
+    "tags": "--tag",
     "lambda_default": "--lambda",
     "expires_in_s": "--expires-in",
     "grace_s": "--grace",
@@ -50,6 +51,9 @@ Body = dict[str, Any]
 
 def _key_fields(
     models: Annotated[list[str] | None, typer.Option("--model", help="Allow only this model; repeatable.")] = None,
+    tags: Annotated[
+        list[str] | None, typer.Option("--tag", help="Note it in the records of its requests; repeatable.")
+    ] = None,
     role: Annotated[str | None, typer.Option(help="client (calls models), viewer (reads) or admin.")] = None,
     expires_in: Annotated[
         str | None, typer.Option(metavar="TIME", help="As 30d, 12h or 90m; 0s is now, none is never.")
@@ -80,27 +84,37 @@ def _key_fields(
         "usd_per_day": usd_per_day,
         "usd_per_month": usd_per_month,
     }
-    body: Body = {name: value for name, value in (("models", models), ("role", role)) if value is not None}
+    body: Body = {
+        name: value for name, value in (("models", models), ("tags", tags), ("role", role)) if value is not None
+    }
     if expires_in is not None:
         body["expires_in_s"] = seconds_of(expires_in, "--expires-in")
     return body | {name: _number(text, option_of(name)) for name, text in numbers.items() if text is not None}
 
 
-def with_key_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of a key to a command, which gets those that were given as `body`."""
-    key_options = inspect.signature(_key_fields, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True)
+def with_options_of(read: Callable[..., Any], into: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add the parameters of a function to a command, which gets what the function makes of them as `into`."""
+    added = inspect.signature(read, eval_str=True).parameters
 
-    @wraps(command)
-    def wrapper(**given: Any) -> None:
-        body = _key_fields(**{name: given.pop(name) for name in key_options})
-        command(**given, body=body)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
 
-    first, *others = own.parameters.values()
-    parameters = [first, *key_options.values(), *(other for other in others if other.name != "body")]
-    keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
-    wrapper.__dict__["__signature__"] = own.replace(parameters=keyword_only)
-    return wrapper
+        @wraps(command)
+        def wrapper(**given: Any) -> None:
+            made = read(**{name: given.pop(name) for name in added})
+            command(**given, **{into: made})
+
+        first, *others = own.parameters.values()
+        parameters = [first, *added.values(), *(other for other in others if other.name != into)]
+        keyword_only = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+        wrapper.__dict__["__signature__"] = own.replace(parameters=keyword_only)
+        return wrapper
+
+    return decorate
+
+
+# A command of it gets the options of a key that were given as `body`.
+with_key_options = with_options_of(_key_fields, "body")
 
 
 def with_option_names(read: Callable[[], Any]) -> Any:
@@ -185,6 +199,7 @@ def update(
     data_dir: DataDirOption = None,
     *,
     all_models: Annotated[bool, typer.Option("--all-models", help="Allow every model again.")] = False,
+    no_tags: Annotated[bool, typer.Option("--no-tags", help="Take its tags away.")] = False,
     body: Body,
 ) -> None:
     """Change what a key may do. Options that are not given stay; `none` removes a limit."""
@@ -198,6 +213,10 @@ def update(
         if "models" in body:
             raise BadArgument("--all-models: does not go with --model; give one of them")
         body["models"] = None
+    if no_tags:
+        if "tags" in body:
+            raise BadArgument("--no-tags: does not go with --tag; give one of them")
+        body["tags"] = None
     if not body:
         raise BadArgument("nothing is stated that should change; see `uniroute keys update --help`")
     fields = with_option_names(lambda: parse_body(KeyPatch, body).to_change(time.time()))

@@ -13,6 +13,7 @@ from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
+from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS, TAG_RULE, is_tag
 from router_core.text import closest_name
 
 # Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
@@ -253,7 +254,12 @@ def _number(value: Any) -> float:
 
 LAMBDA_HEADERS = ("lambda", "x-uniroute-lambda")
 
-ALLOWED_KEYS = ("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts")
+TAGS_HEADER, METADATA_HEADER = "x-uniroute-tags", "x-uniroute-metadata"
+
+ALLOWED_KEYS = (
+    *("lambda", "models", "max_cost_usd", "latency_weight", "session", "fallbacks", "timeouts"),
+    *("tags", "metadata"),
+)
 
 TIMEOUTS = tuple(column.name for column in fields(TimeoutOverrides))
 
@@ -277,12 +283,16 @@ class RoutingOptions:
     fallbacks: bool | None = None
     timeouts: TimeoutOverrides = NO_OVERRIDES
     provider: ProviderPreferences = NO_PREFERENCES
+    tags: tuple[str, ...] = ()
+    """Noted in the records of the request."""
+    metadata: bool = False
+    """Whether the answer is to say how it came about."""
 
 
 NO_OPTIONS = RoutingOptions()
 
 # The headers that are read here.
-READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS)
+READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS, TAGS_HEADER, METADATA_HEADER)
 
 _READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
 
@@ -309,7 +319,43 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
         fallbacks=_fallbacks(stated, provider),
         provider=provider,
         timeouts=_timeouts(stated),
+        tags=_tags(body, stated, headers),
+        metadata=_metadata(stated, headers),
     )
+
+
+def _tags(body: Mapping[str, Any], stated: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the tags of `uniroute.tags`, of the header, and of the client's own `metadata.tags`.
+
+    What stands in `metadata` was meant for the provider: of it, what is no tag here is ignored.
+    """
+    listed = stated.get("tags")
+    own: list[Any] = [] if listed is None else listed
+    if not isinstance(own, list) or not all(map(is_tag, own)) or len(own) > MAX_TAGS:
+        raise BadRequest(f"`uniroute.tags` must be a list of {TAG_RULE}", param="uniroute.tags")
+    in_headers = [
+        text for name, value in headers if name == TAGS_HEADER for tag in value.split(",") if (text := tag.strip(" \t"))
+    ]
+    if not all(map(is_tag, in_headers)) or len(in_headers) > MAX_TAGS:
+        raise BadRequest(f"the header `{TAGS_HEADER}` must be a list with commas of {TAG_RULE}", param=TAGS_HEADER)
+    return tuple(dict.fromkeys((*own, *in_headers, *_metadata_tags(body.get("metadata")))))[:MAX_TAGS]
+
+
+def _metadata_tags(metadata: object) -> Iterator[str]:
+    tags = metadata.get("tags") if isinstance(metadata, Mapping) else None
+    if isinstance(tags, str):
+        tags = [tag.strip() for tag in tags[: MAX_TAGS * (MAX_TAG_CHARS + 2)].split(",")]
+    if isinstance(tags, list):
+        yield from filter(is_tag, tags[:MAX_TAGS])
+
+
+def _metadata(stated: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> bool:
+    own = stated.get("metadata")
+    if not isinstance(own, bool | None):
+        raise BadRequest("`uniroute.metadata` must be true or false", param="uniroute.metadata")
+    if own is not None:
+        return own
+    return any(name == METADATA_HEADER and value.strip(" \t") in ("1", "true") for name, value in headers)
 
 
 def _nearest(name: str, known: Sequence[str] = ALLOWED_KEYS) -> str:

@@ -5,7 +5,7 @@ from enum import Enum
 
 from proxy.errors import BadRequest, Forbidden
 from proxy.routing.chat_request import ChatRequest
-from proxy.settings.schema import Settings
+from proxy.settings.schema import Preset, Settings
 from proxy.storage.client_keys import ClientKey, clamp
 
 
@@ -31,8 +31,10 @@ ALIASES = {
 LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
 
 
-def cost_weight(request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None) -> float:
-    """Return λ: as the caller stated it, or else the default, moved within the key's bounds.
+def cost_weight(
+    request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None, preset: Preset | None = None
+) -> float:
+    """Return λ: as the caller stated it, or the preset, or else the default, moved within the key's bounds.
 
     Raises:
         BadRequest: the request states a λ that its key may not use.
@@ -43,16 +45,26 @@ def cost_weight(request: ChatRequest, mode: RoutingMode, settings: Settings, key
         if not key_allows_mode(mode, key):
             asks = "λ = 0" if mode is RoutingMode.BEST else "the cheapest model, whatever λ is"
             raise Forbidden(f"{request.model!r} asks for {asks}; for this key λ is {_bounds(key)}", param="model")
+        if preset is not None and not key_allows_preset(preset, key):
+            message = f"{request.model!r} asks for λ = {preset.lambda_:g}; for this key λ is {_bounds(key)}"
+            raise Forbidden(message, param="model")
         if stated is not None and not _is_within(stated, key):
             raise BadRequest(f"`lambda` is {stated:g}; for this key it is {_bounds(key)}", param="lambda")
     if mode is RoutingMode.BEST:
         return 0.0
+    if stated is None and preset is not None and preset.lambda_ is not None:
+        return preset.lambda_
     return stated if stated is not None else default_for_key(settings.lambda_, key)
 
 
 def key_allows_mode(mode: RoutingMode, key: ClientKey | None) -> bool:
     """Whether the key's bounds leave room for a name that stands for a λ."""
     return key is None or mode not in LAMBDA_OF_MODE or _is_within(LAMBDA_OF_MODE[mode], key)
+
+
+def key_allows_preset(preset: Preset | None, key: ClientKey | None) -> bool:
+    """Whether the λ that a preset states is within the key's bounds."""
+    return key is None or preset is None or preset.lambda_ is None or _is_within(preset.lambda_, key)
 
 
 def default_for_key(default: float, key: ClientKey | None) -> float:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,6 +63,8 @@ class Selection:
     """The output token limit that `model` is sent in place of a larger one in the request; None: it is unchanged."""
     requirements: Requirements = field(default_factory=Requirements)
     """What the request asks for, whichever model answers."""
+    made_at: float = field(default_factory=time.monotonic, compare=False)
+    """Monotonic seconds."""
 
     def output_limit_for(self, pool: Pool, name: str) -> int | None:
         """Return the output token limit that this model is sent; None: the request states none."""

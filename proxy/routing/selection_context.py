@@ -18,7 +18,7 @@ from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
 from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
-from proxy.settings.schema import Settings
+from proxy.settings.schema import PRESET_PREFIX, Preset, Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
 from router_core.eligibility import Eligibility, eligible
@@ -68,8 +68,9 @@ class SelectionContext:
         self.cooling_down = cooling_down
         self.not_ready = not_ready
         self.mode = routing_mode(request.model, settings, snapshot, key)
+        self.preset = preset_of(request.model, settings, snapshot) if settings.presets else None
         # The names that may be selected; None: all.
-        self.allowed = restrict_candidates(request.options, snapshot, key)
+        self.allowed = restrict_candidates(request.options, snapshot, key, self.preset)
         self.requirements = self._requirements()
         self.params = self._scoring_params()
 
@@ -89,9 +90,9 @@ class SelectionContext:
         options, settings = self.request.options, self.settings
         weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
         return ScoringParams(
-            lambda_=cost_weight(self.request, self.mode, settings, self.key),
+            lambda_=cost_weight(self.request, self.mode, settings, self.key, self.preset),
             latency_weight=weight,
-            max_cost_usd=options.max_cost_usd,
+            max_cost_usd=smaller(options.max_cost_usd, self.preset.max_cost_usd if self.preset else None),
             cost_unit=settings.cost_unit,
             reference=settings.reference_price,
             cached=self.affinity.cached_prompt(settings),
@@ -122,11 +123,27 @@ def alias_mode(name: str, settings: Settings, snapshot: RoutingSnapshot) -> Rout
         return ALIASES[name]
     if name in settings.route_names and name != ANY:
         return RoutingMode.SCORED
+    if settings.presets and preset_of(name, settings, snapshot) is not None:
+        return RoutingMode.SCORED
     if name in snapshot.models:
         return None
     if name.startswith(CLAUDE) and (mode := claude_aliases(settings.route_names).get(name)) is not None:
         return mode
     return RoutingMode.SCORED if ANY in settings.route_names else None
+
+
+def preset_of(name: str, settings: Settings, snapshot: RoutingSnapshot) -> Preset | None:
+    """Return the preset that a name asks for: `uniroute/NAME` or, unless a model has that name, `claude-NAME`."""
+    if name.startswith(PRESET_PREFIX):
+        return settings.presets.get(name.removeprefix(PRESET_PREFIX))
+    if name.startswith(CLAUDE) and name not in snapshot.models:
+        return settings.presets.get(name.removeprefix(CLAUDE))
+    return None
+
+
+def smaller(first: float | None, second: float | None) -> float | None:
+    """Return the smaller of two bounds. None: no bound."""
+    return second if first is None else first if second is None else min(first, second)
 
 
 def claude_aliases(route_names: Collection[str]) -> dict[str, RoutingMode]:
@@ -152,9 +169,9 @@ def may_use(name: str, key: ClientKey | None) -> bool:
 
 
 def restrict_candidates(
-    options: RoutingOptions, snapshot: RoutingSnapshot, key: ClientKey | None
+    options: RoutingOptions, snapshot: RoutingSnapshot, key: ClientKey | None, preset: Preset | None = None
 ) -> Collection[str] | None:
-    """Return the names that the key and each list of the request allow; None: all.
+    """Return the names that the key, the preset and each list of the request allow; None: all.
 
     A name to be ignored need not exist: then it is no candidate anyway.
 
@@ -167,6 +184,8 @@ def restrict_candidates(
     ]
     if key is not None:
         lists.append(key.models)
+    if preset is not None:
+        lists.append(preset.models)
     restricting = [set(names) for names in lists if names is not None]
     if not options.provider.ignore:
         return set.intersection(*restricting) if restricting else None
@@ -228,7 +247,9 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         return ServiceUnavailable("no model is registered that this request may use")
     if not _candidates(ctx):
         return NoEligibleModelError(
-            "`models`, `provider.only` and `provider.ignore` together leave no model", param="provider"
+            "`models`, `provider.only` and `provider.ignore` together leave no model"
+            f"{' of those of the preset' if ctx.preset else ''}",
+            param="provider",
         )
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
     if not eligible(pool, Requirements(), allowed).rows.size:

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Annotated, Any
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, WithJsonSchema
 
-from proxy.errors import BadRequest, JobNotFound, ModelNotFound
+from proxy.errors import BadRequest, DecisionNotFound, JobNotFound, ModelNotFound
 from proxy.profiling.job_store import Job
 from proxy.server.admin_bodies import (
     KeyPatch,
@@ -24,8 +25,11 @@ from proxy.server.admin_bodies import (
 from proxy.server.admin_responses import (
     Accepted,
     AuditEntries,
+    DecisionRow,
+    Decisions,
     JobOutcomes,
     JobStatus,
+    KeptDecision,
     KeyCard,
     KeyCards,
     KeyWithSecret,
@@ -40,11 +44,13 @@ from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
 from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
-from proxy.storage.client_keys import ClientKey
-from proxy.storage.records import ModelRecord
+from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
+from proxy.storage.decisions import Cursor, DecisionFilter
+from proxy.storage.records import ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
 from proxy.upstream.endpoint import check_secrets_stay
+from proxy.upstream.sse import encode_json
 
 
 def admin_router(what: str) -> APIRouter:
@@ -395,3 +401,83 @@ async def get_audit(request: Request, audit: Audit, limit: EntryCount = 100) -> 
         _entry_count("")
     # Not validated: a line that another program wrote is shown as it is.
     return JSONResponse({"entries": await audit.latest(limit)})
+
+
+decisions_router = admin_router("decisions")
+
+DecisionIdPath = Annotated[str, Path(), WithJsonSchema(_ID_SCHEMA)]
+
+_MAX_FILTER_CHARS = 128
+
+Wanted = Annotated[str | None, Query(min_length=1, max_length=_MAX_FILTER_CHARS)]
+
+_TIME_SCHEMA = {"type": "string", "description": "RFC 3339 with a zone, or Unix seconds."}
+
+
+def _moment(text: str | None) -> float | None:
+    """Read a time of the query. Raises ValueError, as pydantic expects it."""
+    if text is None:
+        return None
+    try:
+        at = float(text)
+    except ValueError:
+        stated = datetime.fromisoformat(text)
+        if stated.tzinfo is None:
+            raise ValueError("needs its zone, as 2027-01-31T00:00:00Z") from None
+        at = stated.timestamp()
+    if not is_unix_time(at):
+        raise ValueError("must be a time in RFC 3339, or Unix seconds")
+    return at
+
+
+Moment = Annotated[float | None, Query(), BeforeValidator(_moment), WithJsonSchema(_TIME_SCHEMA)]
+
+
+@decisions_router.get(
+    "",
+    summary="The decisions that asked a model, newest first",
+    description="`next`, if it is not null, is the `cursor` of the next page; a page may be short and have one. With"
+    " `format=jsonl` every decision is whole, one a line, and the cursor is in the header `x-uniroute-next`.",
+    response_model=Decisions,
+)
+async def list_decisions(
+    state: AdminState,
+    limit: EntryCount = 100,
+    cursor: Wanted = None,
+    model: Wanted = None,
+    key: Wanted = None,
+    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
+    ending: Wanted = None,
+    reason: Wanted = None,
+    since: Moment = None,
+    until: Moment = None,
+    format: Literal["json", "jsonl"] = "json",  # noqa: A002  its name in the query
+) -> Response:
+    after = None if cursor is None else Cursor.parse(cursor)
+    if cursor is not None and after is None:
+        raise BadRequest("`cursor` must be the `next` of another page", param="cursor")
+    wanted = DecisionFilter(model, key, tag, ending, reason, since, until)
+    page = await state.decisions.page(limit, wanted, after)
+    following = None if page.next is None else str(page.next)
+    if format == "jsonl":
+        lines = b"".join(encode_json(decision) + b"\n" for decision in page.decisions)
+        headers = {} if following is None else {"x-uniroute-next": following}
+        return Response(lines, media_type="application/jsonl", headers=headers)
+    rows = [{name: decision[name] for name in _ROW_FIELDS} for decision in page.decisions]
+    return JSONResponse({"decisions": rows, "next": following})
+
+
+_ROW_FIELDS = tuple(DecisionRow.model_fields)
+
+
+@decisions_router.get(
+    "/{decision_id}",
+    summary="One decision, whole: candidates, attempts, times, usage, cost",
+    response_model=KeptDecision,
+    responses=errors(404),
+)
+async def get_decision(decision_id: DecisionIdPath, state: AdminState) -> Response:
+    decision = await state.decisions.find(decision_id)
+    if decision is None:
+        raise DecisionNotFound(f"no decision is kept with the id {decision_id[:100]!r}", param="decision")
+    return JSONResponse(decision)

@@ -36,8 +36,18 @@ from proxy.settings.model_config import (
 )
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import FoundSecret, find_secrets, is_reference
-from proxy.settings.schema import ProfileSettings, Settings
-from proxy.storage.client_keys import LIMITS, MAX_LAMBDA, MAX_PER_MINUTE, MAX_USD, KeyChange, Role
+from proxy.settings.schema import PRESET_PREFIX, ProfileSettings, Settings
+from proxy.storage.client_keys import (
+    LIMITS,
+    MAX_LAMBDA,
+    MAX_PER_MINUTE,
+    MAX_TAG_CHARS,
+    MAX_TAGS,
+    MAX_USD,
+    TAG_RULE,
+    KeyChange,
+    Role,
+)
 from proxy.storage.records import ModelRecord, is_unix_time
 from proxy.upstream.endpoint import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
@@ -196,6 +206,8 @@ class NewModel(StrictBody, ModelConfig):
 
     def to_record(self, settings: Settings, environ: Mapping[str, str], now: float) -> ModelRecord:
         """Return the record of the new model. `now`: Unix seconds. Raises BadRequest."""
+        if self.model_name.removeprefix(PRESET_PREFIX) in settings.presets:
+            raise BadRequest(f"{self.model_name!r} is the name of a preset: it asks for routing", param="model_name")
         if self.model_name in settings.route_names:
             raise BadRequest(f"{self.model_name!r} is one of route_names: it asks for routing", param="model_name")
         _check_params(self, settings, environ)
@@ -369,6 +381,13 @@ def _key_models(value: Any) -> tuple[str, ...] | None:
         raise BadRequest(f"`models`: {error}"[:300], param="models") from None
 
 
+def _key_tags(value: Any) -> tuple[str, ...]:
+    """Return the tags, each once; a ClientKey checks them."""
+    if not isinstance(value, list | None) or not all(isinstance(tag, str) for tag in value or ()):
+        raise BadRequest(f"`tags` must be a list of {TAG_RULE}, or null for none", param="tags")
+    return tuple(dict.fromkeys(value or ()))
+
+
 def _unix_time(value: Any) -> float | None:
     if value is None:
         return None
@@ -405,6 +424,12 @@ ModelNames = Annotated[
     BeforeValidator(_key_models),
 ]
 
+Tags = Annotated[
+    Annotated[tuple[Annotated[str, Field(min_length=1, max_length=MAX_TAG_CHARS)], ...], Field(max_length=MAX_TAGS)]
+    | None,
+    BeforeValidator(_key_tags),
+]
+
 # ClientKey checks these, in words of its own: a key must hold them whoever writes it.
 Lambda = Annotated[Annotated[float, Field(ge=0, le=MAX_LAMBDA)] | None, SkipValidation]
 
@@ -418,6 +443,7 @@ class KeyPatch(StrictBody):
 
     name: KeyName = UNSET
     models: ModelNames = None
+    tags: Tags = None
     role: Annotated[Role | None, SkipValidation] = None
     expires_at: Annotated[
         float | None,

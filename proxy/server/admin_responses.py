@@ -13,6 +13,7 @@ from proxy.server.dependencies import AppState
 from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
 from proxy.storage.client_keys import ROLES
+from proxy.storage.feedback import comparison
 from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
@@ -76,6 +77,21 @@ class JobStatus(OpenResponseModel):
     warning: str = UNSET
 
 
+class ObservedRates(OpenResponseModel):
+    """What feedback says of a model, beside what was measured of it in the same mix of clusters.
+
+    `p` is null where there are too few labels, and `differs` too.
+    """
+
+    labels: Amount
+    mean_error: Amount
+    measured_mean_error: Amount
+    test: str
+    p: Amount | None
+    differs: bool | None
+    clusters: list[dict[str, Any]]
+
+
 class ModelCard(OpenResponseModel):
     model_name: str
     litellm_params: dict[str, Any]
@@ -90,6 +106,7 @@ class ModelCard(OpenResponseModel):
     profile: ProfileDocument | None = None
     mean_error: Number = UNSET
     measured_at: str | None = None
+    observed: ObservedRates | None = None
     health: dict[str, Any]
 
 
@@ -119,6 +136,7 @@ class KeyCard(ResponseModel):
     name: str
     role: Annotated[str, one_of(*ROLES)]
     models: list[str] | None
+    tags: list[str]
     created_at: str | None
     expires_at: str | None
     revoked: bool
@@ -138,6 +156,74 @@ class KeyWithSecret(KeyCard):
 
 class KeyCards(ResponseModel):
     keys: list[KeyCard]
+
+
+class DecisionRow(OpenResponseModel):
+    """A decision in a list: without its candidates, clusters and attempts."""
+
+    id: str
+    request: str
+    received_at: str
+    key: str | None
+    tags: list[str]
+    api: str
+    requested: str
+    model: str
+    reason: str
+    ending: str
+    cost_usd: Number | None
+    saved_usd: Number | None
+
+
+class Decisions(ResponseModel):
+    decisions: list[DecisionRow]
+    next: str | None
+
+
+class DecisionCluster(ResponseModel):
+    id: Count
+    name: str
+    weight: Number
+
+
+class DecisionCandidate(ResponseModel):
+    model: str
+    expected_error: Number
+    expected_cost_usd: Number
+    cost: Number
+    score: Number
+    flips_at_lambda: Number | None
+
+
+class DecisionAttempt(ResponseModel):
+    model: str
+    outcome: str | None
+    status: str | None
+    started_s: Number
+    ended_s: Number | None
+
+
+class KeptDecision(DecisionRow):
+    """A whole decision. Times in seconds are from the request's arrival."""
+
+    ended_at: str
+    expected_error: Number | None
+    state_version: Count
+    map: str
+    fingerprint: str | None
+    score: Number | None
+    score_source: str | None
+    clusters: list[DecisionCluster]
+    candidates: list[DecisionCandidate]
+    candidates_left_out: Count
+    ineligible: list[dict[str, str]]
+    attempts: list[DecisionAttempt]
+    times: dict[str, Number | None]
+    usage: dict[str, Count | None]
+    cost_estimated: bool
+    failed_attempts_cost_usd: Number | None
+    baseline: dict[str, Any]
+    prompt: str | None
 
 
 class AuditEntry(OpenResponseModel):
@@ -165,7 +251,21 @@ async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> di
     snapshot = state.snapshots.current
     if name not in snapshot.models:
         raise ModelNotFound(f"the model {name!r} was removed just now", param="model")
-    return {**_card(snapshot, name, job, with_profile=with_profile), "health": state.health.status(name)}
+    card = _card(snapshot, name, job, with_profile=with_profile)
+    if with_profile and name in snapshot.profiles and state.settings.feedback != "off":
+        card["observed"] = await _observed(state, snapshot, name)
+    return {**card, "health": state.health.status(name)}
+
+
+async def _observed(state: AppState, snapshot: RoutingSnapshot, name: str) -> dict[str, Any] | None:
+    """Compare what was observed of a model with what was measured; None if nothing was observed."""
+    cluster_map, record = snapshot.cluster_map, snapshot.models[name]
+    observed = await _if_available(state, lambda: state.feedback.observed(record, cluster_map.id, cluster_map.size))
+    if observed is None:
+        return None
+    compared = comparison(snapshot.profiles[name], observed)
+    named = [{**row, "name": cluster_map.names[row["id"]]} for row in compared["clusters"]]
+    return {**compared, "clusters": named}
 
 
 def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
-from proxy.routing.selection_context import SelectionContext
+from proxy.routing.selection_context import SelectionContext, preset_of
 from proxy.server.api import messages_request
 from proxy.server.api.client_apis import (
     CHAT,
@@ -51,9 +51,9 @@ from proxy.server.reservations import (
 )
 from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.stored_responses import expand, record_of, scope_of
-from proxy.server.streaming import CompletionStream, PendingStream, cancel_or_close
+from proxy.server.streaming import METADATA, CompletionStream, PendingStream, cancel_or_close
 from proxy.settings.litellm_params import reject_control_fields
-from proxy.upstream.payload import JSONPayload, NativePayload
+from proxy.upstream.payload import JSONPayload, NativePayload, with_member
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
 
@@ -92,8 +92,11 @@ for each in CLIENT_APIS.values():
 
 @router.post(ROUTE, response_model=None)
 async def route(request: Request, app: AppStateDep) -> Response:
-    selection, _ = await select(await read_request(request, app, CHAT), explain=True)
-    return Response(encode_json(selection_to_json(selection)), media_type="application/json")
+    ctx = await read_request(request, app, CHAT)
+    selection, _ = await select(ctx, explain=True)
+    preset = preset_of(ctx.request.model, app.settings, ctx.snapshot)
+    stated = {} if preset is None else {"preset": preset.model_dump(by_alias=True)}
+    return Response(encode_json({**selection_to_json(selection), **stated}), media_type="application/json")
 
 
 @router.post(COUNT_TOKENS, response_model=None)
@@ -147,6 +150,7 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         scope[RECEIVED_AT],
         translation,
         native_headers,
+        api.name,
     )
 
 
@@ -227,14 +231,15 @@ async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestR
     try:
         completion = await runner.complete()
         content, answer = _in_clients_api(ctx, completion, record.model)
-        response = CompletionResponse(content, completion.held, record.headers())
     except BaseException as failure:
         await finish_failed(record, failure)
         raise
     record.finish("complete")
+    if ctx.request.options.metadata:
+        content = with_member(content, METADATA, record.metadata())
     await keep_answer(ctx, answer)
     await record.wait_until_settled()
-    return response
+    return CompletionResponse(content, completion.held, record.headers())
 
 
 def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) -> tuple[bytes, Mapping[str, Any] | None]:

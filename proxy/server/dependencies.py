@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
+from proxy.server.api.client_apis import CHAT
 from proxy.server.api.translation import Translation
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
@@ -17,6 +18,8 @@ from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.decisions import DecisionStore
+from proxy.storage.feedback import FeedbackStore
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
@@ -58,6 +61,8 @@ class AppState:
     concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
     responses: ResponseStore
+    decisions: DecisionStore
+    feedback: FeedbackStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
@@ -87,6 +92,8 @@ class RequestContext:
     """None: the client speaks the chat API."""
     native_headers: tuple[tuple[str, str], ...] = ()
     """Headers of the client that go to an upstream of the client's own API alone."""
+    api: str = CHAT.name
+    """The API that the client speaks."""
 
 
 async def app_state_of(request: Request) -> AppState:

@@ -119,6 +119,7 @@ async def embed(request: Request, app: AppState) -> Response:
         scope[KEY_IN_SCOPE],
         scope[REQUEST_IDS],
         scope[RECEIVED_AT],
+        api="embeddings",
     )
     app.metrics.in_flight += 1
     try:

@@ -16,11 +16,20 @@ from fastapi.responses import JSONResponse
 from pydantic import WithJsonSchema
 
 from proxy.errors import BadRequest, ModelNotFound
-from proxy.routing.cost_weight import ALIASES, RoutingMode, key_allows_mode
-from proxy.routing.selection_context import ANY, CLAUDE, alias_mode, allowed_models, claude_aliases, may_use
+from proxy.routing.cost_weight import ALIASES, RoutingMode, key_allows_mode, key_allows_preset
+from proxy.routing.selection_context import (
+    ANY,
+    CLAUDE,
+    alias_mode,
+    allowed_models,
+    claude_aliases,
+    may_use,
+    preset_of,
+)
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel
 from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
+from proxy.settings.schema import PRESET_PREFIX, Preset
 from proxy.storage.client_keys import ClientKey
 from router_core.text import rfc3339
 from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Capabilities, Price
@@ -35,6 +44,8 @@ router = APIRouter(
 MAX_PAGE = 1000
 
 DEFAULT_PAGE = 20
+
+MAX_DESCRIPTION_CHARS = 400
 
 
 class Model(OpenResponseModel):
@@ -152,7 +163,8 @@ class ModelCatalog:
     def entries(self) -> Iterator[CatalogEntry]:
         """Yield the names that ask for routing, then the chat models, then those that answer with embeddings."""
         route_names = (name for name in self._settings.route_names if name != ANY)
-        for name in dict.fromkeys((*ALIASES, *route_names)):
+        presets = (f"{PRESET_PREFIX}{name}" for name in self._settings.presets)
+        for name in dict.fromkeys((*ALIASES, *presets, *route_names)):
             yield from self._alias(name)
         for name in allowed_models(self._snapshot, self._key):
             yield self._model(name)
@@ -162,7 +174,8 @@ class ModelCatalog:
 
     def claude_entries(self) -> Iterator[CatalogEntry]:
         """Yield the aliases that begin with `claude`."""
-        for name in claude_aliases(self._settings.route_names):
+        presets = (f"{CLAUDE}{name}" for name in self._settings.presets)
+        for name in (*claude_aliases(self._settings.route_names), *presets):
             yield from self._alias(name)
 
     def find(self, name: str) -> CatalogEntry | None:
@@ -174,9 +187,22 @@ class ModelCatalog:
     def _alias(self, name: str) -> Iterator[CatalogEntry]:
         """Yield a name that asks for routing; nothing if it is a model's, or this key may not ask so."""
         mode = alias_mode(name, self._settings, self._snapshot)
-        if mode is not None and key_allows_mode(mode, self._key):
-            shown = "UniRoute " + name.removeprefix(CLAUDE).removeprefix("uniroute/")
-            yield CatalogEntry(name, shown, _DESCRIPTIONS[mode], 0, "uniroute", self._of_all_models, None)
+        if mode is None or not key_allows_mode(mode, self._key):
+            return
+        shown = "UniRoute " + name.removeprefix(CLAUDE).removeprefix("uniroute/")
+        preset = preset_of(name, self._settings, self._snapshot)
+        if preset is None:
+            able = self._abilities(allowed_models(self._snapshot, self._key))
+            yield CatalogEntry(name, shown, _DESCRIPTIONS[mode], 0, "uniroute", able, None)
+            return
+        usable = allowed_models(self._snapshot, self._key)
+        models = [model for model in usable if preset.models is None or model in preset.models]
+        if key_allows_preset(preset, self._key) and models:
+            price = self._snapshot.prices.get(models[0]) if len(models) == 1 else None
+            yield CatalogEntry(
+                *(name, shown, describe_preset(preset), 0, "uniroute", self._abilities(models)),
+                None if price is None else price.price,
+            )
 
     def _model(self, name: str) -> CatalogEntry:
         snapshot, record = self._snapshot, self._snapshot.models[name]
@@ -192,10 +218,19 @@ class ModelCatalog:
             embeds,
         )
 
-    @property
-    def _of_all_models(self) -> Capabilities:
+    def _abilities(self, models: Sequence[str]) -> Capabilities:
         candidates = self._snapshot.pool.candidates
-        return widest([candidates[name].capabilities for name in allowed_models(self._snapshot, self._key)])
+        return widest([candidates[name].capabilities for name in models])
+
+
+def describe_preset(preset: Preset) -> str:
+    """Say in a sentence what a preset asks for, as clients show it."""
+    parts = [
+        *([] if preset.lambda_ is None else [f"at λ = {preset.lambda_:g}"]),
+        *([] if preset.models is None else [f"among {', '.join(preset.models)}"]),
+        *([] if preset.max_cost_usd is None else [f"for at most ${preset.max_cost_usd:g} a request"]),
+    ]
+    return " ".join(["Chooses a model for each prompt", *parts])[:MAX_DESCRIPTION_CHARS] + "."
 
 
 def widest(models: Sequence[Capabilities]) -> Capabilities:

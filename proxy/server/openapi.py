@@ -21,6 +21,7 @@ from proxy.server.api.client_apis import (
     ROUTE,
     TEXT_COMPLETIONS,
 )
+from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS
 
 Schema = dict[str, Any]
 
@@ -150,6 +151,8 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
             "session": null_or({"type": "string", "minLength": 1, "maxLength": 255}),
             "fallbacks": null_or({"type": "boolean"}),
             "timeouts": null_or(_object(dict.fromkeys(TIMEOUTS, null_or(_SECONDS)), additionalProperties=False)),
+            "tags": null_or(_array({"type": "string", "minLength": 1, "maxLength": MAX_TAG_CHARS}, maxItems=MAX_TAGS)),
+            "metadata": null_or({"type": "boolean"}),
         },
         additionalProperties=False,
     ),
@@ -241,6 +244,14 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
                     },
                     "model",
                 )
+            ),
+            "preset": _object(
+                {
+                    "lambda": null_or(_WEIGHT),
+                    "models": null_or(_array(_TEXT)),
+                    "max_cost_usd": null_or(_WEIGHT),
+                },
+                description="What the name that was asked for stands for, if it is a preset's.",
             ),
             "ineligible": _array(_object({"model": _TEXT, "why": _TEXT}, "model", "why", additionalProperties=False)),
         },

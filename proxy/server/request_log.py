@@ -1,20 +1,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 
 from proxy.errors import UpstreamError
 from proxy.routing.affinity import Affinity, AffinityRecorder
-from proxy.routing.requirements import estimate_document_tokens
+from proxy.routing.requirements import estimate_document_tokens, routing_text
 from proxy.routing.selection import Selection
 from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.reservations import Reservation, Settlement
+from proxy.storage.client_keys import MAX_TAGS
 from proxy.storage.usage import (
     ObservedTraffic,
     TokenCounts,
@@ -24,6 +28,7 @@ from proxy.storage.usage import (
     plausible_usage,
     usage_of,
 )
+from router_core.decision import RoutingDecision
 
 log = logging.getLogger("uniroute.request")
 
@@ -72,6 +77,11 @@ class RequestRecord:
         self._fault: str | None = None
         self._finished = False
         self._settlement: Settlement | None = None
+        # Of each attempt: model, seconds from the request's arrival, outcome, status, and seconds at its end.
+        self._attempts: list[list[Any]] = []
+        # What the attempts cost that gave no answer; None: not known of one of them.
+        self._failed_usd: float | None = 0.0
+        self._costs: Costs | None = None
 
     def start_attempt(self, model: str) -> None:
         """Count for another attempt from now on. The one before, if it failed, gets a usage record of its own."""
@@ -83,6 +93,7 @@ class RequestRecord:
         if model != self.selection.model:
             self.reason = "fallback"
         self.model = model
+        self._attempts.append([model, self._attempted_at - self._ctx.received_at, None, None, None])
         self._counts, self._first_content_at = TokenCounts(), None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
         self.clamped, self.left_out, self.native_document = None, (), None
@@ -122,20 +133,29 @@ class RequestRecord:
         self._timed_out = failure.timed_out
         # The provider bills an answer that is discarded here, too.
         self.set_usage(_json_with_usage(failure.body))
-        self._ctx.app.metrics.attempts_failed.add((self.model, _status(failure)))
+        status = _status(failure)
+        self._ctx.app.metrics.attempts_failed.add((self.model, status))
         self._fault = str(failure)
+        self._end_attempt("failed", status)
 
     def mark_empty(self) -> None:
         """Note that the last attempt gave an answer without content."""
         self._ctx.app.metrics.attempts_failed.add((self.model, "empty"))
         self._fault = _EMPTY
+        self._end_attempt("empty")
+
+    def _end_attempt(self, outcome: str, status: str | None = None) -> None:
+        """Note how the last attempt ended, unless that is noted already."""
+        if self._attempts and self._attempts[-1][2] is None:
+            self._attempts[-1][2:] = outcome, status, time.monotonic() - self._ctx.received_at
 
     def finish(self, ending: str) -> None:
         """Write everything down, at the first call; later calls are ignored."""
         if self._finished:
             return
         self._finished = True
-        entry = self._write_usage(ending, self._reservation)
+        self._end_attempt(ending)
+        entry = self._write_usage(ending, self._reservation, is_last=True)
         metrics = self._ctx.app.metrics
         model = (self.model,)
         metrics.requests.add((self.model, self.reason, ending))
@@ -169,6 +189,21 @@ class RequestRecord:
             headers |= self._reservation.headers
         return headers
 
+    def metadata(self) -> dict[str, Any]:
+        """Return what an answer says of itself where its request asks for it. To be called after `finish`."""
+        costs, decision = self._costs, self.selection.decision
+        error = None
+        if decision is not None and self.model in decision.table.names:
+            error = float(decision.table.errors[list(decision.table.names).index(self.model)])
+        return {
+            "decision": self.selection.id,
+            "model": self.model,
+            "reason": self.reason,
+            "expected_error": error,
+            "cost_usd": costs.usd if costs else None,
+            "saved_usd": costs.saved_usd if costs else None,
+        }
+
     def _overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
@@ -177,16 +212,20 @@ class RequestRecord:
         fault, self._fault = self._fault, None
         if fault is None:
             return
-        self._write_usage("empty" if fault is _EMPTY else "failed")
+        failed_usd = self._write_usage("empty" if fault is _EMPTY else "failed").cost_usd
+        self._failed_usd = add_known(self._failed_usd, failed_usd)
         request, decision = self._ctx.ids.request_id, self.selection.id
         log.warning("request=%s decision=%s model=%s passed over: %s", request, decision, self.model, fault)
 
-    def _write_usage(self, ending: str, reservation: Reservation | None = None) -> UsageRecord:
+    def _write_usage(
+        self, ending: str, reservation: Reservation | None = None, *, is_last: bool = False
+    ) -> UsageRecord:
         """Write the usage record of the last attempt.
 
         Args:
             reservation: settled with this record; None for an attempt that is followed by another, whose record
                 settles it.
+            is_last: no other attempt follows: the decision is kept with this record.
         """
         app = self._ctx.app
         price = app.snapshots.current.prices.get(self.model)
@@ -213,8 +252,17 @@ class RequestRecord:
             cache_write_tokens=counts.written_tokens,
             audio_input_tokens=counts.audio_input_tokens,
             audio_output_tokens=counts.audio_output_tokens,
+            tags=tags_of(self._ctx),
         )
-        app.usage.record(entry)
+        detail = ""
+        if is_last:
+            baseline = baseline_of(self._ctx)
+            other = app.snapshots.current.prices.get(baseline) if baseline else None
+            baseline_usd = cost_of(counts, other.price, observed, billed=billed).usd if other else None
+            self._costs = Costs(cost.usd, self._failed_usd, baseline, baseline_usd)
+            if app.usage.keeps_decisions:
+                detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
+        app.usage.record(entry, detail)
         if reservation:
             self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
         self._count_tokens(entry)
@@ -279,6 +327,111 @@ class RequestRecord:
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
             f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a request cost in USD, and would have cost. None: not known."""
+
+    answer_usd: float | None
+    """Of the last attempt."""
+    failed_usd: float | None
+    """Of the attempts before."""
+    baseline: str | None
+    """The model that would have answered without routing."""
+    baseline_usd: float | None
+    """What the same tokens cost there."""
+
+    @property
+    def usd(self) -> float | None:
+        return add_known(self.answer_usd, self.failed_usd)
+
+    @property
+    def saved_usd(self) -> float | None:
+        usd = self.usd
+        return None if usd is None or self.baseline_usd is None else self.baseline_usd - usd
+
+
+def add_known(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def tags_of(ctx: RequestContext) -> tuple[str, ...]:
+    """Return the tags of the key, then those of the request, up to MAX_TAGS of them."""
+    own, stated = ctx.key.tags if ctx.key else (), ctx.request.options.tags
+    return tuple(dict.fromkeys((*own, *stated)))[:MAX_TAGS] if own and stated else own or stated
+
+
+def baseline_of(ctx: RequestContext) -> str | None:
+    """Return the model that the client asked for by name, or else the best one on average that it may use."""
+    if ctx.request.model in ctx.snapshot.models:
+        return ctx.request.model
+    return ctx.snapshot.pool.best_on_average(None if ctx.key is None else ctx.key.models)
+
+
+# Of a decision's record.
+MAX_CANDIDATES, MAX_INELIGIBLE, MAX_PROMPT_CHARS, MAX_NAME_CHARS = 16, 20, 4000, 128
+
+
+def decision_detail(ctx: RequestContext, selection: Selection, attempts: Sequence[Sequence[Any]], costs: Costs) -> str:
+    """Return what is kept of a decision beside its usage, as JSON. `storage/decisions.py` reads it.
+
+    Arrays go as they are, in half their precision: this is done for each request.
+    """
+    decision, snapshot = selection.decision, ctx.snapshot
+    model = snapshot.models.get(attempts[-1][0] if attempts else selection.model)
+    detail: dict[str, Any] = {
+        "request": ctx.ids.request_id,
+        "api": ctx.api,
+        "requested": ctx.request.model[:MAX_NAME_CHARS],
+        "lambda": selection.lambda_,
+        "version": snapshot.version,
+        "map": snapshot.cluster_map.id,
+        "fingerprint": None if model is None else model.fingerprint,
+        "chosen_s": selection.made_at - ctx.received_at,
+        "attempts": attempts,
+        "clusters": ((), (), ()),
+        "ineligible": {},
+        "failed_usd": costs.failed_usd,
+        "baseline": costs.baseline,
+        "baseline_usd": costs.baseline_usd,
+    }
+    if decision is not None:
+        if (placed := decision.assignment) is not None:
+            names = decision.cluster_names
+            ids = placed.ids[0]
+            detail["clusters"] = (ids, [names[number] for number in ids.tolist()], placed.weights[0])
+        if decision.eligibility is not None:
+            detail["ineligible"] = decision.eligibility.why_ruled_out(MAX_INELIGIBLE)
+        _add_candidates(detail, decision)
+    if selection.degraded_reason is not None:
+        detail["degraded"] = selection.degraded_reason[:MAX_PROMPT_CHARS]
+    if selection.lost_affinity is not None:
+        detail["lost_affinity"] = selection.lost_affinity
+    if ctx.app.settings.log_prompts:
+        detail["prompt"] = routing_text(ctx.request.body["messages"])[:MAX_PROMPT_CHARS]
+    try:
+        return orjson.dumps(detail, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+    except TypeError:  # half a character in a name
+        return json.dumps(detail, default=_as_lists)
+
+
+def _add_candidates(detail: dict[str, Any], decision: RoutingDecision) -> None:
+    """Add the models that were scored, the best of them if they are many."""
+    table = decision.table
+    columns = np.array((table.errors, table.costs, table.scores, table.costs_usd), dtype=np.float32)
+    names = list(table.names)
+    if len(names) > MAX_CANDIDATES:
+        best = np.argsort(table.scores, kind="stable").tolist()[:MAX_CANDIDATES]
+        if decision.choice not in best:  # within a tie the cheapest is chosen
+            best[-1] = decision.choice
+        detail["unlisted"] = len(names) - MAX_CANDIDATES
+        columns, names = np.ascontiguousarray(columns[:, best]), [names[row] for row in best]
+    detail["candidates"] = {"models": names, "columns": columns, "tie": decision.tie, "chosen": decision.chosen}
+
+
+def _as_lists(array: Any) -> Any:
+    return orjson.loads(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _header_list(names: Sequence[str]) -> str:

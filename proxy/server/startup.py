@@ -168,12 +168,24 @@ def check_named_models(
     if judge is not None and "/" not in judge and judge not in served and not is_priced(judge) and complete:
         hint = _did_you_mean(judge, served)
         raise SettingsError(f"judge_model: {judge!r} is no registered model and no name of LiteLLM's{hint}")
+    for name, preset in settings.presets.items():
+        for model in preset.models or ():
+            _check_preset_model(f"presets.{name}.models", model, settings, served, complete=complete)
     if default is None or default in served:
         return
     hint = _did_you_mean(default, served)
     if complete and (hint or settings.admin_key is None):
         raise SettingsError(f"default_model: no model is named {default!r}{hint or _known_models(served)}")
     log.warning("default_model: no model is named %r yet; until one is added nothing stands in", default)
+
+
+def _check_preset_model(where: str, name: str, settings: Settings, served: Collection[str], *, complete: bool) -> None:
+    if name in served:
+        return
+    hint = _did_you_mean(name, served)
+    if complete and (hint or settings.admin_key is None):
+        raise SettingsError(f"{where}: no model is named {name!r}{hint or _known_models(served)}")
+    log.warning("%s: no model is named %r yet", where, name)
 
 
 def _did_you_mean(name: str, known: Collection[str]) -> str:

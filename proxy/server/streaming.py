@@ -30,13 +30,14 @@ from proxy.upstream.payload import (
     JSONPayload,
     NativePayload,
     content_bytes,
+    empty_chunk,
     is_null_usage_chunk,
     is_usage_chunk,
     iter_choices,
     usage_chunk,
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
-from proxy.upstream.sse import DONE, KEEP_ALIVE, encode_json, format_event
+from proxy.upstream.sse import DONE, KEEP_ALIVE, decode_json, encode_json, format_event
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -68,6 +69,7 @@ class CompletionStream(Response):
         self._keep = keep
         self._keep_alive_s = ctx.app.settings.keep_alive_s
         self._translation = ctx.translation
+        self._has_metadata = ctx.request.options.metadata
         self._events: EventWriter = (
             ChatEventWriter(record, include_usage=ctx.request.include_usage)
             if ctx.translation is None
@@ -116,6 +118,8 @@ class CompletionStream(Response):
         end = b""
         if ending == "complete":
             end = self._events.end()
+            if self._has_metadata:
+                end = self._events.with_metadata(end)
             await self._keep(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
         await self._record.wait_until_settled()
@@ -176,6 +180,9 @@ class EventWriter(Protocol):
     def end(self) -> bytes:
         """Return what ends a complete answer. It is sent once everything is recorded."""
 
+    def with_metadata(self, end: bytes) -> bytes:
+        """Return the end with what the answer says of itself."""
+
     def fail(self, failure: APIError) -> bytes:
         """Return the events that end a stream which failed."""
 
@@ -228,6 +235,9 @@ class ChatEventWriter:
             return DONE
         return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage)) + DONE
 
+    def with_metadata(self, end: bytes) -> bytes:
+        return _before_done(end, {**self._last, "model": self._record.model}, self._record.metadata())
+
     def fail(self, failure: APIError) -> bytes:
         return format_event({"error": _error_of(failure)[1]})
 
@@ -265,6 +275,7 @@ class TranslatedEventWriter:
         self._bounds = ResponseBounds(memory)
         # Begun at the first event: only then is it known which model answers.
         self._stream: StreamTranslation | None = None
+        self._last = b""
 
     def write(self, block: list[JSONPayload]) -> bytes:
         stream = self._begin()
@@ -272,13 +283,20 @@ class TranslatedEventWriter:
         for chunk in block:
             self._bounds.add_bytes(record_chunk(self._record, chunk.body) + logprobs_bytes(chunk.body) + CHUNK_BYTES)
             pieces.append(stream.write(chunk.body))
-        return b"".join(pieces)
+        events = b"".join(pieces)
+        self._last = events or self._last
+        return events
 
     def end(self) -> bytes:
         stream = self._begin()
         data = stream.finish()
         self.answer = stream.answer
         return data
+
+    def with_metadata(self, end: bytes) -> bytes:
+        if end.endswith(DONE):
+            return _before_done(end, _last_event(self._last)[2], self._record.metadata())
+        return _in_last_event(end, self._record.metadata())
 
     def fail(self, failure: APIError) -> bytes:
         status, error = _error_of(failure)
@@ -324,6 +342,9 @@ class NativeEventWriter:
     def end(self) -> bytes:
         return self._last
 
+    def with_metadata(self, end: bytes) -> bytes:
+        return _in_last_event(end, self._record.metadata())
+
     def fail(self, failure: APIError) -> bytes:
         status, error = _error_of(failure)
         seen = RelayedEvents(self._record.model, self._response, self._number)
@@ -340,6 +361,33 @@ class NativeEventWriter:
 
 
 _LAST_EVENTS = frozenset({b"message_stop", b"response.completed", b"response.incomplete"})
+
+
+# Member of an answer, or of an event, that says how the answer came about.
+METADATA = "uniroute"
+
+
+def _before_done(end: bytes, like: Mapping[str, Any], metadata: Mapping[str, Any]) -> bytes:
+    """Add one more chunk, without choices."""
+    return end.removesuffix(DONE) + format_event(empty_chunk(like, **{METADATA: metadata})) + DONE
+
+
+def _in_last_event(end: bytes, metadata: Mapping[str, Any]) -> bytes:
+    """Add it to the response that the last event holds, or to the event itself where it holds none."""
+    before, lines, event = _last_event(end)
+    response = event.get("response")
+    added = {"response": {**response, METADATA: metadata}} if isinstance(response, dict) else {METADATA: metadata}
+    return before + b"".join(lines) + format_event({**event, **added}) if event else end
+
+
+def _last_event(events: bytes) -> tuple[bytes, list[bytes], Mapping[str, Any]]:
+    """Return what stands before the last event, its lines but for the data, and the data; empty if it has none."""
+    last = events.rfind(b"\n\n", 0, -2)
+    start = 0 if last < 0 else last + 2
+    lines = events[start:].rstrip(b"\n").split(b"\n")
+    data = b"\n".join(line[6:] for line in lines if line.startswith(b"data: "))
+    others = [line + b"\n" for line in lines if not line.startswith(b"data: ")]
+    return events[:start], others, decode_json(data) if data.startswith(b"{") else {}
 
 
 def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> int:

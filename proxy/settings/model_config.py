@@ -151,6 +151,8 @@ TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 
 OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
+OffObserveAdapt = Annotated[Literal["off", "observe", "adapt"], BeforeValidator(_on_or_off)]
+
 NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
 APIList = Annotated[tuple[UpstreamAPI, ...], BeforeValidator(split_list), Field(min_length=1)]

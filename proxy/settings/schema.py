@@ -21,6 +21,7 @@ from proxy.settings.model_config import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
+    OffObserveAdapt,
     PositiveInt,
     Seconds,
     SettingsError,
@@ -179,6 +180,20 @@ class ProfileSettings(FrozenModel):
     timeout_s: Seconds = Field(default=120, description="Seconds that one validation answer may take.")
 
 
+class Preset(FrozenModel):
+    """What a name that asks for routing stands for. None: nothing is stated."""
+
+    lambda_: NonNegativeFloat | None = Field(default=None, alias="lambda")
+    models: Annotated[NameList, Field(min_length=1)] | None = None
+    max_cost_usd: NonNegativeFloat | None = None
+
+
+# Of presets: `uniroute/NAME` and `claude-NAME` are model names.
+_PRESET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+PRESET_PREFIX = "uniroute/"
+
+
 class Settings(FrozenModel):
     """All settings of a server. To add one, add a field with its description, and run `make docs`."""
 
@@ -193,6 +208,13 @@ class Settings(FrozenModel):
     route_names: NameList = Field(
         default=("auto",),
         description="Model names that ask for routing. `*` stands for every name that is not registered.",
+    )
+    presets: dict[str, Preset] = Field(
+        default={},
+        description=(
+            "Names of your own that ask for routing: `NAME: {lambda, models, max_cost_usd}` makes the model name "
+            "`uniroute/NAME`; see [Presets](routing.md#presets). Only in the file."
+        ),
     )
     latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")
     cost_unit: Literal["reference", "cents"] = Field(
@@ -355,6 +377,40 @@ class Settings(FrozenModel):
         default=30,
         description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted.",
     )
+    decision_ttl_s: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=604_800,
+        description="Seconds that the record of a decision is kept. 0 keeps none.",
+    )
+    max_decisions: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=20_000, description="Decisions that are kept in Redis; the oldest go first. 0 keeps none."
+    )
+    max_decision_bytes: PositiveInt = Field(
+        default=64_000_000, description="Bytes of all decisions that are kept in Redis; the oldest go first."
+    )
+    log_prompts: bool = Field(
+        default=False,
+        description=(
+            "Whether the record of a decision holds the text that the model was chosen for, up to 4,000 characters of "
+            "it."
+        ),
+    )
+    feedback: OffObserveAdapt = Field(
+        default="observe",
+        description=(
+            "What `POST /v1/feedback` does: `observe` counts it beside the measured profiles, `adapt` also routes by "
+            "it, `off` refuses it."
+        ),
+    )
+    feedback_half_life_s: Annotated[Seconds, Field(ge=60)] = Field(
+        default=1_209_600, description="Seconds after which feedback counts half."
+    )
+    feedback_labels_per_key: Annotated[NonNegativeFloat, Field(gt=0)] = Field(
+        default=20,
+        description="Labels of one model and cluster that the feedback of one client key counts as, at most.",
+    )
+    feedback_per_minute: PositiveInt = Field(
+        default=120, description="Calls of `POST /v1/feedback` in a minute that one client key may make."
+    )
     usage_journal_max_bytes: PositiveInt = Field(
         default=256_000_000,
         description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",
@@ -455,9 +511,27 @@ class Settings(FrozenModel):
             raise ValueError(
                 f"default_model: {self.default_model!r} asks for routing; name the model that is to answer"
             )
+        for name, preset in self.presets.items():
+            _check_preset(name, preset, seen, self.route_names)
         if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 8:
             raise ValueError("admin_key: is too short to protect anything; use 8 characters or more")
         return self
+
+
+def _check_preset(name: str, preset: Preset, models: Collection[str], route_names: Collection[str]) -> None:
+    """Raise ValueError for a name that cannot be one, or that stands for something else."""
+    if not _PRESET_NAME.fullmatch(name):
+        raise ValueError(f"presets: a name is 1 to 64 of A-Z a-z 0-9 . _ - and begins with none of . _ -; got {name!r}")
+    model = f"{PRESET_PREFIX}{name}"
+    if model in RESERVED_NAMES:
+        raise ValueError(f"presets: {model!r} has a meaning of its own; give the preset another name")
+    if model in models:
+        raise ValueError(f"presets: {model!r} is also a model; a name either routes or is a model")
+    if name in route_names or model in route_names:
+        raise ValueError(f"presets: {name!r} is also one of route_names; give the preset another name")
+    for each in preset.models or ():
+        if each in RESERVED_NAMES or each.startswith(PRESET_PREFIX):
+            raise ValueError(f"presets.{name}.models: {each!r} asks for routing; list models")
 
 
 def _items(value: object) -> list[tuple[str, object]]:
@@ -470,7 +544,11 @@ def _nested_settings() -> dict[str, Collection[str]]:
         "profile": ProfileSettings.model_fields,
         "reference_price": PRICE_FIELDS,
         "breaker": CircuitBreakerSettings.model_fields,
+        "presets": [field.alias or name for name, field in Preset.model_fields.items()],
     }
+
+
+_ONLY_IN_THE_FILE = frozenset({"model_list", "presets"})
 
 
 def _variable_paths() -> dict[str, tuple[str, ...]]:
@@ -478,9 +556,11 @@ def _variable_paths() -> dict[str, tuple[str, ...]]:
     nested = _nested_settings()
     paths: dict[str, tuple[str, ...]] = {}
     for name in setting_names():
+        if name in _ONLY_IN_THE_FILE:
+            continue
         if name in nested:
             paths |= {f"{name}_{key}".upper(): (name, key) for key in nested[name]}
-        elif name != "model_list":
+        else:
             paths[name.upper()] = (name,)
     return paths
 

@@ -1,8 +1,9 @@
 -- Count one batch of a usage journal, once. Needs a local function `settle`, and the constant REFUSED.
--- KEYS: journals, stream.
+-- KEYS: journals, stream, decisions, their times, their bytes, what was said of them.
 -- ARGV: journal; the number that is known to be applied; the first and the last number of this batch; the length of
--- the stream; how many texts, and the texts; how many sums, and the sums, three words each; settlements, six words
--- each. Returns the last number applied, and how many figures could not be counted, or REFUSED: the batch is not
+-- the stream; of decisions, for how long they are kept, how many, and how many bytes; how many texts, and the texts;
+-- how many sums, and the sums, three words each; how many decisions, and the decisions, three words each;
+-- settlements, six words each. Returns the last number applied, and how many figures could not be counted, or REFUSED: the batch is not
 -- what comes next, since part of it is applied or the store has lost what it had.
 -- A stored number that is not ours counts as the known one: otherwise records would be left out or counted twice.
 -- The first write is no pcall: where the store takes none (it is full, or a replica) the whole script must fail.
@@ -17,7 +18,30 @@ local function try(...)
   local reply = redis.pcall(...)
   if type(reply) == 'table' and reply.err then uncounted = uncounted + 1 end
 end
-local at = 6
+local function forget(id)
+  local size = redis.call('HSTRLEN', KEYS[3], id)
+  redis.call('HDEL', KEYS[3], id)
+  redis.call('ZREM', KEYS[4], id)
+  redis.call('HDEL', KEYS[6], id)
+  return redis.call('INCRBY', KEYS[5], -size)
+end
+local function keep(id, time, text)
+  redis.call('ZADD', KEYS[4], time, id)
+  local before = redis.call('HSTRLEN', KEYS[3], id)
+  redis.call('HSET', KEYS[3], id, text)
+  redis.call('INCRBY', KEYS[5], #text - before)
+end
+local function drop_old(kept_s, most, bytes)
+  local now = tonumber(redis.call('TIME')[1])
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[4], '-inf', now - kept_s, 'LIMIT', 0, 1000)) do forget(id) end
+  local total, count = tonumber(redis.call('GET', KEYS[5])), redis.call('ZCARD', KEYS[4])
+  for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, 999)) do
+    if count <= most and total <= bytes then break end
+    total, count = forget(id), count - 1
+  end
+  for place = 3, 5 do redis.call('EXPIRE', KEYS[place], kept_s) end
+end
+local at = 9
 for place = at + 1, at + tonumber(ARGV[at]) do
   try('XADD', KEYS[2], 'MAXLEN', '~', ARGV[5], '*', 'record', ARGV[place])
 end
@@ -27,6 +51,14 @@ for place = at + 1, at + 3 * tonumber(ARGV[at]), 3 do
   try(field == 'cost_usd' and 'HINCRBYFLOAT' or 'HINCRBY', ARGV[place], field, ARGV[place + 2])
 end
 at = at + 1 + 3 * tonumber(ARGV[at])
+local last_decision = at + 3 * tonumber(ARGV[at])
+for place = at + 1, last_decision, 3 do
+  if not pcall(keep, unpack(ARGV, place, place + 2)) then uncounted = uncounted + 1 end
+end
+if last_decision > at and not pcall(drop_old, tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])) then
+  uncounted = uncounted + 1
+end
+at = last_decision + 1
 for place = at, #ARGV, 6 do
   if not pcall(settle, unpack(ARGV, place, place + 5)) then uncounted = uncounted + 1 end
 end

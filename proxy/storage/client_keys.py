@@ -90,6 +90,21 @@ MAX_PER_MINUTE = 10**12
 MAX_LAMBDA = 1e12
 
 
+# Of a key together with those of a request.
+MAX_TAGS = 16
+
+MAX_TAG_CHARS = 64
+
+TAG_RULE = f"at most {MAX_TAGS} texts of 1 to {MAX_TAG_CHARS} printable characters without commas"
+
+
+def is_tag(value: object) -> bool:
+    """Tell whether a text can be a tag, also as one of several in a header."""
+    if not isinstance(value, str) or not 1 <= len(value) <= MAX_TAG_CHARS:
+        return False
+    return value.isprintable() and "," not in value and value == value.strip()
+
+
 class InvalidKey(InvalidRecord):
     """A field of a key has a value that it cannot have; `param` is the field."""
 
@@ -120,6 +135,8 @@ class ClientKey:
     previous_digest: str | None = field(default=None, repr=False)
     """Of the secret before the last rotation, which is valid until `previous_until`."""
     previous_until: float | None = None
+    tags: tuple[str, ...] = ()
+    """Noted in the records of its requests, with theirs."""
 
     def __post_init__(self) -> None:
         for name, (good, must_be) in _FIELDS.items():
@@ -151,6 +168,7 @@ class ClientKey:
             "name": self.name,
             "role": self.role,
             "models": None if self.models is None else list(self.models),
+            "tags": list(self.tags),
             "created_at": _rfc3339_or_none(self.created_at),
             "expires_at": _rfc3339_or_none(self.expires_at),
             "revoked": self.revoked,
@@ -165,7 +183,7 @@ class ClientKey:
     def from_json(cls, key_id: str, text: str) -> ClientKey:
         """Parse a record, or raise InvalidRecord: an unknown field may be a restriction that is not kept here."""
         stored = json_object(text)
-        limits, models = stored.get("limits"), stored.get("models")
+        limits, models, tags = stored.get("limits"), stored.get("models"), stored.get("tags", [])
         if not isinstance(limits, dict | None):
             raise InvalidKey("`limits` must be an object", "limits")
         try:
@@ -174,6 +192,7 @@ class ClientKey:
                 "id": key_id,
                 "name": stored.get("name", ""),
                 "models": tuple(models) if isinstance(models, list) else models,
+                "tags": tuple(tags) if isinstance(tags, list) else tags,
                 "limits": KeyLimits(**(limits or {})),
             }
             return cls(**given)
@@ -235,6 +254,10 @@ def _is_list(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
+def _are_tags(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) <= MAX_TAGS and all(map(is_tag, value))
+
+
 def _amount_up_to(max_value: float) -> Callable[[object], bool]:
     return lambda value: not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value <= max_value
 
@@ -268,6 +291,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "lambda_max": _LAMBDA,
     "previous_digest": (_or_none(_is_digest), "a digest, or null"),
     "previous_until": _TIME,
+    "tags": (_are_tags, TAG_RULE),
 }
 
 _LIMIT_FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

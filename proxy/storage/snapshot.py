@@ -18,6 +18,7 @@ from redis.exceptions import RedisError
 from proxy.concurrency import BackgroundTasks
 from proxy.settings.model_config import EMBEDDING, ModelInfo
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
+from proxy.storage.feedback import ObservedProfiles
 from proxy.storage.price_map import PriceMap, PriceMapEntry
 from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile
 from proxy.storage.redis import CHANGED, PRICING, Availability, Store, StoreUnavailable
@@ -197,6 +198,8 @@ class SnapshotInputs:
     price_map: PriceMap
     recipe: Estimator = POOLED
     traffic_stats: TrafficStats | None = None
+    observed: ObservedProfiles | None = None
+    """Errors of live answers that count beside the measured ones. None: only measured ones count."""
 
     @cached_property
     def error_rates(self) -> CachedEstimator:
@@ -218,6 +221,8 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
     expected = profiles
     if (traffic_stats := inputs.traffic_stats) is not None:
         expected = {name: traffic_stats.blend_into(name, profile) for name, profile in profiles.items()}
+    if inputs.observed is not None:
+        expected = {name: inputs.observed.blend_into(models[name], each) for name, each in expected.items()}
     candidates = [
         Candidate(
             name=name,
@@ -357,7 +362,7 @@ class SnapshotWatcher:
         on_change(self.current)
         self._tasks = BackgroundTasks()
         self._refreshing = asyncio.Lock()
-        self._live_seen = (0, 0.0)
+        self._live_seen = ((0, 0), 0.0)
         self._availability = Availability(log, back=f"the store at {store.name} answers", known=False)
 
     @property
@@ -406,8 +411,7 @@ class SnapshotWatcher:
         """Build in a thread: the rates of many models take longer than a request may wait."""
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
-        traffic_stats = self._inputs.traffic_stats
-        self._live_seen = (traffic_stats.observed if traffic_stats else 0, time.monotonic())
+        self._live_seen = (self._live_changes(), time.monotonic())
         self.current = await asyncio.to_thread(self._build)
         self._on_change(self.current)
 
@@ -415,11 +419,13 @@ class SnapshotWatcher:
         return build_state(self._reader.last, self._inputs, keys_latched=self._latch.closed)
 
     def _traffic_has_moved(self) -> bool:
-        observed, at = self._live_seen
-        traffic_stats = self._inputs.traffic_stats
-        return (
-            traffic_stats is not None and traffic_stats.observed != observed and time.monotonic() - at >= LIVE_REFRESH_S
-        )
+        changes, at = self._live_seen
+        return self._live_changes() != changes and time.monotonic() - at >= LIVE_REFRESH_S
+
+    def _live_changes(self) -> tuple[int, int]:
+        """Return numbers that have moved where a snapshot that is built now has other lengths or errors."""
+        stats, observed = self._inputs.traffic_stats, self._inputs.observed
+        return stats.observed if stats else 0, observed.changes if observed else 0
 
     async def _watch(self) -> None:
         while True:

@@ -89,6 +89,7 @@ class UsageRecord:
     cache_write_tokens: int | None = None
     audio_input_tokens: int | None = None
     audio_output_tokens: int | None = None
+    tags: tuple[str, ...] = ()
 
     @property
     def cost_picousd(self) -> int | None:

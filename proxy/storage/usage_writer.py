@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from proxy.concurrency import BackgroundTasks
+from proxy.storage.decisions import BYTES, DECISIONS, DETAIL, FEEDBACK, TIMES, DecisionBounds
 from proxy.storage.redis import Availability, Store, StoreUnavailable, load_script
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
@@ -38,13 +39,20 @@ ScriptArgument = str | int | float
 
 @dataclass
 class BatchTotals:
-    """Add up the records of one batch, for apply_usage.lua."""
+    """Add up the records of one batch, for apply_usage.lua.
 
+    Args:
+        keep_decisions: whether the details of decisions are kept.
+    """
+
+    keep_decisions: bool = False
     texts: list[str] = field(default_factory=list)
     sums: defaultdict[tuple[str, str], int | float] = field(default_factory=lambda: defaultdict(int))
     """(hash, field) → the amount to add."""
     settlements: list[list[str]] = field(default_factory=list)
     """For each record of a client key, as strings: key, reservation, tokens, picodollars, day and month (UTC)."""
+    decisions: list[ScriptArgument] = field(default_factory=list)
+    """For each decision, its id, the time of its end, and its record."""
 
     def add(self, text: str, record: Mapping[str, Any]) -> None:
         """Add one record. Raise ValueError, with nothing added, if it is not one that UniRoute writes."""
@@ -54,6 +62,11 @@ class BatchTotals:
             day = _day(int(record["at"] // DAY_S))
         except (KeyError, TypeError, OverflowError, OSError) as error:
             raise ValueError(f"not a usage record: {type(error).__name__} {error}") from error
+        if DETAIL in record:
+            if self.keep_decisions:
+                self.decisions += [str(record["decision"]), record["at"], text]
+            # No text in the JSON before can hold this: its quotes would be escaped.
+            text = text[: text.index(f',"{DETAIL}":')] + "}"
         self.texts.append(text)
         self._count(f"{TOTALS}:{model}", amounts)
         if key_id:
@@ -66,6 +79,7 @@ class BatchTotals:
         arguments: list[ScriptArgument] = [len(self.texts), *self.texts, len(self.sums)]
         for (key, name), amount in self.sums.items():
             arguments += [key, name, repr(amount)]
+        arguments += [len(self.decisions) // 3, *self.decisions]
         return [*arguments, *(text for settlement in self.settlements for text in settlement)]
 
     def _count(self, key: str, amounts: Mapping[str, int | float]) -> None:
@@ -142,11 +156,17 @@ class UsageWriter:
         on_dropped: Callable[[], None] = lambda: None,
         *,
         settle_function: str = NO_SETTLING,
+        decisions: DecisionBounds | None = None,
     ) -> None:
-        """`settle_function`: Lua text of a local function `settle` with the parameters of NO_SETTLING's."""
+        """
+        Args:
+            settle_function: Lua text of a local function `settle` with the parameters of NO_SETTLING's.
+            decisions: how many decisions are kept, and for how long. None: none.
+        """
         self._store = store
         self._journals = journals
         self._on_dropped = on_dropped
+        self._decisions = decisions
         self._apply = store.client.register_script(settle_function + _APPLY)
         self._finish = store.client.register_script(FINISH)
         # Journals whose file is removed, but not their number in Redis.
@@ -155,12 +175,20 @@ class UsageWriter:
         self._tasks = BackgroundTasks()
 
     @property
+    def keeps_decisions(self) -> bool:
+        return self._decisions is not None
+
+    @property
     def journal_bytes(self) -> int:
         """Return the size of the journals, of which a part may be in Redis already."""
         return self._journals.bytes
 
-    def record(self, entry: UsageRecord) -> None:
-        if not self._journals.append(entry.to_json()):
+    def record(self, entry: UsageRecord, detail: str = "") -> None:
+        """Write a record to the journal. `detail`: what is kept of the decision beside the usage, a JSON object."""
+        text = entry.to_json()
+        if detail:
+            text = f'{text[:-1]},"{DETAIL}":{detail}}}'
+        if not self._journals.append(text):
             self._drop(1)
 
     def start(self) -> None:
@@ -197,7 +225,7 @@ class UsageWriter:
     async def _apply_batch(self, journal: Journal) -> bool:
         """Write a journal's next batch to Redis; return False if there was none."""
         batch = _next_batch(journal)
-        totals, broken = await _totals_of(batch)
+        totals, broken = await _totals_of(batch, keep_decisions=self._decisions is not None)
         if batch.entries:
             applied, uncounted = await self._send(journal, batch, totals)
             if uncounted == REFUSED:
@@ -214,9 +242,11 @@ class UsageWriter:
     async def _send(self, journal: Journal, batch: Batch, totals: BatchTotals) -> tuple[int, int]:
         """Return the number of the last record applied, and how many figures were not counted, or REFUSED."""
         first, last = batch.entries[0].sequence, batch.entries[-1].sequence
-        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *totals.script_args()]
+        bounds = self._decisions.script_args() if self._decisions else (0, 0, 0)
+        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *bounds, *totals.script_args()]
+        keys = [JOURNALS, STREAM, DECISIONS, TIMES, BYTES, FEEDBACK]
         async with self._store.operation("record usage"):
-            applied, uncounted = await self._apply(keys=[JOURNALS, STREAM], args=arguments)
+            applied, uncounted = await self._apply(keys=keys, args=arguments)
         return int(applied), int(uncounted)
 
     def _resync(self, journal: Journal, applied: int) -> None:
@@ -269,9 +299,9 @@ def _next_batch(journal: Journal) -> Batch:
         raise StoreUnavailable(f"could not record usage: {journal.path} cannot be read: {error}") from error
 
 
-async def _totals_of(batch: Batch) -> tuple[BatchTotals, int]:
+async def _totals_of(batch: Batch, *, keep_decisions: bool) -> tuple[BatchTotals, int]:
     """Return the totals, and how many lines cannot be read. Other tasks get turns meanwhile."""
-    totals, broken = BatchTotals(), batch.broken
+    totals, broken = BatchTotals(keep_decisions), batch.broken
     for index, entry in enumerate(batch.entries):
         if index % RECORDS_PER_TURN == 0:
             await asyncio.sleep(0)

@@ -357,8 +357,22 @@ _ENVELOPE = frozenset({"id", "object", "created", "model", "choices", "usage", "
 
 def usage_chunk(like: Mapping[str, Any], usage: object) -> dict[str, Any]:
     """Make the extra chunk of `include_usage`, for upstreams that put usage elsewhere."""
+    return empty_chunk(like, usage=usage)
+
+
+def empty_chunk(like: Mapping[str, Any], **members: object) -> dict[str, Any]:
+    """Make a chunk without choices, of the same stream as `like`."""
     kept = {name: like[name] for name in ("id", "object", "created", "model", "system_fingerprint") if name in like}
-    return {**kept, "choices": [], "usage": usage}
+    return {**kept, "choices": [], **members}
+
+
+def with_member(raw: bytes, name: str, value: Mapping[str, Any]) -> bytes:
+    """Add a member to the bytes of a JSON object, or replace it; every other byte stays."""
+    member = f'"{name}":'.encode()
+    end = raw.rfind(b"}")
+    if member[:-1] in raw or b":" not in raw or end < 0:
+        return encode_json({**decode_json(raw), name: value})
+    return raw[:end] + b"," + member + encode_json(value) + raw[end:]
 
 
 def iter_choices(body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -113,6 +113,8 @@ async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
                 concurrency_limiter=ConcurrencyLimiter(),
                 sessions=SessionStore(store, 3600),
                 responses=absent,
+                decisions=absent,
+                feedback=absent,
                 resolver=absent,
                 environ={},
             )

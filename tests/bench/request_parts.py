@@ -117,6 +117,8 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
         concurrency_limiter=ConcurrencyLimiter(),
         sessions=SessionStore(store, 3600),
         responses=absent,
+        decisions=absent,
+        feedback=absent,
         environ={},
     )
 

@@ -95,7 +95,7 @@ def test_every_score_is_the_formula(
         return
     decision, expected = rank(left, placed, needs, terms), by_hand(pool, placed, needs, terms)
     table, details = decision.table, decision.table.details
-    columns = (table.errors, table.costs, table.scores, details.labels, details.costs_usd, details.output_tokens)
+    columns = (table.errors, table.costs, table.scores, details.labels, table.costs_usd, details.output_tokens)
     for at, name in enumerate(table.names):
         np.testing.assert_allclose([column[at] for column in columns], expected[name], rtol=1e-9, atol=1e-12)
     order = sorted(range(len(table.names)), key=lambda at: (table.scores[at], table.costs[at], at))

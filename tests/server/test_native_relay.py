@@ -100,6 +100,20 @@ def test_the_answer_of_a_native_model_is_recorded_as_any(
 
 
 @EVERY_API
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_answer_says_how_it_came_about_where_its_request_asks_for_it(
+    http: httpx.Client, setting: Setting, api: Any, stream: bool
+) -> None:
+    setting.native.then(stream_of(api) if stream else Step(body=ANSWERS[api]))
+    reply = http.post(f"/v1/{api}", json=body_of(api, stream=stream, uniroute={"metadata": True}))
+    lines = [line[6:] for line in reply.text.splitlines() if line.startswith("data: ")] if stream else [reply.text]
+    last = json.loads(lines[-1])
+
+    assert last.get("response", last)["uniroute"]["decision"] == reply.headers["x-uniroute-decision"]
+    assert reply.text.count('"uniroute"') == 1
+
+
+@EVERY_API
 def test_another_model_is_asked_in_chat_where_the_native_one_fails(
     http: httpx.Client, setting: Setting, api: str
 ) -> None:

@@ -42,12 +42,12 @@ TEXT_COMPLETIONS = ClientAPI("completions", "/v1/completions", text_completions.
 # The APIs in which a client asks a model for an answer.
 CLIENT_APIS = {api.path: api for api in (CHAT, MESSAGES, RESPONSES, TEXT_COMPLETIONS)}
 
-EMBEDDINGS, MODELS, ROUTE = "/v1/embeddings", "/v1/models", "/v1/route"
+EMBEDDINGS, MODELS, ROUTE, FEEDBACK = "/v1/embeddings", "/v1/models", "/v1/route", "/v1/feedback"
 
 COUNT_TOKENS = f"{MESSAGES.path}/count_tokens"
 
 # All of a client's paths, but for those that end in the name of a model or in the id of a response.
-CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, MODELS, ROUTE})
+CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, FEEDBACK, MODELS, ROUTE})
 
 # Headers of a client that only an upstream of the client's own API can read.
 NATIVE_HEADERS = ("anthropic-version", "anthropic-beta")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from pyarrow.parquet import read_table
+
+from router_core.evaluation.outcomes import parse_row, read_rows
+from tests.server.conftest import Fleet, open_fleet
+from tests.support.command import environment, run_command
+from tests.support.proxy_process import ADMIN_KEY
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    with open_fleet(tmp_path_factory.mktemp("decisions"), embedder_cache) as opened:
+        body = {"messages": [{"role": "user", "content": "What is 2 + 2?"}]}
+        for model in ("auto", "good", "fair"):
+            sent = {"model": model, **body}
+            reply = httpx.post(f"{opened.base_url}/chat/completions", json=sent, timeout=60)
+            path = f"/admin/decisions/{reply.headers['x-uniroute-decision']}"
+            assert wait_until(lambda path=path: opened.proxy.admin("GET", path).status_code == 200)
+        yield opened
+
+
+def decisions(fleet: Fleet, *arguments: str) -> str:
+    environ = environment(fleet.proxy.folder / "cli", UNIROUTE_URL=fleet.url, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    ended = run_command("decisions", *arguments, environ=environ)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_decisions_are_listed_and_one_is_shown(fleet: Fleet) -> None:
+    rows = json.loads(decisions(fleet, "list", "--json"))
+    shown = json.loads(decisions(fleet, "show", rows[0]["id"]))
+
+    assert [row["requested"] for row in rows] == ["fair", "good", "auto"]
+    assert shown == rows[0]
+    assert rows[1]["id"] in decisions(fleet, "list", "--model", "good", "--since", "1h")
+
+
+def test_decisions_are_exported_as_lines_and_as_parquet(fleet: Fleet, tmp_path: Path) -> None:
+    lines, table = tmp_path / "decisions.jsonl", tmp_path / "decisions.parquet"
+    decisions(fleet, "export", "--out", str(lines), "--reason", "pinned")
+    decisions(fleet, "export", "--out", str(table), "--reason", "pinned")
+    written = [json.loads(line) for line in lines.read_text().splitlines()]
+    rows = read_table(table).to_pylist()
+
+    assert [row["requested"] for row in written] == ["fair", "good"]
+    assert [row["id"] for row in rows] == [row["id"] for row in written]
+    assert dict(rows[0]["output_tokens"]) == written[0]["output_tokens"] == {"fair": 3.0}
+    assert json.loads(rows[0]["attempts"]) == written[0]["attempts"]
+
+
+def test_scored_decisions_with_their_prompts_are_an_outcomes_file(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, log_prompts=True) as fleet:
+        body = {"model": "auto", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
+        replies = [httpx.post(f"{fleet.base_url}/chat/completions", json=body, timeout=60) for _ in range(2)]
+        said = {"decision": replies[0].headers["x-uniroute-decision"], "score": 0.5}
+        assert httpx.post(f"{fleet.base_url}/feedback", json=said, timeout=60).status_code == 200
+        decisions(fleet, "export", "--outcomes", "--out", str(tmp_path / "outcomes.jsonl"))
+    ((where, row),) = read_rows(tmp_path / "outcomes.jsonl")
+    outcome = parse_row(where, row)
+
+    assert (outcome.prompt, outcome.source, outcome.scores) == ("What is 2 + 2?", "traffic", {"fair": 0.5})
+    assert outcome.output_tokens == {"fair": 3}

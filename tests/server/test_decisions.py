@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail
+from tests.bench.decision_records import Context, a_selection
+from tests.server.conftest import Fleet, open_fleet
+from tests.support.keyed_proxy import ASK, KeyedProxy
+from tests.support.proxy_process import NO_COOLDOWN
+from tests.support.scripted_answers import Step
+from tests.support.waiting import wait_until
+
+SECRET_WORDS = "the heron on the weir"
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Fleet]:
+    with open_fleet(tmp_path_factory.mktemp("decisions"), embedder_cache, breaker=NO_COOLDOWN) as opened:
+        yield opened
+
+
+@pytest.fixture
+def fleet(recorded: Fleet) -> Fleet:
+    for upstream in (recorded.fair, recorded.good):
+        upstream.reset()
+    return recorded
+
+
+def ask(fleet: Fleet, *, model: str = "auto", path: str = "chat/completions", **more: Any) -> httpx.Response:
+    headers = more.pop("headers", {})
+    body = {"model": model, "messages": [{"role": "user", "content": SECRET_WORDS}], **more}
+    return httpx.post(f"{fleet.base_url}/{path}", json=body, headers=headers, timeout=60)
+
+
+def decision_of(fleet: Fleet, reply: httpx.Response) -> dict[str, Any]:
+    """Return the record of the decision behind an answer, which is there within a second."""
+    path = f"/admin/decisions/{reply.headers['x-uniroute-decision']}"
+    assert wait_until(lambda: fleet.proxy.admin("GET", path).status_code == 200)
+    found: dict[str, Any] = fleet.proxy.admin("GET", path).json()
+    return found
+
+
+def listed(fleet: Fleet, query: str) -> list[str]:
+    return [row["id"] for row in fleet.proxy.admin("GET", f"/admin/decisions?{query}").json()["decisions"]]
+
+
+def test_a_decision_says_what_was_chosen_and_why(fleet: Fleet) -> None:
+    reply = ask(fleet, headers={"x-request-id": "req-7"})
+    kept = decision_of(fleet, reply)
+
+    shown = {name: kept[name] for name in ("request", "api", "requested", "model", "reason", "ending", "lambda")}
+    assert shown == {
+        "request": "req-7",
+        "api": "chat",
+        "requested": "auto",
+        "model": "fair",
+        "reason": "scored",
+        "ending": "complete",
+        "lambda": 0.1,
+    }
+    assert [(row["model"], round(row["expected_error"], 3)) for row in kept["candidates"]] == [
+        ("fair", 0.3),
+        ("good", 0.1),
+    ]
+    assert 0 < kept["candidates"][1]["flips_at_lambda"] < 0.1
+    assert sum(cluster["weight"] for cluster in kept["clusters"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_decision_has_attempts_times_usage_and_cost(fleet: Fleet) -> None:
+    fleet.fair.then(Step(status=500))
+    kept = decision_of(fleet, ask(fleet))
+    times = kept["times"]
+
+    assert [(each["model"], each["outcome"], each["status"]) for each in kept["attempts"]] == [
+        ("fair", "failed", "500"),
+        ("good", "complete", None),
+    ]
+    assert 0 < times["chosen_s"] <= times["asked_s"] < kept["attempts"][1]["started_s"] < times["ended_s"]
+    assert (kept["model"], kept["reason"]) == ("good", "fallback")
+    assert kept["cost_usd"] > 0
+
+
+def test_no_word_of_a_prompt_or_an_answer_is_kept(fleet: Fleet) -> None:
+    kept = decision_of(fleet, ask(fleet))
+
+    assert kept["prompt"] is None
+    assert SECRET_WORDS not in json.dumps(kept)
+    assert "The fair answer." not in json.dumps(kept)
+
+
+def test_prompts_are_kept_where_the_setting_says_so(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, log_prompts=True) as fleet:
+        assert decision_of(fleet, ask(fleet))["prompt"] == SECRET_WORDS
+
+
+def test_half_a_character_in_a_reason_breaks_no_record() -> None:
+    ctx: Any = Context(models=20)
+    selection = replace(a_selection(ctx, None), degraded_reason="half \ud800")
+    kept = json.loads(decision_detail(ctx, selection, [], Costs(None, None, None, None)))
+
+    assert kept["degraded"] == "half \ud800"
+    assert len(kept["candidates"]["models"]) == len(kept["candidates"]["columns"][0]) == MAX_CANDIDATES
+    assert kept["unlisted"] == 20 - MAX_CANDIDATES
+
+
+def test_a_model_that_was_ruled_out_is_named_with_its_reason(fleet: Fleet) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    kept = decision_of(fleet, ask(fleet, messages=[{"role": "user", "content": [image]}]))
+    (out,) = kept["ineligible"]
+
+    assert out["model"] == "fair"
+    assert "images" in out["why"]
+
+
+def test_savings_are_against_what_was_asked_for_by_name_or_else_the_best_single_model(fleet: Fleet) -> None:
+    routed, pinned = decision_of(fleet, ask(fleet)), decision_of(fleet, ask(fleet, model="fair"))
+
+    assert (routed["model"], routed["baseline"]["model"]) == ("fair", "good")
+    assert routed["saved_usd"] == pytest.approx(routed["baseline"]["cost_usd"] - routed["cost_usd"])
+    assert routed["baseline"]["cost_usd"] == pytest.approx(100 * routed["cost_usd"])
+    assert (pinned["baseline"]["model"], pinned["saved_usd"]) == ("fair", 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("messages", {"max_tokens": 50}),
+        ("responses", {"input": SECRET_WORDS, "messages": None}),
+        ("completions", {"prompt": SECRET_WORDS, "messages": None}),
+    ],
+)
+def test_requests_of_every_api_are_recorded(fleet: Fleet, path: str, body: dict[str, Any]) -> None:
+    sent = {name: value for name, value in {"messages": [{"role": "user", "content": "hi"}], **body}.items() if value}
+    reply = httpx.post(f"{fleet.base_url}/{path}", json={"model": "auto", **sent}, timeout=60)
+    assert decision_of(fleet, reply)["api"] == path
+
+
+def test_decisions_are_listed_newest_first_page_by_page(fleet: Fleet) -> None:
+    asked = [decision_of(fleet, ask(fleet))["id"] for _ in range(3)]
+    first = fleet.proxy.admin("GET", "/admin/decisions?limit=2").json()
+    second = fleet.proxy.admin("GET", f"/admin/decisions?limit=1&cursor={first['next']}").json()
+
+    assert [row["id"] for row in (*first["decisions"], *second["decisions"])] == asked[::-1]
+    assert "candidates" not in first["decisions"][0]
+
+
+def test_decisions_are_filtered(fleet: Fleet) -> None:
+    fair = decision_of(fleet, ask(fleet, headers={"x-uniroute-tags": "blue, green"}))
+    good = decision_of(fleet, ask(fleet, model="good"))
+
+    assert listed(fleet, "model=good")[0] == good["id"]
+    assert listed(fleet, "tag=green") == [fair["id"]]
+    assert good["id"] not in listed(fleet, "reason=scored")
+    assert listed(fleet, "ending=failed&key=nobody") == []
+    assert fair["id"] not in listed(fleet, f"since={good['received_at'].replace('+', '%2B')}")
+
+
+def test_decisions_are_exported_whole_one_a_line(fleet: Fleet) -> None:
+    kept = decision_of(fleet, ask(fleet))
+    reply = fleet.proxy.admin("GET", "/admin/decisions?format=jsonl&limit=1")
+
+    assert [json.loads(line) for line in reply.text.splitlines()] == [kept]
+    assert reply.headers["x-uniroute-next"].endswith(kept["id"])
+
+
+def test_an_unknown_decision_is_a_404_and_a_broken_cursor_a_400(fleet: Fleet) -> None:
+    missing, broken = (fleet.proxy.admin("GET", f"/admin/decisions{rest}") for rest in ("/dec-0", "?cursor=x"))
+
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "decision_not_found")
+    assert (broken.status_code, broken.json()["error"]["param"]) == (400, "cursor")
+
+
+@pytest.mark.parametrize("query", ["limit=0", "since=yesterday", "until=2026-01-01T00:00:00", "format=csv", "model="])
+def test_a_wrong_query_is_a_400(fleet: Fleet, query: str) -> None:
+    assert fleet.proxy.admin("GET", f"/admin/decisions?{query}").status_code == 400
+
+
+def test_no_decision_is_kept_where_the_setting_says_so(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, decision_ttl_s=0) as fleet:
+        assert ask(fleet).status_code == 200
+        fleet.proxy.stop()
+        with fleet.proxy.__class__(fleet.proxy.folder, embedder_cache, {"model_list": []}) as again:
+            assert again.admin("GET", "/admin/decisions").json() == {"decisions": [], "next": None}
+
+
+def test_tags_come_from_the_field_the_header_and_the_metadata(fleet: Fleet) -> None:
+    more: dict[str, Any] = {
+        "uniroute": {"tags": ["own", "own"]},
+        "metadata": {"tags": ["a,b", "theirs", 5], "user": "u-1"},
+    }
+    kept = decision_of(fleet, ask(fleet, headers={"x-uniroute-tags": "team-7 ,, batch"}, **more))
+    text = decision_of(fleet, ask(fleet, metadata={"tags": "x, y"}))
+
+    assert kept["tags"] == ["own", "team-7", "batch", "theirs"]
+    assert text["tags"] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "header"),
+    [("blue", ""), (["a,b"], ""), ([""], ""), (["x" * 65], ""), ([f"t{n}" for n in range(17)], ""), ([], "x" * 65)],
+)
+def test_a_tag_that_cannot_be_one_is_a_400(fleet: Fleet, tags: Any, header: str) -> None:
+    reply = ask(fleet, headers={"x-uniroute-tags": header}, uniroute={"tags": tags})
+    assert (reply.status_code, "tags" in reply.json()["error"]["param"]) == (400, True)
+
+
+def test_tags_are_in_no_metric(fleet: Fleet) -> None:
+    decision_of(fleet, ask(fleet, headers={"x-uniroute-tags": "never-a-label"}))
+    assert "never-a-label" not in fleet.proxy.admin("GET", "/metrics").text
+
+
+def test_the_tags_of_a_key_come_first_and_sixteen_are_kept(keyed_proxy: KeyedProxy) -> None:
+    key = keyed_proxy.make(tags=["team", "eu"])
+    stated = ",".join(f"t{number}" for number in range(16))
+    body = {"model": "auto", "messages": ASK}
+    reply = keyed_proxy.call(key, "POST", "/v1/chat/completions", body, **{"x-uniroute-tags": stated})
+    path = f"/admin/decisions/{reply.headers['x-uniroute-decision']}"
+    assert wait_until(lambda: keyed_proxy.proxy.admin("GET", path).status_code == 200)
+    kept = keyed_proxy.proxy.admin("GET", path).json()
+
+    assert kept["tags"] == ["team", "eu", *(f"t{number}" for number in range(14))]
+    assert kept["key"] == key.id
+
+
+def test_a_viewer_reads_decisions_and_a_client_does_not(keyed_proxy: KeyedProxy) -> None:
+    viewer, client = keyed_proxy.make(role="viewer"), keyed_proxy.make()
+    statuses = [keyed_proxy.call(key, "GET", "/admin/decisions").status_code for key in (viewer, client)]
+    assert statuses == [200, 403]
+
+
+def test_the_tags_of_a_key_can_be_changed_and_are_checked(keyed_proxy: KeyedProxy) -> None:
+    key = keyed_proxy.make(tags=["team"])
+    path = f"/admin/keys/{key.id}"
+    changed = keyed_proxy.proxy.admin("PATCH", path, {"tags": None})
+    refused = [keyed_proxy.proxy.admin("PATCH", path, {"tags": tags}) for tags in ("team", ["a,b"], ["x"] * 3 + [5])]
+
+    assert changed.json()["tags"] == []
+    assert [(reply.status_code, reply.json()["error"]["param"]) for reply in refused] == [(400, "tags")] * 3
