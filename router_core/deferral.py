@@ -51,7 +51,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class SingleModel:
-    """All prompts sent to one model. Nothing is chosen, so all labels judge it."""
+    """All prompts sent to one model, judged by the labels that judge the curve."""
 
     model: str
     quality: float
@@ -101,7 +101,7 @@ class DeferralCurve:
         """Return each model alone, by name."""
         found = []
         for m, model in enumerate(self.sweep.models):
-            quality = float(1.0 - self.weights @ self.sweep.errors[:, m])
+            quality = float(np.mean([1.0 - self.weights @ judging[:, m] for _, judging in self.halves]))
             everywhere = np.full(self.weights.size, m)
             bounds = _bounds(quality, self._deviation(everywhere))
             found.append(SingleModel(model, quality, *bounds, usd=float(self.weights @ self.sweep.usd[:, m])))

@@ -13,7 +13,7 @@ import numpy as np
 from proxy.profiling.grading import AssignedPrompts
 from proxy.routing.requirements import requirements_of
 from proxy.server.dependencies import AppState
-from proxy.storage.snapshot import RoutingSnapshot
+from proxy.storage.snapshot import RoutingSnapshot, TrafficStats
 from router_core.deferral import CurvePoint, DeferralCurve, SingleModel, deferral_curve
 from router_core.estimators import ESTIMATORS
 from router_core.scoring import ScoringParams
@@ -68,13 +68,13 @@ class Curves:
             return self._last
 
 
-def traffic_of(state: AppState, requests: Mapping[str, float], prompt_tokens: float) -> Traffic:
+def traffic_of(stats: TrafficStats, requests: Mapping[str, float], prompt_tokens: float) -> Traffic:
     """Weigh each model's latest answers, which are as many of every busy model, by its requests.
 
     Args:
         requests, prompt_tokens: of this server, ever since it started.
     """
-    mixes = {model: mix for model, mix in state.traffic_stats.mixes().items() if requests.get(model) and mix.sum() > 0}
+    mixes = {model: mix for model, mix in stats.mixes().items() if requests.get(model) and mix.sum() > 0}
     answers = sum(requests[model] for model in mixes)
     if answers < MIN_ANSWERS:
         return Traffic(answers, None, None)

@@ -184,7 +184,7 @@ def actor_of(request: Request) -> Actor:
 def render(
     request: Request, template: str, session: Session | None, *, status: int = 200, **values: Any
 ) -> HTMLResponse:
-    return HTMLResponse(render_text(request, template, session, **values), status)
+    return HTMLResponse(render_text(request, template, session, status=status, **values), status)
 
 
 def render_text(request: Request, template: str, session: Session | None, **values: Any) -> str:
@@ -251,7 +251,7 @@ def amount(value: float | None) -> str:
     """Write a number with three or more significant digits."""
     if value is None or math.isnan(value):
         return UNKNOWN
-    if value == 0 or abs(value) >= 100:
+    if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
 

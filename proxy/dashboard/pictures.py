@@ -52,13 +52,13 @@ class BarChart:
 def bar_chart(course: Sequence[tuple[float, float]], slots: int, unit: str) -> BarChart:
     """Draw (Unix seconds, amount) of at most `slots` intervals, the newest at the right."""
     chart = BarChart((), ())
-    left, top, floor = 40.0, 8.0, chart.height - 4.0
+    top, floor = 1.0, chart.height - 1.0
     most = max((value for _, value in course), default=0.0) or 1.0
-    step = (chart.width - left) / slots
+    step = chart.width / slots
     first = slots - len(course)
     bars = [
         Mark(
-            x=round(left + step * (first + place), 2),
+            x=round(step * (first + place), 2),
             y=round(floor - (floor - top) * value / most, 2),
             width=round(max(step - 1.0, 1.0), 2),
             height=round(max((floor - top) * value / most, 0.0), 2),
@@ -144,7 +144,7 @@ def curve_chart(drawn: DrawnCurve, today: CurvePoint, chosen: CurvePoint | None)
         singles=_place_labels(singles, empty),
         today=mark(today, "Today: "),
         chosen=mark(chosen, "Chosen here: ") if chosen else None,
-        x_ticks=[Tick(x(value), f"${value:g}") for value in _cost_ticks(low, high, logarithmic=logarithmic)],
+        x_ticks=[Tick(x(value), usd_tick(value)) for value in _cost_ticks(low, high, logarithmic=logarithmic)],
         y_ticks=[
             Tick(y(share / 20), f"{5 * share} %") for share in range(round(20 * y.low), round(20 * y.high) + 1, 2)
         ],
@@ -191,6 +191,10 @@ def _place_labels(marks: Sequence[Mark], chart: CurveChart) -> list[Mark]:
     return placed
 
 
+def usd_tick(value: float) -> str:
+    return f"${value:g}" if value >= 1 or value == 0 or value < 0.01 else f"${value:.2f}"
+
+
 def _cost_ticks(low: float, high: float, *, logarithmic: bool) -> list[float]:
     if logarithmic:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -216,7 +220,7 @@ class HeatMap:
     top: float
 
 
-CELL, ROW, HEAT_LEFT, HEAT_TOP = 16.0, 26.0, 178.0, 152.0
+CELL, ROW, HEAT_LEFT, HEAT_TOP = 16.0, 26.0, 120.0, 172.0
 
 
 def heat_map(models: Sequence[str], clusters: Sequence[str], rates: Sequence[Sequence[RateInterval]]) -> HeatMap:
@@ -239,7 +243,7 @@ def heat_map(models: Sequence[str], clusters: Sequence[str], rates: Sequence[Seq
         cells=cells,
         rows=[Tick(HEAT_TOP + ROW * row + ROW / 2 + 2, model) for row, model in enumerate(models)],
         columns=[Tick(HEAT_LEFT + CELL * column + CELL / 2 + 2, name) for column, name in enumerate(clusters)],
-        width=HEAT_LEFT + CELL * len(clusters) + 8,
+        width=HEAT_LEFT + CELL * len(clusters),
         height=HEAT_TOP + ROW * len(models) + 4,
         left=HEAT_LEFT,
         top=HEAT_TOP,

@@ -322,7 +322,7 @@ async def curve_point(request: Request, session: SessionDep, state: StateDep) ->
 async def _drawn(request: Request, state: AppState) -> DrawnCurve:
     dashboard = dashboard_of(request)
     sample = dashboard.activity.sample(state.metrics)
-    return await dashboard.curves.current(state, traffic_of(state, sample.requests, sample.prompt_tokens))
+    return await dashboard.curves.current(state, traffic_of(state.traffic_stats, sample.requests, sample.prompt_tokens))
 
 
 def _chosen_lambda(request: Request) -> float | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import numpy as np
@@ -89,6 +89,14 @@ def varied_profile(name: str, mean: float, *, seed: int, labels: float = 4.0) ->
     }
 
 
+class WithoutAdminKey(ProxyProcess):
+    """Start without UNIROUTE_ADMIN_KEY."""
+
+    def start(self) -> Self:
+        self._environ.pop("UNIROUTE_ADMIN_KEY")
+        return super().start()
+
+
 @contextmanager
 def open_site(folder: Path, embedder_cache: Path, *, admin_key: bool = True, **more: Any) -> Iterator[Site]:
     with ScriptedUpstream(lambda _: "An answer of the scripted model.") as upstream:
@@ -96,8 +104,8 @@ def open_site(folder: Path, embedder_cache: Path, *, admin_key: bool = True, **m
             "model_list": [model_entry(name, upstream.url, price=price) for name, _, price in MODELS],
             "uniroute": {"profile": {"on_start": False, "prompts": 8}, "breaker": NO_COOLDOWN, **more},
         }
-        environ = {"MODEL_API_KEY": "sk-x", **({} if admin_key else {"UNIROUTE_ADMIN_KEY": ""})}
-        with ProxyProcess(folder, embedder_cache, config, environ) as proxy:
+        process = ProxyProcess if admin_key else WithoutAdminKey
+        with process(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-x"}) as proxy:
             if admin_key:
                 for seed, (name, mean, _) in enumerate(MODELS, 1):
                     document = varied_profile(name, mean, seed=seed)

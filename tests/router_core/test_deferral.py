@@ -103,8 +103,17 @@ def test_the_bounds_are_those_of_the_beta_distribution() -> None:
     single = curve.singles()[0]
 
     # labels 98.5, shrinkage 0.5, one more: 0.5 × 0.5 ÷ 100 is the square of 0.05
-    assert (single.low, single.high) == pytest.approx((0.5 - 1.645 * 0.05, 0.5 + 1.645 * 0.05))
+    assert (single.high - single.low) / 2 == pytest.approx(1.645 * 0.05)
+    assert single.quality == pytest.approx((single.low + single.high) / 2) == pytest.approx(0.5, abs=0.02)
     assert single.usd == pytest.approx(1e-4)
+
+
+def test_the_curve_meets_the_models_that_it_sends_all_prompts_to() -> None:
+    curve = cheap_and_dear(labels=5.0)
+    cheap, dear = curve.singles()
+
+    assert curve.at(1e6).quality == pytest.approx(cheap.quality)
+    assert (cheap.usd, dear.usd) == pytest.approx((1e-4, 1e-3))
 
 
 def test_the_curve_goes_from_the_best_model_to_the_cheapest() -> None:
