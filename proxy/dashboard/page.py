@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import math
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
 from fastapi import Depends, Request, Response
@@ -60,6 +61,37 @@ FORM = "application/x-www-form-urlencoded"
 
 MAX_FORM_FIELDS = 64
 
+# Key of the scope: who looks at the page.
+SESSION_IN_SCOPE = "uniroute.session"
+
+
+# How long a view waits for slow work before it says that it goes on.
+MAX_WAIT_S = 1.5
+
+T = TypeVar("T")
+
+
+class StillWorking(Exception):
+    """What a view needs is not there yet."""
+
+
+class SlowWork:
+    """Begin slow work when a view first needs it. Who comes again finds it going on, or done."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+
+    async def result(self, name: str, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what `start` returns, or raise what it raises, or StillWorking after a moment."""
+        task: asyncio.Task[T] | None = self._tasks.get(name)
+        if task is None:
+            task = self._tasks[name] = asyncio.create_task(start(), name=f"uniroute-dashboard-{name}")
+        await asyncio.wait({task}, timeout=MAX_WAIT_S)
+        if not task.done():
+            raise StillWorking
+        self._tasks.pop(name, None)
+        return task.result()
+
 
 class Dashboard:
     """What the page keeps between requests. One per process."""
@@ -70,6 +102,7 @@ class Dashboard:
         self.activity = Activity()
         self.curves = Curves()
         self.decisions = DecisionSource()
+        self.slow_work = SlowWork()
         self.open_streams = 0
 
 
@@ -97,6 +130,8 @@ class DashboardRoute(APIRoute):
                 return await handle(request)
             except SessionRequired:
                 return RedirectResponse(f"{base_of(request)}/login", 303)
+            except StillWorking:
+                return _page_to_come(request)
             except ClientDisconnected:
                 return Response(status_code=499)
             except HANDLED_EXCEPTIONS as error:
@@ -106,6 +141,13 @@ class DashboardRoute(APIRoute):
                 return page
 
         return handle_page
+
+
+def _page_to_come(request: Request) -> Response:
+    """Answer a view whose figures are being computed: the browser asks again by itself."""
+    page = render(request, "wait.html", request.scope[SESSION_IN_SCOPE])
+    page.headers["refresh"] = "1"
+    return page
 
 
 def problem_of(error: Exception) -> tuple[int, str, Mapping[str, str]]:
@@ -140,6 +182,7 @@ async def session_of(request: Request) -> Session:
     if session is None or not session.logged_in:
         raise SessionRequired
     request.scope[KEY_IN_SCOPE], request.scope[PRINCIPAL] = session.principal.key, session.principal.id
+    request.scope[SESSION_IN_SCOPE] = session
     return session
 
 

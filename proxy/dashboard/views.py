@@ -32,6 +32,7 @@ from proxy.server.admin import get_model, list_keys, list_models, registered_mod
 from proxy.server.admin_responses import model_to_json
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
+from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
@@ -246,7 +247,7 @@ MAX_PROMPTS, MIN_SHARE = 40, 0.1
 async def cluster(request: Request, session: SessionDep, state: StateDep) -> Response:
     snapshot = state.snapshots.current
     number = _cluster_number(request.query_params.get("id", ""), snapshot)
-    assigned = await state.jobs.validation_prompts()
+    assigned = await dashboard_of(request).slow_work.result("prompts", state.jobs.validation_prompts)
     shares = assigned.assignment.dense(assigned.clusters)[:, number]
     nearest = [int(row) for row in np.argsort(-shares, kind="stable")[:MAX_PROMPTS] if shares[row] >= MIN_SHARE]
     scores = await _scores(state)
@@ -322,7 +323,8 @@ async def curve_point(request: Request, session: SessionDep, state: StateDep) ->
 async def _drawn(request: Request, state: AppState) -> DrawnCurve:
     dashboard = dashboard_of(request)
     sample = dashboard.activity.sample(state.metrics)
-    return await dashboard.curves.current(state, traffic_of(state.traffic_stats, sample.requests, sample.prompt_tokens))
+    traffic = traffic_of(state.traffic_stats, sample.requests, sample.prompt_tokens)
+    return await dashboard.slow_work.result("curve", lambda: dashboard.curves.current(state, traffic))
 
 
 def _chosen_lambda(request: Request) -> float | None:
@@ -400,11 +402,12 @@ def _events(request: Request, text: Text) -> Response:
 async def _stream(request: Request, text: Text) -> AsyncIterator[bytes]:
     """Send a part of the page now and then, for as long as the session lasts."""
     dashboard = dashboard_of(request)
+    startup: Startup = request.app.state.startup
     end, store = time.monotonic() + MAX_STREAM_S, app_state_of(request).store
     dashboard.open_streams += 1
     try:
         yield b"retry: 1000\n\n"
-        while time.monotonic() < end and await dashboard.sessions.find(request, store):
+        while time.monotonic() < end and not startup.shutting_down and await dashboard.sessions.find(request, store):
             lines = (await text()).splitlines()
             yield "".join([*(f"data: {line}\n" for line in lines if line.strip()), "\n"]).encode()
             await asyncio.sleep(EVENT_INTERVAL_S)

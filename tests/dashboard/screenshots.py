@@ -89,6 +89,12 @@ def log_in(page: Any, site: Site, key: str = ADMIN_KEY) -> None:
     page.wait_for_url(site.url)
 
 
+def open_view(page: Any, site: Site, path: str) -> None:
+    """Open a view, and wait until its figures are there."""
+    page.goto(site.url + path)
+    page.wait_for_function("() => document.querySelector('h1').textContent !== 'One moment'")
+
+
 def explain(page: Any, site: Site) -> None:
     page.goto(f"{site.url}/explain")
     page.get_by_label("A prompt").fill(PROMPT)
@@ -109,7 +115,7 @@ def take_all(site: Site, folder: Path) -> None:
                     page.screenshot(path=folder / f"login-{width}-{scheme}.png")
                     log_in(page, site)
                     for name, path in PAGES.items():
-                        page.goto(f"{site.url}{path}")
+                        open_view(page, site, path)
                         page.wait_for_timeout(400)
                         page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
                     explain(page, site)

@@ -55,7 +55,10 @@ class Visitor:
         return self.send("/login", {"key": key}, page="/login")
 
     def get(self, path: str = "") -> httpx.Response:
-        return self.client.get(path)
+        """Ask for a page, again as long as it is being computed. The path may be an address."""
+        while (reply := self.client.get(path)).headers.get("refresh"):
+            assert "One moment" in reply.text
+        return reply
 
     def send(self, path: str, form: dict[str, str], page: str = "/explain") -> httpx.Response:
         """Send a form with the token that `page` has."""

@@ -41,7 +41,7 @@ class Markup(HTMLParser):
 @pytest.mark.parametrize("path", [*VIEWS, *OTHERS])
 def test_every_answer_carries_the_policy_and_is_not_kept(site: Site, path: str) -> None:
     with site.visitor() as visitor:
-        headers = visitor.client.get(site.url + path).headers
+        headers = visitor.get(site.url + path).headers
 
     policy = headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
@@ -69,7 +69,7 @@ def test_refusals_before_the_page_carry_the_policy_too(site: Site) -> None:
 @pytest.mark.parametrize("path", VIEWS)
 def test_a_view_is_whole_and_has_nothing_inline_and_nothing_from_elsewhere(site: Site, path: str) -> None:
     with site.visitor() as visitor:
-        reply = visitor.client.get(site.url + path)
+        reply = visitor.get(site.url + path)
     page = Markup(reply.text)
 
     assert reply.status_code == 200

@@ -20,6 +20,7 @@ from tests.dashboard.screenshots import (
     explain,
     log_in,
     open_browser,
+    open_view,
 )
 from tests.dashboard.site import Site
 
@@ -71,7 +72,7 @@ def test_every_view_is_free_of_errors_and_of_serious_findings(
     with visit(browser, site, width, scheme) as page:
         found = {}
         for name, path in PAGES.items():
-            page.goto(site.url + path)
+            open_view(page, site, path)
             found[name] = serious(page)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
         explain(page, site)
@@ -91,7 +92,7 @@ def test_the_first_view_follows_what_happens(browser: Any, site: Site) -> None:
 
 def test_the_slider_shows_another_lambda_without_loading_the_page(browser: Any, site: Site) -> None:
     with visit(browser, site) as page:
-        page.goto(f"{site.url}/curve")
+        open_view(page, site, "/curve")
         slider = page.get_by_role("slider")
         before = page.locator("[data-part=point] dl").inner_text()
         slider.focus()

@@ -29,10 +29,8 @@ def test_the_first_view_shows_requests_spending_health_and_the_store(site: Site)
     key = site.make_key("client")["key"]
     answered = [ask(site, key, **{"lambda": 0}) for _ in range(3)]
     with site.visitor() as visitor:
-        assert wait_until(
-            lambda: answered[0].headers["x-uniroute-model"] in shares_in(visitor.client.get(site.url).text)
-        )
-        page = text_of(visitor.client.get(site.url).text)
+        assert wait_until(lambda: answered[0].headers["x-uniroute-model"] in shares_in(visitor.get(site.url).text))
+        page = text_of(visitor.get(site.url).text)
 
     assert [reply.status_code for reply in answered] == [200] * 3
     assert all(words in page for words in ("Requests a second", "Added latency", "Spending an hour", "Store up"))
@@ -46,9 +44,9 @@ def shares_in(page: str) -> str:
 def test_a_model_that_rests_is_shown_with_the_reason(tmp_path: Path, embedder_cache: Path) -> None:
     with open_site(tmp_path, embedder_cache, breaker={"failures": 1, "cooldown_s": 60}) as site:
         site.upstream.always = Step(status=500, body={"error": {"message": "broken"}})
-        ask(site, **{"lambda": 0, "fallbacks": False})
+        ask(site, None, **{"lambda": 0, "fallbacks": False})
         with site.visitor() as visitor:
-            assert "resting" in text_of(visitor.client.get(site.url).text)
+            assert "resting" in text_of(visitor.get(site.url).text)
 
 
 def test_the_heat_map_has_a_mark_and_a_figure_for_each_model_in_each_cluster(site: Site) -> None:
@@ -199,6 +197,6 @@ def test_views_that_need_no_store_are_there_without_it(tmp_path: Path, embedder_
     with open_site(tmp_path, embedder_cache) as site, site.visitor() as visitor:
         with Redis(unix_socket_path=str(site.proxy.folder / "valkey" / "valkey.sock")) as direct:
             direct.client_pause(20_000, all=True)
-        assert wait_until(lambda: "does not answer" in text_of(visitor.client.get(site.url).text))
+        assert wait_until(lambda: "does not answer" in text_of(visitor.get(site.url).text))
         assert visitor.get("/models").status_code == 200
         assert visitor.get("/keys").status_code == 503
