@@ -25,7 +25,7 @@ from proxy.dashboard.curve import Curves
 from proxy.dashboard.decisions import DecisionSource
 from proxy.dashboard.sessions import Session, SessionRequired, Sessions, check_form
 from proxy.errors import BadRequest, ClientDisconnected, Forbidden
-from proxy.server.auth import DASHBOARD, KEY_IN_SCOPE, PRINCIPAL, KeyAuthenticator
+from proxy.server.auth import DASHBOARD, KEY_IN_SCOPE, PRINCIPAL, SAFE_METHODS, KeyAuthenticator
 from proxy.server.dependencies import AppState
 from proxy.server.requests import APP_STATE, REQUEST_IDS, read_body
 from proxy.server.responses import HANDLED_EXCEPTIONS, render_error
@@ -136,7 +136,10 @@ class DashboardRoute(APIRoute):
                 return Response(status_code=499)
             except HANDLED_EXCEPTIONS as error:
                 status, message, headers = problem_of(error)
-                page = render(request, "error.html", None, status=status, problem=message)
+                session: Session | None = request.scope.get(SESSION_IN_SCOPE)
+                if session is not None and request.method not in SAFE_METHODS:
+                    actor_of(request).log(f"dashboard{request.url.path.removeprefix(base_of(request))}", "-", status)
+                page = render(request, "error.html", session, status=status, problem=message)
                 page.headers.update(headers)
                 return page
 

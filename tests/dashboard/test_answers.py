@@ -9,6 +9,13 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
+from proxy.dashboard.page import environment
+from proxy.dashboard.pictures import RateInterval, heat_map
+from proxy.dashboard.sessions import Session
+from proxy.server.auth import Principal
+from proxy.settings.schema import Settings
+from router_core.validation.graders.text import ExactGrader
+from router_core.validation.validation_set import ValidationPrompt
 from tests.dashboard.site import Site
 
 VIEWS = ("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/explain", "/keys")
@@ -120,6 +127,45 @@ def test_a_request_that_is_explained_is_shown_and_not_run(site: Site) -> None:
 
     assert reply.status_code in (400, 404)
     assert (Markup(reply.text).inline, Markup(reply.text).tags.count("img")) == ([], 0)
+
+
+def test_words_of_a_map_and_of_a_validation_set_are_shown_and_not_run() -> None:
+    rate = RateInterval(0.2, 0.1, 0.3, 4.0)
+    prompt = ValidationPrompt("p", CELL, ({"role": "user", "content": CELL},), ExactGrader((CELL,)), 10)
+    common = {
+        "base": "/dashboard",
+        "here": "",
+        "store_available": True,
+        "session": Session(Principal("root"), "nonce", 0, "token"),
+    }
+    cluster = environment().get_template("cluster.html")
+    models = environment().get_template("models.html")
+    pages = [
+        cluster.render(
+            **common,
+            number=0,
+            name=CELL,
+            rates={CELL: rate},
+            prompts=[(prompt, 0.5)],
+            in_all=1,
+            scores={CELL: {"p": 1.0}},
+        ),
+        models.render(
+            **common,
+            problem=CELL,
+            form={"model_name": CELL},
+            cards=[],
+            defaults=Settings().profile,
+            names=[CELL],
+            clusters=[(0, CELL)],
+            rates={CELL: [rate]},
+            picture=heat_map([CELL], [CELL], [[rate]]),
+        ),
+    ]
+
+    for page in map(Markup, pages):
+        assert (page.inline, page.tags.count("img")) == ([], 0)
+        assert page.tags.count("script") == 1
 
 
 def test_files_are_asked_for_again_only_if_they_have_changed(site: Site) -> None:

@@ -148,6 +148,7 @@ def test_a_viewer_reads_and_changes_nothing(site: Site) -> None:
         }
         assert {visitor.send(path, form).status_code for path, form in forms.items()} == {403}
         assert visitor.send("/explain", {"text": "What is 2 + 2?"}).status_code == 200
+    assert wait_until(lambda: f"who={made['id']} action=dashboard/keys/revoke target=- outcome=403" in site.proxy.log)
 
 
 @pytest.mark.parametrize("path", ["/login", "/logout", "/models", "/keys", "/keys/revoke", "/model/price", "/explain"])
