@@ -22,11 +22,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
+from proxy.dashboard.actions import router as dashboard_actions
+from proxy.dashboard.page import Dashboard, with_page_headers
+from proxy.dashboard.views import router as dashboard_views
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
-from proxy.server.auth import AuthMiddleware, path_of
+from proxy.server.auth import AuthMiddleware, KeyAuthenticator, is_dashboard, path_of
 from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
@@ -85,6 +88,9 @@ ROUTERS = (
     feedback_router,
     *(models_router, jobs_router, keys_router, audit_router, decisions_router),
 )
+
+# Pages for people, which the OpenAPI document leaves out.
+PAGE_ROUTERS = (dashboard_views, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -147,14 +153,16 @@ class Application(FastAPI):
             if opening is None:
                 yield
                 return
-            async with open_in_background(startup, settings, opening):
+            async with open_in_background(startup, settings, opening, self.dashboard):
                 yield
 
         def current_snapshot() -> RoutingSnapshot:
             assert startup.app_state is not None  # until then RequestContextMiddleware rejects all requests
             return startup.app_state.snapshots.current
 
-        paths = ServedPaths(ROUTERS)
+        authenticator = KeyAuthenticator(settings, current_snapshot)
+        self.dashboard = Dashboard(settings, authenticator)
+        paths = ServedPaths((*ROUTERS, *PAGE_ROUTERS))
         super().__init__(
             title="UniRoute",
             version=version("uniroute"),
@@ -169,7 +177,8 @@ class Application(FastAPI):
             },
         )
         self.state.startup = startup
-        for router in ROUTERS:
+        self.state.dashboard = self.dashboard
+        for router in (*ROUTERS, *PAGE_ROUTERS):
             self.include_router(router)
 
         middleware = [
@@ -177,7 +186,9 @@ class Application(FastAPI):
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(AuthMiddleware, settings=settings, current_snapshot=current_snapshot),
+            Middleware(
+                AuthMiddleware, settings=settings, current_snapshot=current_snapshot, authenticator=authenticator
+            ),
             Middleware(CompletionEndpoints),
             Middleware(HeadMiddleware, paths=paths),
         ]
@@ -195,8 +206,11 @@ class Application(FastAPI):
         if scope["type"] == "lifespan":
             await super().__call__(scope, receive, send)
             return
-        if scope["type"] == "http" and (path := path_of(scope)) not in FIXED_PATHS and (served := corrected_path(path)):
-            scope["path"] = scope.get("root_path", "") + served  # AuthMiddleware decides on the path that is served
+        if scope["type"] == "http" and (path := path_of(scope)) not in FIXED_PATHS:
+            if is_dashboard(path):
+                send = with_page_headers(send)
+            elif served := corrected_path(path):
+                scope["path"] = scope.get("root_path", "") + served  # AuthMiddleware decides on the path that is served
         await self.outermost(scope, receive, send)
 
 
@@ -218,13 +232,15 @@ def configure_logs() -> None:
 
 
 @asynccontextmanager
-async def open_in_background(startup: Startup, settings: Settings, opening: Opening) -> AsyncIterator[None]:
+async def open_in_background(
+    startup: Startup, settings: Settings, opening: Opening, dashboard: Dashboard
+) -> AsyncIterator[None]:
     """Open the state in a task of its own, so that the server listens at once; close it at the end.
 
     If it cannot be opened, log why in one line and end the process with START_FAILED.
     """
     shutdown = asyncio.Event()
-    task = asyncio.create_task(_open_until(shutdown, startup, settings, opening), name="uniroute-services")
+    task = asyncio.create_task(_open_until(shutdown, startup, settings, opening, dashboard), name="uniroute-services")
     try:
         yield
     except asyncio.CancelledError:
@@ -238,7 +254,9 @@ async def open_in_background(startup: Startup, settings: Settings, opening: Open
 EXPECTED_FAILURES = (SettingsError, StoreUnavailable, RouterCoreError)
 
 
-async def _open_until(shutdown: asyncio.Event, startup: Startup, settings: Settings, opening: Opening) -> None:
+async def _open_until(
+    shutdown: asyncio.Event, startup: Startup, settings: Settings, opening: Opening, dashboard: Dashboard
+) -> None:
     """Open the state, hand it to `startup`, and close it when `shutdown` is set."""
     try:
         async with (
@@ -246,6 +264,7 @@ async def _open_until(shutdown: asyncio.Event, startup: Startup, settings: Setti
             background(
                 "uniroute-onboarding", partial(profile_new_models, settings, state.snapshots, state.jobs), restart=False
             ),
+            dashboard.activity.running(state.metrics),
         ):
             gc.collect()
             # The objects that exist now stay: a full collection that visited them all took tenths of a second.

@@ -236,6 +236,10 @@ def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
     scripts = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.lua")}
     assert scripts <= names
+    dashboard = ROOT / "proxy" / "dashboard"
+    pages = {str(path.relative_to(ROOT)) for kind in ("templates", "static") for path in (dashboard / kind).iterdir()}
+    assert len(pages) > 10
+    assert pages <= names
     assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
 
 

@@ -261,6 +261,10 @@ class Jobs:
         assigned = await self._prompts.load(self._state.current.cluster_map)
         return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
 
+    async def validation_prompts(self) -> AssignedPrompts:
+        """Return the prompts that models are measured on, with their clusters. Raise InvalidValidationSet."""
+        return await self._prompts.load(self._state.current.cluster_map)
+
     async def start_worker(self) -> None:
         """Run jobs on this process's event loop, and migrate profiles for other maps, once Redis is available."""
         await self.worker.start()

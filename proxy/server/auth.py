@@ -33,6 +33,11 @@ UNAUTHENTICATED_PATHS = frozenset({"/", "/healthz", "/readyz"})
 
 _ADMIN: Final = "/admin"
 
+DASHBOARD: Final = "/dashboard"
+
+# Of paths that operators use: one test tells them from those of clients.
+_OPERATORS: Final = (_ADMIN, DASHBOARD)
+
 _METRICS: Final = "/metrics"
 
 # Where OpenAI's client for Azure sends its key. It opens no admin path: they are no part of Azure's API.
@@ -56,6 +61,53 @@ class Principal:
 _ANONYMOUS = Principal(ANONYMOUS)
 
 
+class KeyAuthenticator:
+    """Find out whose key a secret is, by the current snapshot."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        current_snapshot: Callable[[], RoutingSnapshot],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._current_snapshot = current_snapshot
+        self._clock = clock
+        self.throttle = AuthFailureThrottle(time.monotonic)
+        admin_key = settings.admin_key
+        self.root_digest = _digest(admin_key.get_secret_value().encode()) if admin_key else None
+
+    def authenticate(self, secret: bytes | None) -> Principal:
+        """Look the digest up and compare it again in constant time; the secret itself is compared with nothing.
+
+        Raises:
+            Unauthenticated, ServiceUnavailable.
+        """
+        digest = _digest(secret) if secret else ""
+        if self.root_digest is not None and hmac.compare_digest(digest, self.root_digest):
+            return Principal(ROOT)
+        snapshot, now = self._current_snapshot(), self._clock()
+        key = snapshot.keys.get(digest)
+        if key is None and not snapshot.is_loaded:
+            raise ServiceUnavailable(
+                "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
+                headers={"retry-after": _STORE_RETRY_AFTER_S},
+            )
+        if key is None or key.revoked or not key.matches(digest, now):
+            raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
+        if key.expired(now):
+            raise Unauthenticated("this API key has expired; ask whoever made it for another one")
+        return Principal(key.id, key)
+
+    def digests_of(self, key_id: str) -> list[tuple[str, ClientKey]]:
+        """Return the digests that open for the client key of this id now: of its secret, and of the one before."""
+        now = self._clock()
+        return [
+            (digest, key)
+            for digest, key in self._current_snapshot().keys.items()
+            if key.id == key_id and not key.expired(now) and key.matches(digest, now)
+        ]
+
+
 class AuthMiddleware:
     """Let a request in by its path, Host, Origin, key and role, and put the key and the caller's id into the scope."""
 
@@ -65,16 +117,17 @@ class AuthMiddleware:
         settings: Settings,
         current_snapshot: Callable[[], RoutingSnapshot],
         clock: Callable[[], float] = time.time,
+        authenticator: KeyAuthenticator | None = None,
     ) -> None:
         self.app = app
         self._settings = settings
         self._current_snapshot = current_snapshot
-        self._clock = clock
-        self._throttle = AuthFailureThrottle(time.monotonic)
+        authenticator = authenticator or KeyAuthenticator(settings, current_snapshot, clock)
+        self._throttle = authenticator.throttle
+        self._authenticate_key = authenticator.authenticate
+        self._root_digest = authenticator.root_digest
         # most requests bring one of few values of Host
         self._allowed_hosts_cache: set[str] = set()
-        admin_key = settings.admin_key
-        self._root_digest = _digest(admin_key.get_secret_value().encode()) if admin_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -103,10 +156,13 @@ class AuthMiddleware:
         if not path.isprintable():
             raise BadRequest("the path holds characters that cannot be printed")
         self._check_address(headers)
-        if is_admin_side(path):
-            if self._root_digest is None:
-                raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
-            return self._authenticate_key(credentials_from(headers))
+        if path.startswith(_OPERATORS):
+            if is_dashboard(path):
+                return _ANONYMOUS  # its routes check the cookie of its sessions
+            if is_admin_side(path):
+                if self._root_digest is None:
+                    raise Forbidden("the admin side is off: set UNIROUTE_ADMIN_KEY and start again")
+                return self._authenticate_key(credentials_from(headers))
         if not self._current_snapshot().keys_required:
             return _ANONYMOUS
         return self._authenticate_key(credentials_from(headers, ("x-api-key", _AZURE_KEY_HEADER)))
@@ -118,24 +174,6 @@ class AuthMiddleware:
             if len(self._allowed_hosts_cache) < _MAX_CACHED_HOSTS and len(hosts[0]) <= _MAX_CACHED_HOST_CHARS:
                 self._allowed_hosts_cache.add(hosts[0])
         check_origin(headers, self._settings.allowed_origins)
-
-    def _authenticate_key(self, secret: bytes | None) -> Principal:
-        """Look the digest up and compare it again in constant time; the secret itself is compared with nothing."""
-        digest = _digest(secret) if secret else ""
-        if self._root_digest is not None and hmac.compare_digest(digest, self._root_digest):
-            return Principal(ROOT)
-        snapshot, now = self._current_snapshot(), self._clock()
-        key = snapshot.keys.get(digest)
-        if key is None and not snapshot.is_loaded:
-            raise ServiceUnavailable(
-                "the models and API keys here were not read yet: the store, Redis, does not answer; try again",
-                headers={"retry-after": _STORE_RETRY_AFTER_S},
-            )
-        if key is None or key.revoked or not key.matches(digest, now):
-            raise Unauthenticated("no valid API key was given; send one as Authorization: Bearer …, or as x-api-key")
-        if key.expired(now):
-            raise Unauthenticated("this API key has expired; ask whoever made it for another one")
-        return Principal(key.id, key)
 
 
 # Failures within a second that are answered at once: people who mistype, a client whose key has just expired.
@@ -182,6 +220,10 @@ def path_of(scope: Scope) -> str:
 
 def is_admin_side(path: str) -> bool:
     return path == _ADMIN or path.startswith(f"{_ADMIN}/")
+
+
+def is_dashboard(path: str) -> bool:
+    return path == DASHBOARD or path.startswith(f"{DASHBOARD}/")
 
 
 def check_role(role: Role, method: str, path: str) -> None:

@@ -157,19 +157,23 @@ BODY_READ_TIMEOUT_S = 30.0
 BODY_TOTAL_TIMEOUT_S = 300.0
 
 
+JSON = "application/json"
+
+
 async def read_body(
     request: Request,
     limit: int,
     *,
     read_timeout_s: float = BODY_READ_TIMEOUT_S,
     total_timeout_s: float = BODY_TOTAL_TIMEOUT_S,
+    content_type: str = JSON,
 ) -> bytes:
-    """Read a request's body of at most `limit` bytes, which must be JSON by its content type.
+    """Read a request's body of at most `limit` bytes, which must be of this content type.
 
     Raises:
         UnsupportedMediaType, ContentTooLarge, BodyTimeout, ClientDisconnected.
     """
-    _check_headers(headers_of(request.scope), limit)
+    _check_headers(headers_of(request.scope), limit, content_type)
     pieces: list[bytes] = []
     size = 0
     if request.scope.get(BODY_COMPLETE):
@@ -205,11 +209,11 @@ async def _body_message(request: Request) -> tuple[bytes, bool]:
     return message.get("body", b""), message.get("more_body", False)
 
 
-def _check_headers(headers: Headers, limit: int) -> None:
+def _check_headers(headers: Headers, limit: int, content_type: str) -> None:
     kinds = headers.getlist("content-type")
-    kind = kinds[0].partition(";")[0].strip().lower() if kinds else "application/json"
-    if len(kinds) > 1 or not (kind == "application/json" or kind.endswith("+json")):
-        raise UnsupportedMediaType(f"the content type must be application/json; got {', '.join(kinds)[:100]!r}")
+    kind = kinds[0].partition(";")[0].strip().lower() if kinds else JSON
+    if len(kinds) > 1 or not (kind == content_type or (content_type == JSON and kind.endswith("+json"))):
+        raise UnsupportedMediaType(f"the content type must be {content_type}; got {', '.join(kinds)[:100]!r}")
     encoding = ",".join(headers.getlist("content-encoding")[:1]).strip().lower()
     if encoding not in ("", "identity"):
         raise UnsupportedMediaType(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")

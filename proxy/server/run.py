@@ -158,6 +158,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.app_startup is not None:
+            self.app_startup.shutting_down = True
         await super().shutdown(sockets)
         if self.force_exit:  # uvicorn would leave the store and the journals as they are
             for task in self.server_state.tasks:

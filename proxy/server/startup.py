@@ -67,6 +67,8 @@ class Startup:
         self._steps: list[Step] = []
         self.failure: Exception | None = None
         """The exception that ended the start."""
+        self.shutting_down = False
+        """Answers that would go on for long should end: the server waits for them."""
 
     @contextmanager
     def step(self, what: str, unit: str = "", total: int = 0) -> Iterator[Step]:

@@ -99,6 +99,13 @@ class TrafficStats:
             timed_answers=cast(Doubles, timed_prior * profile.timed_answers + sums[_WEIGHT]),
         )
 
+    def mixes(self) -> dict[str, Doubles]:
+        """Return how the latest answers of each model that has answered spread over the clusters, as (K,) sums."""
+        with self._lock:
+            for model in list(self._new):
+                self._count(model)
+            return {model: sums[_WEIGHT].copy() for model, sums in self._sums.items()}
+
     def forget(self, model: str) -> None:
         """Forget the answers of a model that was removed or changed."""
         with self._lock:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -35,6 +35,16 @@ DAY_S = 86_400
 MAX_COUNT = 10**18
 
 ScriptArgument = str | int | float
+
+
+async def read_key_totals(store: Store, key_ids: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return the sums of what each client key has used ever since, by field. Raise StoreUnavailable."""
+    async with store.operation("read what keys have used") as client:
+        found: Any = await asyncio.gather(*(client.hgetall(f"{KEY_TOTALS}:{key_id}") for key_id in key_ids))
+    return {
+        key_id: {name: int(value) for name, value in totals.items() if value.lstrip("-").isdecimal()}
+        for key_id, totals in zip(key_ids, found, strict=True)
+    }
 
 
 @dataclass

@@ -1,0 +1,157 @@
+"""The page in a real browser: what its scripts do, what axe finds, and that nothing is blocked or fetched elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from tests.dashboard.screenshots import (
+    INSTALL,
+    PAGES,
+    PROMPT,
+    SCHEMES,
+    WIDTHS,
+    browser_path,
+    explain,
+    log_in,
+    open_browser,
+    open_view,
+)
+from tests.dashboard.site import Site
+
+MISSING = browser_path() is None or find_spec("playwright") is None or find_spec("axe_playwright_python") is None
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason=f"no browser here: {INSTALL}")]
+
+SERIOUS = ("serious", "critical")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+@contextmanager
+def visit(browser: Any, site: Site, width: int = 1280, scheme: str = "light") -> Iterator[Any]:
+    """Open a page that is logged in; fail if the browser complains of anything, or asks another server."""
+    complaints: list[str] = []
+    with browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme) as context:
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda asked: None if asked.url.startswith(site.url) else complaints.append(asked.url))
+        log_in(page, site)
+        yield page
+        assert complaints == []
+
+
+def wait_for_change(page: Any, selector: str, before: str) -> None:
+    changed = "([selector, before]) => document.querySelector(selector).innerText !== before"
+    page.wait_for_function(changed, arg=[selector, before])
+
+
+def serious(page: Any) -> list[str]:
+    axe = import_module("axe_playwright_python.sync_playwright").Axe()
+    found = axe.run(page).response["violations"]
+    return [
+        f"{each['id']}: {node['html'][:200]}" for each in found if each["impact"] in SERIOUS for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_view_is_free_of_errors_and_of_serious_findings(
+    browser: Any, site: Site, width: int, scheme: str
+) -> None:
+    with visit(browser, site, width, scheme) as page:
+        found = {}
+        for name, path in PAGES.items():
+            open_view(page, site, path)
+            found[name] = serious(page)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        explain(page, site)
+        found["explain"] = serious(page)
+
+    assert {name: each for name, each in found.items() if each} == {}
+
+
+def test_the_first_view_follows_what_happens(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        before = page.locator("[data-part=tiles]").inner_text()
+        site.proxy.admin(
+            "POST", "/v1/chat/completions", {"model": "small", "messages": [{"role": "user", "content": "Hi"}]}
+        )
+        page.wait_for_function("before => document.querySelector('[data-part=tiles]').innerText !== before", arg=before)
+
+
+def test_the_slider_shows_another_lambda_without_loading_the_page(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        open_view(page, site, "/curve")
+        slider = page.get_by_role("slider")
+        before = page.locator("[data-part=point] dl").inner_text()
+        slider.focus()
+        page.keyboard.press("End")
+        page.wait_for_function(
+            "before => document.querySelector('[data-part=point] dl').innerText !== before", arg=before
+        )
+        assert f"lambda: {page.get_by_label('λ', exact=True).input_value()}" in page.content()
+
+
+def test_arrow_keys_go_from_mark_to_mark_and_say_what_each_means(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        page.goto(f"{site.url}/models")
+        page.locator("svg[data-columns] .mark[tabindex='0']").focus()
+        first = page.locator("#heat-readout").inner_text()
+        page.keyboard.press("ArrowRight")
+        beside = page.locator("#heat-readout").inner_text()
+        page.keyboard.press("ArrowDown")
+        below = page.locator("#heat-readout").inner_text()
+
+    assert first.startswith("large in")
+    assert beside.startswith("large in")
+    assert not below.startswith("large in")
+    assert len({first, beside, below}) == 3
+
+
+def test_a_model_is_added_and_followed_until_it_is_ready(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        page.goto(f"{site.url}/models")
+        page.get_by_label("Name that clients use").fill("added-here")
+        page.get_by_label("Model of the provider").fill("openai/added")
+        page.get_by_label("Address, if not").fill(site.upstream.url)
+        page.get_by_label("Key, by its variable").fill("os.environ/MODEL_API_KEY")
+        page.get_by_label("Prompt, USD").fill("0.1")
+        page.get_by_label("Answer, USD").fill("0.4")
+        page.get_by_role("button", name="Add and measure").click()
+        page.wait_for_url("**/model?name=added-here")
+        page.goto(f"{site.url}/models")
+        row = page.get_by_role("row", name="added-here").first
+        row.get_by_text("8 of 8 prompts").wait_for(timeout=120_000)
+        page.goto(f"{site.url}/model?name=added-here")
+        page.get_by_text("Remove the model").click()
+        page.get_by_role("button", name="Remove added-here").click()
+        page.wait_for_url("**/models")
+
+
+def test_everything_is_reached_by_keyboard_alone(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+        for _ in range(5):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.textContent") == "Explain":
+                break
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/explain")
+        page.get_by_label("A prompt").focus()
+        page.keyboard.type(PROMPT)
+        page.keyboard.press("Tab")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="What the prompt is like").wait_for()
