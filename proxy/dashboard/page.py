@@ -22,7 +22,6 @@ from starlette.types import Message, Send
 
 from proxy.dashboard.activity import Activity
 from proxy.dashboard.curve import Curves
-from proxy.dashboard.decisions import DecisionSource
 from proxy.dashboard.sessions import Session, SessionRequired, Sessions, check_form
 from proxy.errors import BadRequest, ClientDisconnected, Forbidden
 from proxy.server.auth import DASHBOARD, KEY_IN_SCOPE, PRINCIPAL, SAFE_METHODS, KeyAuthenticator
@@ -101,7 +100,6 @@ class Dashboard:
         self.sessions = Sessions(settings, authenticator)
         self.activity = Activity()
         self.curves = Curves()
-        self.decisions = DecisionSource()
         self.slow_work = SlowWork()
         self.open_streams = 0
 

@@ -27,18 +27,22 @@ from proxy.dashboard.page import (
 )
 from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, curve_chart, heat_map
 from proxy.dashboard.sessions import Session
-from proxy.errors import BadRequest, ModelNotFound, ServiceUnavailable
+from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
 from proxy.server.admin import get_model, list_keys, list_models, registered_model
 from proxy.server.admin_responses import model_to_json
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
+from proxy.storage.decisions import Page
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
 from router_core.errors import InvalidInput, NoEligibleModel
+
+# Rows of the list on the first view.
+MAX_LATEST = 20
 
 router = APIRouter(prefix=DASHBOARD, include_in_schema=False, route_class=Route, default_response_class=HTMLResponse)
 
@@ -71,8 +75,34 @@ async def at_the_slash(request: Request) -> Response:
 
 @router.get("")
 async def now(request: Request, session: SessionDep, state: StateDep) -> Response:
-    decisions = await dashboard_of(request).decisions.latest(state)
-    return render(request, "now.html", session, **_now(request, state), decisions=decisions)
+    try:
+        page = await state.decisions.page(MAX_LATEST)
+    except StoreUnavailable:  # the rest of the page needs no store
+        page = Page([], None)
+    return render(request, "now.html", session, **_now(request, state), decisions=page.decisions)
+
+
+@router.get("/decision")
+async def decision(request: Request, session: SessionDep, state: StateDep, id: str = "") -> Response:  # noqa: A002
+    """Show one decision, whole. Raises StoreUnavailable, DecisionNotFound."""
+    found = await state.decisions.find(id)
+    if found is None:
+        raise DecisionNotFound(f"no decision is kept with the id {id[:100]!r}", param="id")
+    return render(request, "decision.html", session, found=found, steps=_timeline(found))
+
+
+def _timeline(found: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the steps of a request that have a time, in seconds since it was received."""
+    times = found["times"]
+    asked = [(f"{each['model']} was asked", each["started_s"]) for each in found["attempts"]]
+    steps = [
+        ("received", 0.0),
+        ("chosen", times["chosen_s"]),
+        *asked,
+        ("first content", times["first_content_s"]),
+        ("end", times["ended_s"]),
+    ]
+    return [(name, at) for name, at in steps if at is not None]
 
 
 @router.get("/now/events")

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.dashboard.site import Site
+from tests.support.waiting import wait_until
+
+
+@pytest.fixture
+def decision(site: Site) -> str:
+    """Have a request answered, and return its decision once it is kept."""
+    headers = {"x-uniroute-tags": "<script>alert(1)</script>"}
+    body = {"model": "auto", "messages": [{"role": "user", "content": "Write a haiku about rain."}]}
+    reply = httpx.post(f"{site.proxy.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert reply.status_code == 200, reply.text
+    made = reply.headers["x-uniroute-decision"]
+    assert wait_until(lambda: site.proxy.admin("GET", f"/admin/decisions/{made}").status_code == 200)
+    return made
+
+
+def test_the_first_view_lists_the_last_decisions(site: Site, decision: str) -> None:
+    with site.visitor() as visitor:
+        assert f"/decision?id={decision}" in visitor.get().text
+
+
+def test_a_decision_shows_every_candidate_the_steps_and_the_attempts(site: Site, decision: str) -> None:
+    with site.visitor(site.make_key("viewer")["key"]) as visitor:
+        page = visitor.get(f"/decision?id={decision}").text
+
+    assert all(name in page for name in ("large", "medium", "small", "coder-7b"))
+    assert all(step in page for step in ("received", "chosen", "was asked", "Wins at λ"))
+
+
+def test_what_a_client_has_written_is_escaped(site: Site, decision: str) -> None:
+    with site.visitor() as visitor:
+        page = visitor.get(f"/decision?id={decision}").text
+
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_an_unknown_decision_is_not_found(site: Site) -> None:
+    with site.visitor() as visitor:
+        assert visitor.get("/decision?id=dec-0").status_code == 404
