@@ -4,13 +4,14 @@ import httpx
 import pytest
 
 from tests.dashboard.site import Site
+from tests.support.proxy_process import ADMIN_KEY
 from tests.support.waiting import wait_until
 
 
 @pytest.fixture
 def decision(site: Site) -> str:
     """Have a request answered, and return its decision once it is kept."""
-    headers = {"x-uniroute-tags": "<script>alert(1)</script>"}
+    headers = {"x-uniroute-tags": "<script>alert(1)</script>", "authorization": f"Bearer {ADMIN_KEY}"}
     body = {"model": "auto", "messages": [{"role": "user", "content": "Write a haiku about rain."}]}
     reply = httpx.post(f"{site.proxy.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
     assert reply.status_code == 200, reply.text
