@@ -182,8 +182,9 @@ def test_a_report_of_the_answer_alone_keeps_the_earlier_prompt() -> None:
 @pytest.mark.parametrize("cost", [None, 0.0, 1.25e-7, 9_000.000_000_000_001, 1e13])
 def test_a_record_is_plain_json_of_all_its_fields(cost: float | None) -> None:
     """Processes of an earlier version may read it. A cost of 1e13 is more picodollars than 64 bits hold."""
-    record = UsageRecord("dec-1", 1.7e9 + 0.1, "größe", "k", "scored", "complete", 10, None, 5, None, cost, 1.5, 0.5)
-    assert json.loads(record.to_json()) == {**asdict(record), "cost_picousd": record.cost_picousd}
+    usage = (10, None, 5, None, cost, 1.5, 0.5)
+    record = UsageRecord("dec-1", 1.7e9 + 0.1, "größe", "k", "scored", "complete", *usage, tags=("a",))
+    assert json.loads(record.to_json()) == {**asdict(record), "tags": ["a"], "cost_picousd": record.cost_picousd}
 
 
 def test_an_answer_of_a_profiling_job_is_billed_like_any_other() -> None:
