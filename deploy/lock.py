@@ -57,7 +57,7 @@ LAYERS = (
     Layer(
         "all",
         "What `make test-all` adds.",
-        ("ray", "fuzz", "clock"),
+        ("ray", "fuzz", "clock", "browser"),
         below=("core", "demo", "serve", "dev", "uv", "audit"),
     ),
 )

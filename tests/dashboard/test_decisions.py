@@ -22,7 +22,7 @@ def decision(site: Site) -> str:
 
 def test_the_first_view_lists_the_last_decisions(site: Site, decision: str) -> None:
     with site.visitor() as visitor:
-        assert f"/decision?id={decision}" in visitor.get().text
+        assert f"/decision?id={decision}" in visitor.get(site.url).text
 
 
 def test_a_decision_shows_every_candidate_the_steps_and_the_attempts(site: Site, decision: str) -> None:
