@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from binascii import a2b_base64
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -246,13 +247,12 @@ def _candidates(detail: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if not stated:
         return
     names = stated["models"]
-    errors, costs, scores, usd = (
-        [math.nan if number is None else number for number in row] for row in stated["columns"]
-    )
+    columns = np.frombuffer(a2b_base64(stated["columns"])).reshape(4, len(names))
+    errors, costs, scores, usd = columns.tolist()
     # If some are left out it is not known when they would win.
     flips = [math.nan] * len(names)
     if not detail.get("unlisted"):
-        flips = lambda_thresholds(np.array(errors), np.array(costs), detail["lambda"], stated["tie"]).tolist()
+        flips = lambda_thresholds(columns[0], columns[1], detail["lambda"], stated["tie"]).tolist()
     for row in sorted(range(len(names)), key=lambda row: (names[row] != stated["chosen"], scores[row], costs[row])):
         yield {
             "model": names[row],

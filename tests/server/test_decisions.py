@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail
 from tests.bench.decision_records import Context, a_selection
 from tests.server.conftest import Fleet, open_fleet
 from tests.support.keyed_proxy import ASK, KeyedProxy
-from tests.support.proxy_process import NO_COOLDOWN
+from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess
 from tests.support.scripted_answers import Step
 from tests.support.waiting import wait_until
 
@@ -106,7 +107,7 @@ def test_half_a_character_in_a_reason_breaks_no_record() -> None:
     kept = json.loads(decision_detail(ctx, selection, [], Costs(None, None, None, None)))
 
     assert kept["degraded"] == "half \ud800"
-    assert len(kept["candidates"]["models"]) == len(kept["candidates"]["columns"][0]) == MAX_CANDIDATES
+    assert len(kept["candidates"]["models"]) == MAX_CANDIDATES
     assert kept["unlisted"] == 20 - MAX_CANDIDATES
 
 
@@ -243,3 +244,11 @@ def test_the_tags_of_a_key_can_be_changed_and_are_checked(keyed_proxy: KeyedProx
 
     assert changed.json()["tags"] == []
     assert [(reply.status_code, reply.json()["error"]["param"]) for reply in refused] == [(400, "tags")] * 3
+
+
+def test_a_decision_survives_the_death_of_the_process_that_made_it(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache) as fleet:
+        path = f"/admin/decisions/{ask(fleet).headers['x-uniroute-decision']}"
+        fleet.proxy.stop(signal.SIGKILL)
+        with ProxyProcess(fleet.proxy.folder, embedder_cache, {"model_list": []}) as again:
+            assert wait_until(lambda: again.admin("GET", path).status_code == 200)
