@@ -39,8 +39,8 @@ FOLDER_ORDER = (
     ("cli",),
 )
 MAX_TOP_ENTRIES = 14
-# Beside server/api, which grows with the APIs that clients speak.
-MAX_PROXY_FILES = 132
+# Beside server/api, which grows with the APIs that clients speak. Nine of them are the page.
+MAX_PROXY_FILES = 129
 MAX_CORE_FILES = 41
 MIN_LINES_OF_ONE_FUNCTION = 40
 
