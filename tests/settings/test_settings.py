@@ -60,6 +60,8 @@ def test_lists_in_a_variable_are_comma_separated_or_json() -> None:
 def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
     samples = {
         "cost_unit": "cents",
+        "feedback": "adapt",
+        "presets": None,
         "limits_without_store": "allow",
         "allowed_env": "TOKEN",
         "allowed_origins": "https://app.example",
