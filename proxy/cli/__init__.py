@@ -13,7 +13,7 @@ from proxy.cli.calibrate import calibrate
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
-from proxy.cli.inspection import decisions, route, validation
+from proxy.cli.inspection import decisions, report, route, validation
 from proxy.cli.keys import keys
 from proxy.cli.launch import launch
 from proxy.cli.models import models, prices
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (serve, launch, demo, worker, route, fit, evaluate, calibrate):
+for command in (serve, launch, demo, worker, route, report, fit, evaluate, calibrate):
     app.command()(command)
 for group, name in (
     *((models, "models"), (keys, "keys"), (prices, "prices")),

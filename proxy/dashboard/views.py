@@ -34,8 +34,9 @@ from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
-from proxy.storage.decisions import Page
+from proxy.storage.decisions import DecisionFilter, Page
 from proxy.storage.redis import StoreUnavailable
+from proxy.storage.savings import GROUPINGS, SavingsReport
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
@@ -43,6 +44,12 @@ from router_core.errors import InvalidInput, NoEligibleModel
 
 # Rows of the list on the first view.
 MAX_LATEST = 20
+
+# Days that savings are summed over.
+PERIODS = ("1", "7", "30")
+
+# While they are summed, no request is served.
+DECISIONS_AT_ONCE = 50
 
 router = APIRouter(prefix=DASHBOARD, include_in_schema=False, route_class=Route, default_response_class=HTMLResponse)
 
@@ -89,6 +96,27 @@ async def decision(request: Request, session: SessionDep, state: StateDep, id: s
     if found is None:
         raise DecisionNotFound(f"no decision is kept with the id {id[:100]!r}", param="id")
     return render(request, "decision.html", session, found=found, steps=_timeline(found))
+
+
+@router.get("/savings")
+async def savings(request: Request, session: SessionDep, state: StateDep) -> Response:
+    by, days = request.query_params.get("by", ""), request.query_params.get("days", "")
+    by, days = by if by in GROUPINGS else "model", days if days in PERIODS else "7"
+    found = await dashboard_of(request).slow_work.result(f"savings-{days}", lambda: _savings(state, int(days)))
+    return render(request, "savings.html", session, found=found, by=by, days=days, groupings=GROUPINGS, periods=PERIODS)
+
+
+async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
+    """Sum up the decisions of so many days, a few at a time: requests are served in between."""
+    report, since, cursor = SavingsReport(), time.time() - days * 86400, None
+    while True:
+        page = await state.decisions.page(DECISIONS_AT_ONCE, DecisionFilter(since=since), cursor)
+        for decision in page.decisions:
+            report.add(decision)
+        if page.next is None:
+            return report.to_json()
+        cursor = page.next
+        await asyncio.sleep(0)
 
 
 def _timeline(found: Mapping[str, Any]) -> list[tuple[str, float]]:

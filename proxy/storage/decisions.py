@@ -36,7 +36,7 @@ FEEDBACK: Final = f"{DECISIONS}:feedback"
 # Member of a usage record in the journal, and of a stored decision.
 DETAIL: Final = "detail"
 
-# Read in one round trip.
+# Read in one round trip, at most.
 CHUNK_SIZE = 200
 
 # Looked at for one page, so that a rare filter does not keep the server busy. The page's cursor goes on from there.
@@ -67,6 +67,11 @@ class DecisionFilter:
     since: float | None = None
     """Unix seconds, of the end of the request; `until` is not included."""
     until: float | None = None
+
+    @property
+    def only_times(self) -> bool:
+        """Whether every decision within the time matches."""
+        return all(getattr(self, name) is None for name in ("model", "key", "tag", "ending", "reason"))
 
     def matches(self, decision: Mapping[str, Any]) -> bool:
         wanted = ((self.model, "model"), (self.key, "key"), (self.ending, "ending"), (self.reason, "reason"))
@@ -128,7 +133,8 @@ class DecisionStore:
         """Return up to `limit` decisions. Fewer may come although there are more: `next` says so."""
         found: list[dict[str, Any]] = []
         seen = 0
-        async for cursor, decision in self._newest_first(wanted, after):
+        chunk_size = min(limit, CHUNK_SIZE) if wanted.only_times else CHUNK_SIZE
+        async for cursor, decision in self._newest_first(wanted, after, chunk_size):
             seen += 1
             if decision is not None and wanted.matches(decision):
                 found.append(decision)
@@ -137,7 +143,7 @@ class DecisionStore:
         return Page(found, None)
 
     async def _newest_first(
-        self, wanted: DecisionFilter, after: Cursor | None
+        self, wanted: DecisionFilter, after: Cursor | None, chunk_size: int
     ) -> AsyncIterator[tuple[Cursor, dict[str, Any] | None]]:
         """Yield every decision within the time that is asked for; None in place of one that cannot be read."""
         oldest = max(time.time() - self._ttl_s, wanted.since or 0.0)
@@ -148,7 +154,7 @@ class DecisionStore:
         while True:
             async with self._store.operation("read the decisions") as client:
                 listed = await awaited(
-                    client.zrevrangebyscore(TIMES, newest, oldest, start=offset, num=CHUNK_SIZE, withscores=True)
+                    client.zrevrangebyscore(TIMES, newest, oldest, start=offset, num=chunk_size, withscores=True)
                 )
                 names = [name for name, _ in listed]
                 texts = await awaited(client.hmget(DECISIONS, names)) if names else []
@@ -157,9 +163,9 @@ class DecisionStore:
                 # Of decisions of the same time the last by name comes first, here as in Redis.
                 if after is None or (at, name) < (after.at, after.id):
                     yield Cursor(at, name), None if text is None else _parsed(text, words)
-            if len(listed) < CHUNK_SIZE:
+            if len(listed) < chunk_size:
                 return
-            offset += CHUNK_SIZE
+            offset += chunk_size
 
 
 def _parsed(text: str, said: str | None) -> dict[str, Any] | None:

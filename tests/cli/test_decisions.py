@@ -43,6 +43,26 @@ def test_decisions_are_listed_and_one_is_shown(fleet: Fleet) -> None:
     assert rows[1]["id"] in decisions(fleet, "list", "--model", "good", "--since", "1h")
 
 
+def test_savings_are_reported_by_model_and_are_the_sum_of_the_decisions(fleet: Fleet) -> None:
+    environ = environment(fleet.proxy.folder / "cli", UNIROUTE_URL=fleet.url, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    found = json.loads(run_command("report", "--json", environ=environ).stdout)
+    shown = run_command("report", "--by", "model", "--since", "1h", environ=environ).stdout
+    rows = json.loads(decisions(fleet, "list", "--json"))
+
+    assert found["total"]["requests"] == len(rows) == 3
+    assert found["total"]["cost_usd"] == pytest.approx(sum(row["cost_usd"] for row in rows), abs=1e-11)
+    assert found["total"]["saved_usd"] == pytest.approx(sum(row["saved_usd"] for row in rows), abs=1e-11)
+    assert {name: sums["requests"] for name, sums in found["by"]["model"].items()} == {"fair": 2, "good": 1}
+    assert "3 of 3 requests are compared with their baseline" in shown
+
+
+def test_an_unknown_grouping_is_refused(fleet: Fleet) -> None:
+    environ = environment(fleet.proxy.folder / "cli", UNIROUTE_URL=fleet.url, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    ended = run_command("report", "--by", "colour", environ=environ)
+
+    assert (ended.returncode, "--by: 'colour' is none of day, model" in ended.stderr) == (2, True)
+
+
 def test_decisions_are_exported_as_lines_and_as_parquet(fleet: Fleet, tmp_path: Path) -> None:
     lines, table = tmp_path / "decisions.jsonl", tmp_path / "decisions.parquet"
     decisions(fleet, "export", "--out", str(lines), "--reason", "pinned")

@@ -44,3 +44,15 @@ def test_what_a_client_has_written_is_escaped(site: Site, decision: str) -> None
 def test_an_unknown_decision_is_not_found(site: Site) -> None:
     with site.visitor() as visitor:
         assert visitor.get("/decision?id=dec-0").status_code == 404
+
+
+def test_savings_are_shown_by_each_grouping_and_escaped(site: Site, decision: str) -> None:
+    with site.visitor(site.make_key("viewer")["key"]) as visitor:
+        by_model = visitor.get("/savings").text
+        by_tag = visitor.get("/savings?by=tag&days=1").text
+        odd = visitor.get("/savings?by=<b>&days=x").text
+
+    assert "requests are compared with their baseline" in by_model
+    assert "By model" in odd
+    assert "&lt;script&gt;alert" in by_tag
+    assert "<script>alert" not in by_tag
