@@ -69,7 +69,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Cooldown": (
         *("breaker.failures", "breaker.share", "breaker.window_s", "breaker.cooldown_s", "breaker.longest_cooldown_s"),
     ),
-    "Decisions": ("decision_ttl_s", "max_decisions", "max_decision_bytes", "log_prompts"),
+    "Decisions": ("decision_ttl_s", "max_decisions", "max_decision_bytes", "max_decisions_per_s", "log_prompts"),
     "Feedback": ("feedback", "feedback_half_life_s", "feedback_labels_per_key", "feedback_per_minute"),
     "Sizes": ("max_body_bytes", "max_answer_bytes", "max_answers_in_flight_bytes"),
     "Limits of client keys": ("reserve_output_tokens", "limits_timeout_s", "limits_without_store"),

@@ -356,6 +356,7 @@ async def app_state(
             metrics.usage_dropped.inc,
             settle_function=SETTLE_FUNCTION,
             decisions=_decision_bounds(settings),
+            on_skipped=metrics.decisions_skipped.inc,
         )
         await closing.enter_async_context(_running(usage))
         sessions = SessionStore(
@@ -504,7 +505,9 @@ async def _update_metrics(metrics: Metrics) -> None:
 def _decision_bounds(settings: Settings) -> DecisionBounds | None:
     if not settings.decision_ttl_s or not settings.max_decisions:
         return None
-    return DecisionBounds(settings.decision_ttl_s, settings.max_decisions, settings.max_decision_bytes)
+    return DecisionBounds(
+        settings.decision_ttl_s, settings.max_decisions, settings.max_decision_bytes, settings.max_decisions_per_s
+    )
 
 
 def _feedback_limits(settings: Settings) -> FeedbackLimits:

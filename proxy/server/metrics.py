@@ -62,6 +62,9 @@ class Metrics:
         self.conversations_dropped = self._total(
             "conversations_dropped", "Conversations forgotten while Redis was away"
         )
+        self.decisions_skipped = self._total(
+            "decisions_skipped", "Decisions that were not recorded, since they came faster than max_decisions_per_s"
+        )
         self.responses_dropped = self._total(
             "responses_dropped", "Responses that were not kept: too large, or Redis was away"
         )

@@ -262,7 +262,7 @@ class RequestRecord:
             other = app.snapshots.current.prices.get(baseline) if baseline else None
             baseline_usd = cost_of(counts, other.price, observed, billed=billed).usd if other else None
             self._costs = Costs(cost.usd, self._failed_usd, baseline, baseline_usd)
-            if app.usage.keeps_decisions:
+            if app.usage.takes_decision():
                 detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
         app.usage.record(entry, detail)
         if reservation:

@@ -387,6 +387,13 @@ class Settings(FrozenModel):
     max_decision_bytes: PositiveInt = Field(
         default=64_000_000, description="Bytes of all decisions that are kept in Redis; the oldest go first."
     )
+    max_decisions_per_s: PositiveInt = Field(
+        default=100,
+        description=(
+            "Decisions that each process records within a second. Those of a faster flood are counted in "
+            "`uniroute_decisions_skipped_total`, and not recorded: keeping them all would slow every request."
+        ),
+    )
     log_prompts: bool = Field(
         default=False,
         description=(

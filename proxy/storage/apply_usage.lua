@@ -3,8 +3,8 @@
 -- ARGV: journal; the number that is known to be applied; the first and the last number of this batch; the length of
 -- the stream; of decisions, for how long they are kept, how many, and how many bytes; how many texts, and the texts;
 -- how many sums, and the sums, three words each; how many decisions, and the decisions, three words each;
--- settlements, six words each. Returns the last number applied, and how many figures could not be counted, or REFUSED: the batch is not
--- what comes next, since part of it is applied or the store has lost what it had.
+-- settlements, six words each. Returns the last number applied, and how many figures could not be counted, or REFUSED:
+-- the batch is not what comes next, since part of it is applied or the store has lost what it had.
 -- A stored number that is not ours counts as the known one: otherwise records would be left out or counted twice.
 -- The first write is no pcall: where the store takes none (it is full, or a replica) the whole script must fail.
 local journal, known, first, last = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
@@ -25,11 +25,19 @@ local function forget(id)
   redis.call('HDEL', KEYS[6], id)
   return redis.call('INCRBY', KEYS[5], -size)
 end
-local function keep(id, time, text)
-  redis.call('ZADD', KEYS[4], time, id)
-  local before = redis.call('HSTRLEN', KEYS[3], id)
-  redis.call('HSET', KEYS[3], id, text)
-  redis.call('INCRBY', KEYS[5], #text - before)
+local function keep(from, to)
+  local texts, times, size = {}, {}, 0
+  for place = from, to, 3 do
+    local id, time, text = unpack(ARGV, place, place + 2)
+    texts[#texts + 1], texts[#texts + 2] = id, text
+    times[#times + 1], times[#times + 2] = time, id
+    size = size + #text
+  end
+  if redis.call('ZADD', KEYS[4], unpack(times)) < #times / 2 then  -- some were kept before
+    for place = 1, #texts, 2 do size = size - redis.call('HSTRLEN', KEYS[3], texts[place]) end
+  end
+  redis.call('HSET', KEYS[3], unpack(texts))
+  redis.call('INCRBY', KEYS[5], size)
 end
 local function drop_old(kept_s, most, bytes)
   local now = tonumber(redis.call('TIME')[1])
@@ -52,9 +60,7 @@ for place = at + 1, at + 3 * tonumber(ARGV[at]), 3 do
 end
 at = at + 1 + 3 * tonumber(ARGV[at])
 local last_decision = at + 3 * tonumber(ARGV[at])
-for place = at + 1, last_decision, 3 do
-  if not pcall(keep, unpack(ARGV, place, place + 2)) then uncounted = uncounted + 1 end
-end
+if last_decision > at and not pcall(keep, at + 1, last_decision) then uncounted = uncounted + 1 end
 if last_decision > at and not pcall(drop_old, tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])) then
   uncounted = uncounted + 1
 end

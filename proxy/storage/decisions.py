@@ -50,6 +50,8 @@ class DecisionBounds:
     ttl_s: int
     max_decisions: int
     max_bytes: int
+    max_per_s: int
+    """That one process records."""
 
     def script_args(self) -> tuple[int, int, int]:
         return self.ttl_s, self.max_decisions, self.max_bytes

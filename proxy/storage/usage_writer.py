@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -167,16 +168,25 @@ class UsageWriter:
         *,
         settle_function: str = NO_SETTLING,
         decisions: DecisionBounds | None = None,
+        on_skipped: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
             settle_function: Lua text of a local function `settle` with the parameters of NO_SETTLING's.
             decisions: how many decisions are kept, and for how long. None: none.
+            on_skipped: is called for each decision that is not recorded because too many came within a second.
+            clock: monotonic seconds.
         """
         self._store = store
         self._journals = journals
         self._on_dropped = on_dropped
         self._decisions = decisions
+        self._on_skipped = on_skipped
+        self._clock = clock
+        # Decisions of the current second.
+        self._second = 0
+        self._recorded = 0
         self._apply = store.client.register_script(settle_function + _APPLY)
         self._finish = store.client.register_script(FINISH)
         # Journals whose file is removed, but not their number in Redis.
@@ -184,9 +194,18 @@ class UsageWriter:
         self._availability = Availability(log, back="usage reaches the store again")
         self._tasks = BackgroundTasks()
 
-    @property
-    def keeps_decisions(self) -> bool:
-        return self._decisions is not None
+    def takes_decision(self) -> bool:
+        """Whether one more decision is to be recorded now. Count it, if it is; and if it comes too fast."""
+        if self._decisions is None:
+            return False
+        second = int(self._clock())
+        if second != self._second:
+            self._second, self._recorded = second, 0
+        if self._recorded >= self._decisions.max_per_s:
+            self._on_skipped()
+            return False
+        self._recorded += 1
+        return True
 
     @property
     def journal_bytes(self) -> int:

@@ -32,7 +32,7 @@ DETAIL: dict[str, Any] = {
     "fingerprint": "f",
 }
 TTL_S = 3600
-WIDE = DecisionBounds(TTL_S, 1000, 10**9)
+WIDE = DecisionBounds(TTL_S, 1000, 10**9, 10**6)
 
 
 def a_record(decision: str, *, at: float | None = None, model: str = "small") -> UsageRecord:
@@ -99,6 +99,25 @@ async def test_a_batch_that_is_sent_again_is_kept_once(store: Store, tmp_path: P
 
     assert await kept.ids() == ["dec-1"]
     assert await store.client.get(BYTES) == size
+
+
+async def test_a_flood_is_recorded_in_part_and_the_rest_is_counted(store: Store, tmp_path: Path) -> None:
+    now = 100.0
+    skipped: list[int] = []
+    journals, bounds = JournalDirectory(tmp_path, 10**9), replace(WIDE, max_per_s=2)
+    writer = UsageWriter(store, journals, decisions=bounds, on_skipped=lambda: skipped.append(1), clock=lambda: now)
+
+    assert [writer.takes_decision() for _ in range(4)] == [True, True, False, False]
+    now = 101.0
+    assert writer.takes_decision()
+    assert len(skipped) == 2
+
+
+async def test_nothing_is_recorded_where_decisions_are_off(store: Store, tmp_path: Path) -> None:
+    skipped: list[int] = []
+    writer = UsageWriter(store, JournalDirectory(tmp_path, 10**9), on_skipped=lambda: skipped.append(1))
+
+    assert (writer.takes_decision(), skipped) == (False, [])
 
 
 async def test_the_stream_of_usage_has_nothing_of_the_decision(store: Store, tmp_path: Path) -> None:
