@@ -179,11 +179,13 @@ def test_an_immediate_next_request_counts_the_actual_cost_of_the_last_response(
 
 
 def test_the_reservation_of_a_request_refused_by_the_model_is_released_at_once(limited: Limited) -> None:
-    client = limited.client(limited.key(usd_per_day=0.05, tokens_per_minute=120))
+    key = limited.key(usd_per_day=0.05, tokens_per_minute=120)
+    client = limited.client(key)
     for _ in range(5):
         limited.upstream.then(Step(status=400, body={"error": {"message": "no", "type": "invalid_request_error"}}))
         with pytest.raises(openai.BadRequestError):
             ask(client, max_tokens=100)
+        assert wait_until(lambda: key.open == 0)  # no response waits long for a disk that stalls
 
     assert len(limited.upstream.history) == 5
 
