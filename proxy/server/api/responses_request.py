@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import BadRequest
+from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.server.api.responses_answer import (
     AnswerPlan,
     ResponseStream,
@@ -22,9 +23,6 @@ from proxy.server.api.responses_input import Conversation, numbered, tools_among
 from proxy.server.api.responses_reasoning import is_own_reasoning
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
 from proxy.server.api.translation import APIName, RelayedEvents, call_ids_in
-
-# Fields of UniRoute and of OpenRouter, which mean something here and nothing to an upstream.
-OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 # Fields that a chat body has under the same name.
 _PASSED = (
@@ -133,9 +131,7 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
 
 def _native_document(document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body for an upstream of this API, which knows no ids and no reasoning that were made here."""
-    native = {
-        name: value for name, value in document.items() if name not in OWN_FIELDS and name != "previous_response_id"
-    }
+    native = {name: value for name, value in without_own_fields(document).items() if name != "previous_response_id"}
     items = native.get("input")
     if isinstance(items, list) and any(map(is_own_reasoning, items)):
         native["input"] = [item for item in items if not is_own_reasoning(item)]
