@@ -83,6 +83,37 @@ async def run_uncancelled(work: Coroutine[Any, Any, T], *, cancelled_again_s: fl
     raise interrupted
 
 
+@asynccontextmanager
+async def child_process(*command: str, **options: Any) -> AsyncGenerator[asyncio.subprocess.Process]:
+    """Start a process, and kill it at the end, however often the caller is cancelled.
+
+    Args:
+        options: those of `asyncio.create_subprocess_exec`.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    started: list[asyncio.subprocess.Process] = []
+
+    async def start() -> None:
+        started.append(await asyncio.create_subprocess_exec(*command, **options))
+
+    try:
+        await run_uncancelled(start())
+        yield started[0]
+    finally:
+        for child in started:
+            await run_uncancelled(end_process(child))
+
+
+async def end_process(child: asyncio.subprocess.Process) -> None:
+    """Kill a process if it runs, wait for its end, and close its pipes."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+    await child.communicate()
+
+
 async def iterate_uncancelled(source: AsyncIterator[T]) -> AsyncGenerator[T]:
     """Iterate over `source`, and cancel a pending read only once.
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import signal
 import threading
 
 import pytest
@@ -12,6 +14,7 @@ from proxy.concurrency import (
     FairQueue,
     background,
     cancel_and_wait,
+    child_process,
     in_own_thread,
     in_stoppable_thread,
     run_uncancelled,
@@ -47,6 +50,33 @@ async def test_uncancelled_work_is_completed_when_its_caller_is_cancelled() -> N
     await asyncio.wait({task})
     assert closed.is_set()
     assert task.cancelled()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.005, 0.5])
+async def test_a_child_process_has_ended_however_often_its_owner_is_cancelled(after_s: float) -> None:
+    children: list[asyncio.subprocess.Process] = []
+
+    async def own() -> None:
+        pipe = asyncio.subprocess.PIPE
+        async with child_process("sleep", "60", stdin=pipe, stdout=pipe) as child:
+            children.append(child)
+            await asyncio.Event().wait()
+
+    owner = asyncio.create_task(own())
+    await asyncio.sleep(after_s)
+    while not owner.done():
+        owner.cancel()
+        await asyncio.sleep(0)
+
+    assert owner.cancelled()
+    assert [child.returncode for child in children] == [-signal.SIGKILL] * len(children)
+    gc.collect()  # what was left open would warn here, and a warning is an error
+
+
+async def test_a_child_process_that_cannot_be_started_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError):
+        async with child_process("/no/such/program"):
+            raise AssertionError("nothing was started")
 
 
 async def test_work_in_a_thread_gives_its_result_or_raises() -> None:

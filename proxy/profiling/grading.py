@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from proxy.concurrency import cancel_and_wait, run_uncancelled
+from proxy.concurrency import cancel_and_wait, end_process, run_uncancelled
 from proxy.profiling.model_client import TRUNCATED, ModelAnswer, ModelCallError, RetryingClient, cost_of, max_cost_usd
 from router_core.clustering import ClusterMap
 from router_core.errors import InvalidOutcomes
@@ -137,16 +137,8 @@ class GradingProcess:
 
     async def _end(self) -> None:
         child, self._child = self._child, None
-        if child is None:
-            return
-        if child.returncode is None:
-            child.kill()
-        await run_uncancelled(_gone(child))
-
-
-async def _gone(child: asyncio.subprocess.Process) -> None:
-    """Wait for the end of the process, and close its pipes."""
-    await child.communicate()
+        if child is not None:
+            await run_uncancelled(end_process(child))
 
 
 async def _exchange(child: asyncio.subprocess.Process, request: bytes) -> bytes:

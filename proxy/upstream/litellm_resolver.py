@@ -19,12 +19,12 @@ import os
 import resource
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import cancel_and_wait, child_process
 from proxy.settings.litellm_params import FOLLOWS_REDIRECTS, PASSTHROUGH
 from proxy.settings.model_config import Forward
 from proxy.storage.records import ResolvedProvider
@@ -170,7 +170,7 @@ class ProviderLookup:
         Raises:
             LookupFailed: it never answered.
         """
-        async with _child_process(self._environment()) as child:
+        async with _resolving_process(self._environment()) as child:
             timeout_s = START_TIMEOUT_S
             while await self._has_query():
                 key, (query, _) = next(iter(self._pending.items()))
@@ -233,29 +233,26 @@ def _try_lock(file: Any) -> bool:
 
 
 @asynccontextmanager
-async def _child_process(environment: dict[str, str]) -> AsyncGenerator[asyncio.subprocess.Process]:
+async def _resolving_process(environment: dict[str, str]) -> AsyncGenerator[asyncio.subprocess.Process]:
     """Start the child, and kill it at the end whatever it is doing. Raises LookupFailed."""
     pipe = asyncio.subprocess.PIPE
-    try:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *COMMAND,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=asyncio.subprocess.DEVNULL,
-            env=environment,
-            limit=MAX_ANSWER_BYTES,
-            start_new_session=True,  # Ctrl-C goes to this process alone, which then ends the child
-        )
-    except OSError as error:
-        raise LookupFailed(f"no process for it: {error}") from error
-    try:
+    async with AsyncExitStack() as stack:
+        try:
+            child = await stack.enter_async_context(
+                child_process(
+                    sys.executable,
+                    *COMMAND,
+                    stdin=pipe,
+                    stdout=pipe,
+                    stderr=asyncio.subprocess.DEVNULL,
+                    env=environment,
+                    limit=MAX_ANSWER_BYTES,
+                    start_new_session=True,  # Ctrl-C goes to this process alone, which then ends the child
+                )
+            )
+        except OSError as error:
+            raise LookupFailed(f"no process for it: {error}") from error
         yield child
-    finally:
-        if child.returncode is None:
-            with suppress(ProcessLookupError):
-                child.kill()
-            await child.wait()
 
 
 async def _ask(child: asyncio.subprocess.Process, query: Mapping[str, Any], timeout_s: float) -> Any:
