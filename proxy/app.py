@@ -34,7 +34,7 @@ from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
 from proxy.server.embeddings import router as embeddings_router
-from proxy.server.log_handler import NonBlockingHandler
+from proxy.server.log_handler import NonBlockingHandler, formatter_class
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
     FIXED_PATHS,
@@ -120,9 +120,12 @@ def create_app(state: AppState) -> FastAPI:
 def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
     """Return the app with the settings of the environment, for `uvicorn proxy.app:from_environment --factory`."""
     environ = os.environ if environ is None else environ
-    configure_logs()
+    handler = configure_logs()
     config = environ.get("UNIROUTE_CONFIG")
-    return from_settings(load_settings(Path(config) if config else None, environ), environ)
+    settings = load_settings(Path(config) if config else None, environ)
+    if handler is not None:
+        handler.setFormatter(formatter_class(settings.log_format)())
+    return from_settings(settings, environ)
 
 
 def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, counts: Path | None = None) -> FastAPI:
@@ -224,11 +227,14 @@ def _cors(settings: Settings) -> Middleware:
     )
 
 
-def configure_logs() -> None:
-    """Write the server's log lines to stderr, unless logging is configured already."""
-    if not log.handlers and not logging.getLogger().handlers:
-        log.addHandler(NonBlockingHandler())
-        log.setLevel(logging.INFO)
+def configure_logs() -> NonBlockingHandler | None:
+    """Write the server's log lines to stderr, unless logging is configured already. Return the handler."""
+    if log.handlers or logging.getLogger().handlers:
+        return None
+    handler = NonBlockingHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    return handler
 
 
 @asynccontextmanager

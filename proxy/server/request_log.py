@@ -181,7 +181,7 @@ class RequestRecord:
             "x-uniroute-model": self.model,
             "x-uniroute-decision": self.selection.id,
             "x-uniroute-reason": self.reason,
-            "x-uniroute-overhead-ms": self._overhead_ms(),
+            "x-uniroute-overhead-ms": self.overhead_ms(),
         }
         if self.clamped is not None:
             headers["x-uniroute-max-tokens"] = str(self.clamped)
@@ -206,7 +206,11 @@ class RequestRecord:
             "saved_usd": costs.saved_usd if costs else None,
         }
 
-    def _overhead_ms(self) -> str:
+    @property
+    def request_id(self) -> str:
+        return self._ctx.ids.request_id
+
+    def overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
     def _record_failed_attempt(self) -> None:
@@ -216,8 +220,9 @@ class RequestRecord:
             return
         failed_usd = self._write_usage("empty" if fault is _EMPTY else "failed").cost_usd
         self._failed_usd = add_known(self._failed_usd, failed_usd)
-        request, decision = self._ctx.ids.request_id, self.selection.id
-        log.warning("request=%s decision=%s model=%s passed over: %s", request, decision, self.model, fault)
+        fields = {"request": self.request_id, "decision": self.selection.id, "model": self.model}
+        facts = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.warning("%s passed over: %s", facts, fault, extra={"fields": fields})
 
     def _write_usage(
         self, ending: str, reservation: Reservation | None = None, *, is_last: bool = False
@@ -314,21 +319,57 @@ class RequestRecord:
         self._ctx.app.traffic_stats.observe(self.model, clusters.ids[0], clusters.weights[0], output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
+        info(log, RequestLine(self, entry))
+
+
+class RequestLine:
+    """The log line of one request."""
+
+    __slots__ = ("_entry", "_record")
+
+    def __init__(self, record: RequestRecord, entry: UsageRecord) -> None:
+        self._record = record
+        self._entry = entry
+
+    def __str__(self) -> str:
+        record, entry = self._record, self._entry
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
         first = "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}"
         clamped = (
             ""
-            if self.clamped is None
-            else f" max_tokens={self.selection.requirements.max_output_tokens}>{self.clamped}"
+            if record.clamped is None
+            else f" max_tokens={record.selection.requirements.max_output_tokens}>{record.clamped}"
         )
-        left_out = f" left_out={_header_list(self.left_out)!r}" if self.left_out else ""
-        info(
-            log,
-            f"request={self._ctx.ids.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
+        left_out = f" left_out={_header_list(record.left_out)!r}" if record.left_out else ""
+        return (
+            f"request={record.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}",
+            f" overhead_ms={record.overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}"
         )
+
+    def fields(self) -> dict[str, object]:
+        record, entry = self._record, self._entry
+        fields: dict[str, object] = {
+            "request": record.request_id,
+            "decision": entry.decision,
+            "model": entry.model,
+            "reason": entry.reason,
+            "ending": entry.ending,
+            "key": entry.key_id,
+            "prompt_tokens": entry.prompt_tokens,
+            "output_tokens": entry.output_tokens,
+            "cost_usd": None if entry.cost_usd is None else round(entry.cost_usd, 12),
+            "overhead_ms": float(record.overhead_ms()),
+            "first_s": None if entry.first_token_s is None else round(entry.first_token_s, 6),
+            "seconds": round(entry.seconds, 6),
+        }
+        if record.clamped is not None:
+            fields["max_tokens"] = record.clamped
+            fields["requested_max_tokens"] = record.selection.requirements.max_output_tokens
+        if record.left_out:
+            fields["left_out"] = _header_list(record.left_out)
+        return fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class ProxyProcess:
             "UNIROUTE_CONFIG": str(self._config),
             "UNIROUTE_DATA_DIR": str(folder),
             "UNIROUTE_ADMIN_KEY": ADMIN_KEY,
+            "UNIROUTE_LOG_FORMAT": "text",
             **(environ or {}),
         }
         self._log = (folder / "log.txt").open("ab+")
