@@ -35,7 +35,7 @@ from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
 from proxy.server.embeddings import router as embeddings_router
 from proxy.server.log_handler import NonBlockingHandler, formatter_class
-from proxy.server.metrics import HealthCollector, Metrics, open_values
+from proxy.server.metrics import HealthCollector, Metrics, ModelCollector, open_values
 from proxy.server.middleware import (
     FIXED_PATHS,
     AuditLogMiddleware,
@@ -354,6 +354,7 @@ async def app_state(
         check_exposure(settings, keys_required=state.current.keys_required)
         check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics(open_values(counts))
+        concurrency_limiter = _concurrency_limiter(state, metrics)
         health = await closing.enter_async_context(_health_registry(settings, store, state, metrics))
         journals = JournalDirectory(settings.data_dir / "usage", settings.usage_journal_max_bytes)
         usage = UsageWriter(
@@ -397,7 +398,7 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        metrics.on_refresh(lambda: _update_gauges(metrics, state, usage))
+        metrics.on_refresh(lambda: _update_gauges(metrics, state, usage, jobs))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
@@ -413,7 +414,7 @@ async def app_state(
             metrics=metrics,
             traffic_stats=traffic_stats,
             health=health,
-            concurrency_limiter=ConcurrencyLimiter(),
+            concurrency_limiter=concurrency_limiter,
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
@@ -498,6 +499,18 @@ async def _health_registry(
         yield health
 
 
+def _concurrency_limiter(state: SnapshotWatcher, metrics: Metrics) -> ConcurrencyLimiter:
+    """Make the limiter of all models, and show in the metrics how busy they are."""
+    limiter = ConcurrencyLimiter(
+        on_wait=lambda model, seconds: metrics.queue_seconds.observe(seconds, (model,)),
+        on_full=lambda model: metrics.at_capacity.add((model,)),
+    )
+    collector = ModelCollector(lambda: state.current, limiter, metrics.values)
+    metrics.on_refresh(collector.refresh)
+    metrics.registry.register(collector)
+    return limiter
+
+
 METRICS_INTERVAL_S = 1.0
 
 
@@ -525,8 +538,9 @@ def _feedback_limits(settings: Settings) -> FeedbackLimits:
     )
 
 
-def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:
+def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter, jobs: Jobs) -> None:
     metrics.tasks.set(len(asyncio.all_tasks()))
     metrics.state_version.set(state.current.version)
     metrics.store_available.set(state.available)
     metrics.usage_journal.set(usage.journal_bytes)
+    metrics.jobs_running.set(jobs.worker.running)

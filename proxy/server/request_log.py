@@ -92,6 +92,7 @@ class RequestRecord:
         if self.overhead_s is None:
             self.overhead_s = self._attempted_at - self._ctx.received_at
             self._ctx.app.metrics.overhead.observe(self.overhead_s)
+        self._ctx.app.metrics.attempts.add((model,))
         if model != self.selection.model:
             self.reason = "fallback"
         self.model = model
@@ -161,6 +162,7 @@ class RequestRecord:
         metrics = self._ctx.app.metrics
         model = (self.model,)
         metrics.requests.add((self.model, self.reason, ending))
+        metrics.requests_by_api.add((self._ctx.api,))
         metrics.seconds.observe(entry.seconds, model)
         if entry.first_token_s is not None:
             metrics.first_token.observe(entry.first_token_s, model)
@@ -267,6 +269,7 @@ class RequestRecord:
             other = app.snapshots.current.prices.get(baseline) if baseline else None
             baseline_usd = cost_of(counts, other.price, observed, billed=billed).usd if other else None
             self._costs = Costs(cost.usd, self._failed_usd, baseline, baseline_usd)
+            self._count_savings(self._costs)
             if app.usage.takes_decision():
                 detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
         app.usage.record(entry, detail)
@@ -309,6 +312,13 @@ class RequestRecord:
                 metrics.tokens.add((self.model, kind), count)
         if entry.cost_usd:
             metrics.cost.add((self.model,), entry.cost_usd)
+
+    def _count_savings(self, costs: Costs) -> None:
+        usd, baseline_usd = costs.usd, costs.baseline_usd
+        if usd is not None and baseline_usd is not None:
+            metrics = self._ctx.app.metrics
+            metrics.baseline_cost.add((self.model,), baseline_usd)
+            metrics.compared_cost.add((self.model,), usd)
 
     def _observe_traffic(self, output_tokens: int | None) -> None:
         """Add this answer to the length and latency that later decisions expect of the model in these clusters."""

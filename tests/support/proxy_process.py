@@ -65,6 +65,8 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+            # uvicorn takes a descriptor for a Unix socket, and would leave each second write waiting for 40 ms.
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             command = [sys.executable, "-m", "uvicorn", "proxy.app:from_environment", "--factory", "--no-access-log"]
             self._process = subprocess.Popen(
                 [*command, "--fd", str(bound.fileno())],
