@@ -25,6 +25,8 @@ from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_st
 from proxy.dashboard.actions import router as dashboard_actions
 from proxy.dashboard.page import Dashboard, with_page_headers
 from proxy.dashboard.views import router as dashboard_views
+from proxy.observability.otlp import is_enabled, open_telemetry
+from proxy.observability.tracing import TracingMiddleware
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
@@ -114,7 +116,7 @@ EXPOSED_HEADERS = (
 
 def create_app(state: AppState) -> FastAPI:
     """Return the app for a state that the caller has opened and will close."""
-    return Application(state.settings, Startup(state))
+    return Application(state.settings, Startup(state), traces=state.tracing is not None)
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
@@ -135,9 +137,9 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
         environ: where os.environ/NAME is looked up.
         counts: the folder in which several workers share their metrics; None: there is one worker.
     """
-    startup = Startup()
-    opening = app_state(settings, os.environ if environ is None else environ, startup, counts)
-    return Application(settings, startup, opening)
+    startup, environ = Startup(), os.environ if environ is None else environ
+    opening = app_state(settings, environ, startup, counts)
+    return Application(settings, startup, opening, traces=is_enabled(environ))
 
 
 class Application(FastAPI):
@@ -148,9 +150,12 @@ class Application(FastAPI):
 
     Args:
         opening: opens the state in the lifespan; None if `startup` has one already.
+        traces: whether requests are traced.
     """
 
-    def __init__(self, settings: Settings, startup: Startup, opening: Opening | None = None) -> None:
+    def __init__(
+        self, settings: Settings, startup: Startup, opening: Opening | None = None, *, traces: bool = False
+    ) -> None:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             if opening is None:
@@ -187,6 +192,7 @@ class Application(FastAPI):
         middleware = [
             Middleware(MessagesMiddleware),
             Middleware(RequestContextMiddleware, startup=startup),
+            *([Middleware(TracingMiddleware)] if traces else []),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
             Middleware(
@@ -399,6 +405,7 @@ async def app_state(
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
         metrics.on_refresh(lambda: _update_gauges(metrics, state, usage, jobs))
+        tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
@@ -421,6 +428,7 @@ async def app_state(
             feedback=FeedbackStore(store, _feedback_limits(settings)),
             resolver=resolver,
             environ=environ,
+            tracing=tracing,
         )
 
 
@@ -491,8 +499,7 @@ async def _health_registry(
     """Open the health of all models: show it in the metrics, share it with other processes, and prune it."""
     health = HealthRegistry(settings.breaker)
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
-    metrics.on_refresh(collector.refresh)
-    metrics.registry.register(collector)
+    metrics.register(collector)
     replicator = CooldownReplicator(store, health, lambda: state.current.models)
     pruning = partial(prune_removed_models, health, lambda: state.current.models)
     async with background("uniroute-pruning", pruning), _running(replicator):
@@ -506,8 +513,7 @@ def _concurrency_limiter(state: SnapshotWatcher, metrics: Metrics) -> Concurrenc
         on_full=lambda model: metrics.at_capacity.add((model,)),
     )
     collector = ModelCollector(lambda: state.current, limiter, metrics.values)
-    metrics.on_refresh(collector.refresh)
-    metrics.registry.register(collector)
+    metrics.register(collector)
     return limiter
 
 

@@ -36,6 +36,7 @@ from proxy.server.requests import (
     APP_STATE,
     RECEIVED_AT,
     REQUEST_IDS,
+    TRACE,
     check_hops,
     headers_of,
     instance_id,
@@ -151,6 +152,7 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         translation,
         native_headers,
         api.name,
+        scope.get(TRACE),
     )
 
 

@@ -23,6 +23,7 @@ from proxy.server.request_log import RequestRecord
 from proxy.server.requests import (
     RECEIVED_AT,
     REQUEST_IDS,
+    TRACE,
     check_hops,
     headers_of,
     instance_id,
@@ -120,6 +121,7 @@ async def embed(request: Request, app: AppState) -> Response:
         scope[REQUEST_IDS],
         scope[RECEIVED_AT],
         api="embeddings",
+        trace=scope.get(TRACE),
     )
     app.metrics.in_flight += 1
     try:

@@ -80,6 +80,8 @@ class JSONFormatter(LineFormatter):
             more["exception"] = self.formatException(record.exc_info)
         if record.stack_info:
             more["stack"] = self.formatStack(record.stack_info)
+        if not _is_event(record):
+            message = str(message)
         return self._json(record.created, record.levelname, record.name, message, more)
 
     def line(self, created: float, level: str, name: str, message: object) -> str:
@@ -90,16 +92,15 @@ class JSONFormatter(LineFormatter):
         return f"{super().time(created)[:19]}.{int(created % 1 * 1000):03d}Z"
 
     def _json(self, created: float, level: str, name: str, message: object, more: Mapping[str, object]) -> str:
-        document: dict[str, Any] = {"time": self.time(created), "level": level, "logger": name}
-        if isinstance(message, str):
-            document["message"] = message
+        stated = {"time": self.time(created), "level": level, "logger": name}
+        document: dict[str, Any]
+        if type(message) is str:
+            document = {**stated, "message": message, **more}
         else:  # an event, whose kind its logger says
-            document["message"] = name.rpartition(".")[2]
-            document.update(message.fields())  # type: ignore[attr-defined]
-        document.update(more)
+            document = {**stated, "message": name.rpartition(".")[2], **message.fields(), **more}  # type: ignore[attr-defined]
         try:
-            line = orjson.dumps(document, default=str).decode()
-        except TypeError:  # half a character, or an integer of more than 64 bits
+            line = orjson.dumps(document).decode()
+        except TypeError:  # half a character, an integer of more than 64 bits, or an object of any kind
             return json.dumps(document, default=str)
         # Of the characters that control a terminal, orjson leaves some as they are.
         return line if line.isprintable() else json.dumps(document, default=str)

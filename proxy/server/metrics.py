@@ -53,6 +53,8 @@ class Metrics:
     def __init__(self, values: Values | None = None) -> None:
         self.registry = CollectorRegistry()
         self.values = values or Values()
+        # All that /metrics shows.
+        self.every: list[FastMetric] = []
         self._refresh_callbacks: list[Callable[[], None]] = []
         self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
         self.requests_by_api = self._total("api_requests", "Requests by the API that the client speaks", "api")
@@ -114,6 +116,7 @@ class Metrics:
         self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
         self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
         self._lines_reported = 0
+        # What the supervisor has counted, who alone writes it.
         self.registry.register(worker_deaths(self.values))
         # Under the names of prometheus_client's own, which would show one of several workers.
         self._cpu = FastCounter("process_cpu_seconds", "CPU seconds, of all workers", values=self.values)
@@ -122,8 +125,14 @@ class Metrics:
         build = FastGauge("uniroute_build_info", "1, with the version", ["version"], combine=max, values=self.values)
         build.set(1, (version("uniroute"),))
         for each in (self._cpu, self._memory, build):
-            self.registry.register(each)
+            self._add(each)
         self.on_refresh(self._refresh_own)
+
+    def register(self, collector: HealthCollector | ModelCollector) -> None:
+        """Show the metrics of a collector too."""
+        self.registry.register(collector)
+        self.every += collector.parts
+        self.on_refresh(collector.refresh)
 
     def on_refresh(self, callback: Callable[[], None]) -> None:
         """Add a callback that sets gauges. It runs at each `refresh`."""
@@ -151,7 +160,7 @@ class Metrics:
 
     def _total(self, name: str, text: str, *labels: str) -> FastCounter:
         counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
-        self.registry.register(counter)
+        self._add(counter)
         return counter
 
     def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
@@ -160,13 +169,17 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> FastGauge:
         gauge = FastGauge(f"uniroute_{name}", text, combine=combine, values=self.values)
-        self.registry.register(gauge)
+        self._add(gauge)
         return gauge
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> FastHistogram:
         histogram = FastHistogram(f"uniroute_{name}", text, labels, buckets, values=self.values)
-        self.registry.register(histogram)
+        self._add(histogram)
         return histogram
+
+    def _add(self, metric: FastMetric) -> None:
+        self.registry.register(metric)
+        self.every.append(metric)
 
 
 def _resident_bytes() -> float:
@@ -205,7 +218,12 @@ class HealthCollector(Collector):
         )
         self._counted: dict[str, int] = {}
 
+    @property
+    def parts(self) -> Sequence[FastMetric]:
+        return self._unavailable, self._opened
+
     def refresh(self) -> None:
+        self._unavailable.keep(self._known())
         unavailable, opened = self._health.cooling_down(), self._health.open_counts()
         for model in self._known():
             self._unavailable.set(float(model in unavailable), (model,))
@@ -244,8 +262,14 @@ class ModelCollector(Collector):
             "queued": gauge("queued", "Requests that wait for a slot of the model", sum),
         }
 
+    @property
+    def parts(self) -> Sequence[FastMetric]:
+        return tuple(self._gauges.values())
+
     def refresh(self) -> None:
         snapshot, loads = self._snapshot(), self._limiter.loads()
+        for part in self._gauges.values():
+            part.keep(snapshot.models)
         for name in snapshot.models:
             profile, price, labels = snapshot.profiles.get(name), snapshot.prices.get(name), (name,)
             in_flight, queued = loads.get(name, (0, 0))
@@ -281,6 +305,17 @@ def _unix_seconds(measured_at: str | None) -> float:
 _format_float: Callable[[float], str] = floatToGoString
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a metric is called. Its numbers are in the order of `labels`."""
+
+    name: str
+    text: str
+    labels: Labels
+    kind: Literal["counter", "gauge", "histogram"]
+    bounds: tuple[float, ...] = ()
+
+
 @dataclass
 class Total:
     """The sum of one series over all processes."""
@@ -306,6 +341,14 @@ class FastCounter(Collector):
         self._cells: dict[Labels, Cells] = {}
         if not labels:
             self._cell(())
+
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "counter")
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return what this process has counted."""
+        return self._values.own(self._family[0])
 
     def add(self, labels: Labels, amount: float = 1) -> None:
         cells, at = self._cells.get(labels) or self._cell(labels)
@@ -374,6 +417,14 @@ class FastHistogram(Collector):
         if not labels:
             self._cell(())
 
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "histogram", self._bounds)
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return what this process has counted."""
+        return self._values.own(self._family[0])
+
     def observe(self, amount: float, labels: Labels = ()) -> None:
         cells, at = self._cells.get(labels) or self._cell(labels)
         cells[at + bisect_left(self._bounds, amount)] += 1
@@ -412,6 +463,20 @@ class FastGauge(Collector):
         if not labels:
             self.set(0)
 
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "gauge")
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return the numbers of this process; not a number: nothing is known."""
+        return self._values.own(self._family[0])
+
+    def keep(self, known: Collection[str]) -> None:
+        """Forget the numbers whose first label is not known any more."""
+        for labels, series in self.own().items():
+            if labels[0] not in known:
+                series.set(math.nan)
+
     def set(self, number: float, labels: Labels = ()) -> None:
         cells, at = self._values.series("gauge", self._family[0], labels)
         cells[at] = number
@@ -431,6 +496,9 @@ class FastGauge(Collector):
             if numbers and (known is None or values[0] in known):
                 family.add_metric(values, self._combine(numbers))
         return family
+
+
+FastMetric = FastCounter | FastGauge | FastHistogram
 
 
 def _totals(processes: Iterable[Mapping[Labels, Series]]) -> dict[Labels, Total]:
@@ -507,6 +575,10 @@ class Values:
     def read(self, metric: str) -> Iterator[Mapping[Labels, Series]]:
         """Yield a metric's series of each process: counters of all, gauges of those that are alive."""
         yield self._series.get(metric, {})
+
+    def own(self, metric: str) -> Mapping[Labels, Series]:
+        """Return a metric's series of this process."""
+        return self._series.get(metric, {})
 
     def refresh(self) -> None:
         """Read what other processes have written: once, before several metrics are read."""

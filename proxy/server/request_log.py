@@ -78,7 +78,10 @@ class RequestRecord:
         self._counts = TokenCounts()
         self._fault: str | None = None
         self._finished = False
+        self._ending = ""
         self._settlement: Settlement | None = None
+        self.request_id = ctx.ids.request_id
+        self.trace = ctx.trace
         # Of each attempt: model, seconds from the request's arrival, outcome, status, and seconds at its end.
         self._attempts: list[list[Any]] = []
         # What the attempts cost that gave no answer; None: not known of one of them.
@@ -100,6 +103,8 @@ class RequestRecord:
         self._counts, self._first_content_at = TokenCounts(), None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
         self.clamped, self.left_out, self.native_document = None, (), None
+        if self.trace is not None:
+            self.trace.start_attempt(self._ctx, model)
 
     @property
     def has_asked(self) -> bool:
@@ -114,6 +119,8 @@ class RequestRecord:
     def first_content(self) -> None:
         if self._first_content_at is None:
             self._first_content_at = time.monotonic()
+            if self.trace is not None:
+                self.trace.event("uniroute.first_content")
 
     def set_usage(self, reported: object) -> None:
         """Read the usage that a completion or a chunk reports (or `usage` itself); the last report counts.
@@ -156,7 +163,7 @@ class RequestRecord:
         """Write everything down, at the first call; later calls are ignored."""
         if self._finished:
             return
-        self._finished = True
+        self._finished, self._ending = True, ending
         self._end_attempt(ending)
         entry = self._write_usage(ending, self._reservation, is_last=True)
         metrics = self._ctx.app.metrics
@@ -170,6 +177,8 @@ class RequestRecord:
             counts = self._plausible_counts()
             self._observe_traffic(counts.output_tokens)
             self.affinity.commit(self.model, counts.total)
+        if self.trace is not None:
+            self.trace.finish(self._ctx, self.model, entry, self._facts)
         self._log(entry)
 
     async def wait_until_settled(self) -> None:
@@ -195,32 +204,49 @@ class RequestRecord:
 
     def metadata(self) -> dict[str, Any]:
         """Return what an answer says of itself where its request asks for it. To be called after `finish`."""
-        costs, decision = self._costs, self.selection.decision
-        error = None
-        if decision is not None and self.model in decision.table.names:
-            error = float(decision.table.errors[list(decision.table.names).index(self.model)])
+        costs = self._costs
         return {
             "decision": self.selection.id,
             "model": self.model,
             "reason": self.reason,
-            "expected_error": error,
+            "expected_error": self._expected()[0],
             "cost_usd": costs.usd if costs else None,
             "saved_usd": costs.saved_usd if costs else None,
         }
 
-    @property
-    def request_id(self) -> str:
-        return self._ctx.ids.request_id
+    def _expected(self) -> tuple[float | None, float | None]:
+        """Return the error, and the cost in USD, that were expected of the answer. None: the model was not scored."""
+        decision = self.selection.decision
+        if decision is None or self.model not in decision.table.names:
+            return None, None
+        row = list(decision.table.names).index(self.model)
+        return float(decision.table.errors[row]), float(decision.table.costs_usd[row])
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a trace says of the decision. To be called after `finish`."""
+        error, usd = self._expected()
+        return {
+            **self.metadata(),
+            "expected_error": error,
+            "expected_cost_usd": usd,
+            "lambda": self.selection.lambda_,
+            "ending": self._ending,
+            "degraded": self.selection.degraded_reason,
+            "overhead_ms": (self.overhead_s or 0.0) * 1000,
+            "key.id": self._ctx.key.id if self._ctx.key else None,
+            "tags": tags_of(self._ctx),
+        }
 
     def overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
     def _record_failed_attempt(self) -> None:
         """Write a usage record for the last attempt alone if it failed: the client gets nothing of it."""
-        fault, self._fault = self._fault, None
+        fault = self._fault
         if fault is None:
             return
         failed_usd = self._write_usage("empty" if fault is _EMPTY else "failed").cost_usd
+        self._fault = None
         self._failed_usd = add_known(self._failed_usd, failed_usd)
         fields = {"request": self.request_id, "decision": self.selection.id, "model": self.model}
         facts = " ".join(f"{name}={value}" for name, value in fields.items())
@@ -276,6 +302,8 @@ class RequestRecord:
         if reservation:
             self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
         self._count_tokens(entry)
+        if self.trace is not None and self._attempts:
+            self.trace.end_attempt(entry, self._attempts[-1], first_content_at, self._fault)
         return entry
 
     def _observed(self) -> ObservedTraffic:
@@ -314,11 +342,11 @@ class RequestRecord:
             metrics.cost.add((self.model,), entry.cost_usd)
 
     def _count_savings(self, costs: Costs) -> None:
-        usd, baseline_usd = costs.usd, costs.baseline_usd
-        if usd is not None and baseline_usd is not None:
-            metrics = self._ctx.app.metrics
-            metrics.baseline_cost.add((self.model,), baseline_usd)
-            metrics.compared_cost.add((self.model,), usd)
+        usd = costs.usd
+        if usd is not None and costs.baseline_usd is not None:
+            metrics, labels = self._ctx.app.metrics, (self.model,)
+            metrics.baseline_cost.add(labels, costs.baseline_usd)
+            metrics.compared_cost.add(labels, usd)
 
     def _observe_traffic(self, output_tokens: int | None) -> None:
         """Add this answer to the length and latency that later decisions expect of the model in these clusters."""
@@ -351,11 +379,13 @@ class RequestLine:
             else f" max_tokens={record.selection.requirements.max_output_tokens}>{record.clamped}"
         )
         left_out = f" left_out={_header_list(record.left_out)!r}" if record.left_out else ""
+        ids = None if record.trace is None else record.trace.ids
+        trace = "" if ids is None else f" trace_id={ids[0]} span_id={ids[1]}"
         return (
             f"request={record.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={record.overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}"
+            f" overhead_ms={record.overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}{trace}"
         )
 
     def fields(self) -> dict[str, object]:
@@ -370,7 +400,7 @@ class RequestLine:
             "prompt_tokens": entry.prompt_tokens,
             "output_tokens": entry.output_tokens,
             "cost_usd": None if entry.cost_usd is None else round(entry.cost_usd, 12),
-            "overhead_ms": float(record.overhead_ms()),
+            "overhead_ms": round((record.overhead_s or 0.0) * 1000, 2),
             "first_s": None if entry.first_token_s is None else round(entry.first_token_s, 6),
             "seconds": round(entry.seconds, 6),
         }
@@ -379,6 +409,8 @@ class RequestLine:
             fields["requested_max_tokens"] = record.selection.requirements.max_output_tokens
         if record.left_out:
             fields["left_out"] = _header_list(record.left_out)
+        if record.trace is not None and (ids := record.trace.ids) is not None:
+            fields["trace_id"], fields["span_id"] = ids
         return fields
 
 
