@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from tests.deploy.monitoring import described
 from tests.server.conftest import Fleet
 from tests.support.proxy_process import ADMIN_KEY, uniform_profile
 from tests.support.scripted_answers import Step
@@ -160,6 +161,14 @@ def test_feedback_is_counted_by_what_became_of_it(fleet: Fleet) -> None:
     for outcome in ("counted", "withdrawn"):
         series = f'uniroute_feedback_total{{outcome="{outcome}"}}'
         assert after[series] - before.get(series, 0.0) == 1, outcome
+
+
+def test_what_a_server_shows_is_what_the_documentation_lists(fleet: Fleet) -> None:
+    text = httpx.get(f"{fleet.url}/metrics", headers=ROOT_KEY, timeout=60).text
+    shown = set(re.findall(r"^# TYPE (\w+) (?:counter|gauge|histogram)$", text, re.MULTILINE))
+    counters = {f"{each.name}_total" for each in described() if each.kind == "counter"}
+    listed = counters | {each.name for each in described() if each.kind != "counter"}
+    assert {name for name in shown if not name.endswith("_created")} == listed
 
 
 def test_the_process_and_its_version_are_shown(fleet: Fleet) -> None:
