@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
@@ -29,11 +29,14 @@ from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
-from proxy.server.auth import AuthMiddleware, KeyAuthenticator, is_dashboard, path_of
-from proxy.server.completions import CompletionEndpoints
+from proxy.server.api.client_apis import EMBEDDINGS
+from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
+from proxy.server.completions import ENDPOINTS
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
+from proxy.server.embeddings import embed
 from proxy.server.embeddings import router as embeddings_router
+from proxy.server.exchange import Exchange
 from proxy.server.log_handler import NonBlockingHandler
 from proxy.server.metrics import HealthCollector, Metrics, open_values
 from proxy.server.middleware import (
@@ -45,10 +48,12 @@ from proxy.server.middleware import (
     ServedPaths,
     corrected_path,
 )
+from proxy.server.model_endpoints import ModelEndpoints
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import feedback_router, keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.requests import path_of
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
@@ -88,6 +93,9 @@ ROUTERS = (
     feedback_router,
     *(models_router, jobs_router, keys_router, audit_router, decisions_router),
 )
+
+# What asks a model is served before the framework, whose routing and dependencies cost more than model selection.
+MODEL_ENDPOINTS = {**ENDPOINTS, EMBEDDINGS: embed}
 
 # Pages for people, which the OpenAPI document leaves out.
 PAGE_ROUTERS = (dashboard_views, dashboard_actions)
@@ -161,6 +169,7 @@ class Application(FastAPI):
             return startup.app_state.snapshots.current
 
         authenticator = KeyAuthenticator(settings, current_snapshot)
+        authorizer = RequestAuthorizer(settings, current_snapshot, authenticator=authenticator)
         self.dashboard = Dashboard(settings, authenticator)
         paths = ServedPaths((*ROUTERS, *PAGE_ROUTERS))
         super().__init__(
@@ -186,15 +195,19 @@ class Application(FastAPI):
             Middleware(RequestContextMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(
-                AuthMiddleware, settings=settings, current_snapshot=current_snapshot, authenticator=authenticator
-            ),
-            Middleware(CompletionEndpoints),
+            Middleware(AuthMiddleware, authorizer=authorizer),
             Middleware(HeadMiddleware, paths=paths),
         ]
         self.outermost: ASGIApp = super().__call__
         for cls, args, kwargs in reversed(middleware):
             self.outermost = cls(self.outermost, *args, **kwargs)
+        endpoints = ModelEndpoints(MODEL_ENDPOINTS, startup, authorizer)
+        self._models: ASGIApp = endpoints
+        # Serves what is asked of models without ASGI; None: pages of other origins need headers that only ASGI adds.
+        self.serve_exchange: Callable[[Exchange], Awaitable[None]] | None = endpoints.serve
+        if settings.allowed_origins:
+            cors = _cors(settings)
+            self._models, self.serve_exchange = cors.cls(endpoints, *cors.args, **cors.kwargs), None
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document; the first call generates it."""
@@ -211,7 +224,8 @@ class Application(FastAPI):
                 send = with_page_headers(send)
             elif served := corrected_path(path):
                 scope["path"] = scope.get("root_path", "") + served  # AuthMiddleware decides on the path that is served
-        await self.outermost(scope, receive, send)
+        asks_model = scope["type"] == "http" and scope["method"] == "POST" and path_of(scope) in MODEL_ENDPOINTS
+        await (self._models if asks_model else self.outermost)(scope, receive, send)
 
 
 def _cors(settings: Settings) -> Middleware:
