@@ -36,6 +36,7 @@ from proxy.upstream.payload import (
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 from proxy.upstream.sse import DONE, KEEP_ALIVE, decode_json, encode_json, format_event
+from proxy.upstream.text_frame import TextChunk
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -195,13 +196,17 @@ class ChatEventWriter:
         self._include_usage = include_usage
         self._usage: object = None
         self._usage_sent = False
-        self._last: dict[str, Any] = {}
+        self._last: JSONPayload = JSONPayload({})
 
     def write(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
         for chunk in block:
+            if type(chunk) is TextChunk:  # text alone: no usage, no fingerprint, no end
+                size += len(chunk.text)
+                pieces += (b"data: ", chunk.with_model(model), b"\n\n")
+                continue
             body = chunk.body
             record.affinity.observe(body, model)
             size += content_bytes(body)
@@ -216,7 +221,7 @@ class ChatEventWriter:
             if sent is not None:
                 pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if block:
-            self._last = block[-1].body
+            self._last = block[-1]
         record.add_output(size)
         return b"".join(pieces)
 
@@ -224,10 +229,10 @@ class ChatEventWriter:
         """Return [DONE], after the usage that the caller asked for if the upstream reported it in other chunks only."""
         if not self._include_usage or self._usage is None or self._usage_sent:
             return DONE
-        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage)) + DONE
+        return format_event(usage_chunk({**self._last.body, "model": self._record.model}, self._usage)) + DONE
 
     def with_metadata(self, end: bytes) -> bytes:
-        return _before_done(end, {**self._last, "model": self._record.model}, self._record.metadata())
+        return _before_done(end, {**self._last.body, "model": self._record.model}, self._record.metadata())
 
     def fail(self, failure: APIError) -> bytes:
         return format_event({"error": _error_of(failure)[1]})
