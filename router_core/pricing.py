@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from router_core.types import Doubles, Indices, Price
+from router_core.types import Doubles, Indices, Price, frozen
 
 # The price that makes costs scale-free: $2.50 in and $10 out per million tokens.
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
@@ -17,7 +17,7 @@ CENT_USD = 0.01
 PICO = 10**12
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenUsage:
     """The tokens of one request, in disjoint buckets: each token is counted, and paid, once."""
 

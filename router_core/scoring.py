@@ -6,7 +6,6 @@ rates per cluster, and c(m, x) is its expected cost in units of the reference pr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -16,14 +15,14 @@ from router_core.eligibility import Eligibility
 from router_core.errors import NoEligibleModel
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD, REFERENCE, reference_usd
-from router_core.types import Assignment, Doubles, Indices, Price, Requirements
+from router_core.types import Assignment, Doubles, Indices, Price, Requirements, frozen
 
 CostUnit = Literal["reference", "cents"]
 DEFAULT_LAMBDA = 0.1
 TIE_TOLERANCE = 0.005
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ScoringParams:
     """What a request is willing to pay for fewer errors."""
 

@@ -15,12 +15,13 @@ from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS, TAG_RULE, is_tag
 from router_core.text import closest_name
+from router_core.types import frozen
 
 # Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
 OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 
-@dataclass(frozen=True)
+@frozen
 class ChatRequest:
     """A chat request that was parsed and checked."""
 
@@ -269,7 +270,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_VALUE = 1e12
 
 
-@dataclass(frozen=True)
+@frozen
 class RoutingOptions:
     """What a request states of its routing. None: not stated, the settings decide."""
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from proxy.errors import NoEligibleModelError, ServiceUnavailable
@@ -21,7 +21,7 @@ from router_core.eligibility import Eligibility, eligible, output_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank, rank_by_cost, rank_by_mean
-from router_core.types import Assignment, Requirements
+from router_core.types import Assignment, Requirements, frozen
 
 log = logging.getLogger("uniroute.routing")
 
@@ -39,7 +39,7 @@ ROUTING_FAILURES = (
 _UNREGISTERED = "not registered any more"
 
 
-@dataclass(frozen=True)
+@frozen
 class Selection:
     """Which models may answer a request, in which order, and why."""
 

@@ -31,6 +31,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.provider_resolution import Resolver
+from router_core.types import frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class AppState:
         return plan
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestContext:
     """One chat request, and what it is served with. The endpoint builds it, once."""
 

@@ -6,7 +6,6 @@ import logging
 import time
 from binascii import b2a_base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from proxy.storage.usage import (
     usage_of,
 )
 from router_core.decision import RoutingDecision
-from router_core.types import Doubles, Indices
+from router_core.types import Doubles, Indices, frozen
 
 log = logging.getLogger("uniroute.request")
 
@@ -331,7 +330,7 @@ class RequestRecord:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Costs:
     """What a request cost in USD, and would have cost. None: not known."""
 

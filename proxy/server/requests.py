@@ -5,7 +5,6 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -13,6 +12,7 @@ from starlette._utils import get_route_path
 from starlette.types import Scope
 
 from proxy.errors import LoopDetected
+from router_core.types import frozen
 
 # Keys of the ASGI scope.
 APP_STATE = "uniroute.app"
@@ -106,7 +106,7 @@ def _random_ids() -> Iterator[str]:
 random_ids = _random_ids()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestIds:
     """What identifies a request: to its client, in traces, and to routers that it passes."""
 
