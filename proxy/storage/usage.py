@@ -92,6 +92,13 @@ class UsageRecord:
     tags: tuple[str, ...] = ()
 
     @property
+    def total_tokens(self) -> int | None:
+        """Return the tokens of prompt and answer together."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            return None
+        return self.prompt_tokens + self.output_tokens
+
+    @property
     def cost_picousd(self) -> int | None:
         """Return the cost in the unit in which sums are kept."""
         return None if self.cost_usd is None else picousd(self.cost_usd)
