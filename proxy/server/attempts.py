@@ -132,7 +132,7 @@ class AttemptRunner:
         self._record.start_attempt(name)
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            with app.deadlines.within(timeout_s):
                 return await call(model, timeouts, attempt)
         except TimeoutError:
             setting = "first_token_timeout_s" if timeouts.first_token_s < remaining_s else "request_timeout_s"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from proxy.concurrency import DeadlineWheel
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
@@ -66,6 +67,7 @@ class AppState:
     feedback: FeedbackStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
+    deadlines: DeadlineWheel = field(default_factory=DeadlineWheel, repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
 

@@ -47,6 +47,7 @@ HEADERS = [("host", "127.0.0.1:8000"), ("content-type", "application/json"), ("u
 ANSWER: Mapping[str, Any] = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
+    "model": "scripted",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
 }
