@@ -64,9 +64,8 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            command = [sys.executable, "-m", "uvicorn", "proxy.app:from_environment", "--factory", "--no-access-log"]
             self._process = subprocess.Popen(
-                [*command, "--fd", str(bound.fileno())],
+                [sys.executable, "-m", "tests.support.serve", str(bound.fileno())],
                 pass_fds=[bound.fileno()],
                 env=self._environ,
                 cwd=ROOT,
