@@ -13,7 +13,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from proxy.dashboard.activity import MAX_SAMPLES
-from proxy.dashboard.curve import DrawnCurve, traffic_of
 from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
     Form,
@@ -25,7 +24,7 @@ from proxy.dashboard.page import (
     render_text,
     static_files,
 )
-from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, curve_chart, heat_map
+from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, heat_map
 from proxy.dashboard.sessions import Session
 from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
 from proxy.server.admin import get_model, list_keys, list_models, registered_model
@@ -40,7 +39,6 @@ from proxy.storage.savings import GROUPINGS, SavingsReport
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
-from router_core.errors import InvalidInput, NoEligibleModel
 
 # Rows of the list on the first view.
 MAX_LATEST = 20
@@ -153,6 +151,9 @@ def _now(request: Request, state: AppState) -> dict[str, Any]:
         "states": {name: snapshot.model_state(name) for name in health},
         "in_flight": state.metrics.in_flight,
         "version": snapshot.version,
+        "paused": snapshot.paused,
+        "default": snapshot.default_lambda(state.settings),
+        "override": snapshot.lambda_override,
     }
 
 
@@ -343,53 +344,6 @@ async def _scores(state: AppState) -> dict[str, dict[str, float]]:
     }
 
 
-@router.get("/curve")
-async def curve(request: Request, session: SessionDep, state: StateDep) -> Response:
-    try:
-        drawn = await _drawn(request, state)
-    except (NoEligibleModel, InvalidInput) as error:
-        return render(request, "curve.html", session, problem=str(error), drawn=None, default=state.settings.lambda_)
-    chosen = _chosen_lambda(request)
-    today = await asyncio.to_thread(drawn.curve.at, state.settings.lambda_)
-    point = today if chosen is None else await asyncio.to_thread(drawn.curve.at, chosen)
-    return render(
-        request,
-        "curve.html",
-        session,
-        problem=None,
-        drawn=drawn,
-        default=state.settings.lambda_,
-        picture=curve_chart(drawn, today, None if chosen is None else point),
-        point=point,
-        today=today,
-        nearest=min(range(len(drawn.points)), key=lambda place: abs(drawn.points[place].lambda_ - point.lambda_)),
-    )
-
-
-@router.get("/curve/point")
-async def curve_point(request: Request, session: SessionDep, state: StateDep) -> Response:
-    """Answer the slider with a part of the page."""
-    drawn = await _drawn(request, state)
-    chosen = _chosen_lambda(request)
-    default = state.settings.lambda_
-    today, point = await asyncio.to_thread(
-        lambda: (drawn.curve.at(default), drawn.curve.at(default if chosen is None else chosen))
-    )
-    return render(request, "curve_point.html", session, point=point, today=today, default=default)
-
-
-async def _drawn(request: Request, state: AppState) -> DrawnCurve:
-    dashboard = dashboard_of(request)
-    sample = dashboard.activity.sample(state.metrics)
-    traffic = traffic_of(state.traffic_stats, sample.requests, sample.prompt_tokens)
-    return await dashboard.slow_work.result("curve", lambda: dashboard.curves.current(state, traffic))
-
-
-def _chosen_lambda(request: Request) -> float | None:
-    stated = request.query_params.get("lambda", "").strip()
-    return lambda_of(stated) if stated else None
-
-
 def lambda_of(text: str) -> float:
     """Return a λ as people write it. Raises BadRequest."""
     try:
@@ -411,7 +365,7 @@ async def explain(request: Request, session: SessionDep, state: StateDep) -> Res
         text="",
         stated="",
         found=None,
-        default=state.settings.lambda_,
+        default=state.snapshots.current.default_lambda(state.settings),
     )
 
 

@@ -10,10 +10,14 @@ from proxy.storage.audit_log import (
     ADD_MODEL,
     CHANGE_KEY,
     CHANGE_MODEL,
+    CHANGE_SETTINGS,
     CREATE_KEY,
+    PAUSE_MODEL,
     PRICE_MODEL,
     PROFILE_MODEL,
     REMOVE_MODEL,
+    RESET_SETTINGS,
+    RESUME_MODEL,
     REVOKE_KEY,
     ROTATE_KEY,
     Actor,
@@ -21,8 +25,20 @@ from proxy.storage.audit_log import (
     Step,
 )
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
+from proxy.storage.controls import LAMBDA, LambdaOverride, Pause
 from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
-from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, Store, load_script, price_key
+from proxy.storage.redis import (
+    KEYS,
+    MODELS,
+    PAUSED,
+    PREVIOUS_PROFILES,
+    PRICING,
+    PROFILES,
+    SETTINGS,
+    Store,
+    load_script,
+    price_key,
+)
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -162,6 +178,8 @@ _UPDATE_MODEL = load_script(__package__, "update_model")
 _REMOVE_MODEL = load_script(__package__, "remove_model")
 _PUT_PRICE = load_script(__package__, "put_price", PRICING=PRICING)
 _PUT_PROFILE = load_script(__package__, "put_profile")
+_PAUSE_MODEL = load_script(__package__, "pause_model")
+_PUT_SETTINGS = load_script(__package__, "put_settings")
 
 
 class Registry:
@@ -198,7 +216,7 @@ class Registry:
         if record.name in self._configured:
             raise ModelExists(f"the model {record.name!r} is defined in the configuration file")
         arguments = [record.name, _readable(record), entry]
-        return _ADD_MODEL, [MODELS, PROFILES, PREVIOUS_PROFILES], arguments, (ADD_MODEL, record.name)
+        return _ADD_MODEL, [MODELS, PROFILES, PREVIOUS_PROFILES, PAUSED], arguments, (ADD_MODEL, record.name)
 
     def _added(self, record: ModelRecord, version: int) -> int:
         if version < 0:
@@ -225,9 +243,9 @@ class Registry:
         return self._known(record.name, version)
 
     async def remove_model(self, name: str) -> int:
-        """Remove a model, its profile and its price. Raise UnknownModel or ConfiguredModel."""
+        """Remove a model, its profile, its price and its pause. Raise UnknownModel or ConfiguredModel."""
         self._not_configured(name)
-        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name)]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED]
         version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, [name], (REMOVE_MODEL, name))
         return self._known(name, version)
 
@@ -247,6 +265,24 @@ class Registry:
         keys, act = [MODELS, PROFILES, PREVIOUS_PROFILES], (PROFILE_MODEL, record.name)
         version = await self._writer.run("store a profile", _PUT_PROFILE, keys, arguments, act)
         return self._known(record.name, version)
+
+    async def pause_model(self, name: str, *, paused: bool) -> int:
+        """Leave a model out of traffic, or let it go on; what it is already changes nothing. Raise UnknownModel."""
+        pause = Pause(time.time(), self._writer.who).to_json() if paused else ""
+        what, action = ("pause a model", PAUSE_MODEL) if paused else ("resume a model", RESUME_MODEL)
+        arguments = [name, self._flag(name), pause]
+        version = await self._writer.run(what, _PAUSE_MODEL, [MODELS, PAUSED], arguments, (action, name))
+        return self._known(name, version)
+
+    async def set_lambda(self, value: float) -> int:
+        """Set the default λ in place of the configuration's."""
+        override = LambdaOverride(value, time.time(), self._writer.who)
+        arguments, act = [LAMBDA, override.to_json()], (CHANGE_SETTINGS, f"{LAMBDA}={value:g}")
+        return await self._writer.run("store the settings", _PUT_SETTINGS, [SETTINGS], arguments, act)
+
+    async def reset_settings(self) -> int:
+        """Let the configuration hold in all that was set while the server runs."""
+        return await self._writer.run("store the settings", _PUT_SETTINGS, [SETTINGS], [], (RESET_SETTINGS, ""))
 
     def _flag(self, name: str) -> str:
         return "1" if name in self._configured else "0"

@@ -18,7 +18,10 @@ from router_core.validation.graders.text import ExactGrader
 from router_core.validation.validation_set import ValidationPrompt
 from tests.dashboard.site import Site
 
-VIEWS = ("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/explain", "/keys")
+VIEWS = (
+    *("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/curve/change?lambda=0.5"),
+    *("/explain", "/keys"),
+)
 OTHERS = ("/login", "/nothing", "/", "/static/page.css", "/static/page.js", "/static/nothing", "/curve/point?lambda=1")
 
 CELL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
