@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from proxy.dashboard.activity import MAX_SAMPLES
+from proxy.dashboard.history import history_chart, history_of
 from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
     Form,
@@ -34,6 +35,7 @@ from proxy.server.dependencies import AppState
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.decisions import DecisionFilter, Page
+from proxy.storage.feedback import MAX_P, TEST
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.savings import GROUPINGS, SavingsReport
 from proxy.storage.snapshot import RoutingSnapshot
@@ -251,6 +253,7 @@ async def model_page(
     rows = cluster_rates(snapshot, name) if name in snapshot.profiles else []
     ranked = sorted((row for row in rows if row.ahead is not None), key=lambda row: -(row.ahead or 0.0))
     price = snapshot.prices.get(name)
+    history = await history_of(state, name)
     return render(
         request,
         "model.html",
@@ -264,6 +267,10 @@ async def model_page(
         weaknesses=[row for row in ranked[::-1][:5] if (row.ahead or 0.0) < 0],
         price=price,
         profile=snapshot.profiles.get(name),
+        history=history,
+        history_picture=history_chart(history or ()),
+        history_test=TEST,
+        history_level=MAX_P,
         defaults=state.settings.profile,
     )
 

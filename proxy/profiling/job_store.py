@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import cancel_and_wait
 from proxy.storage.audit_log import Step
+from proxy.storage.profile_history import REMEMBER, ProfileEntry, history_key
 from proxy.storage.records import InvalidRecord, ModelRecord, StoredProfile, WarnOnce, json_object, number, whole_number
 from proxy.storage.redis import (
     CHANGED,
@@ -92,7 +93,10 @@ class Job:
     fingerprint: str = ""
     max_usd: float | None = None
     measured_at: str | None = None
-    """RFC 3339, UTC: when the answers were given that this job reuses from an earlier one. None: it reuses none."""
+    """RFC 3339, UTC: when the answers were given that this job reuses from an earlier one. None: it is not known, or it
+    reuses none."""
+    carried_over: bool = False
+    """Whether it makes a profile for another map of the answers of an earlier job."""
 
     @property
     def unfinished(self) -> bool:
@@ -124,6 +128,7 @@ class Job:
             fingerprint=stored.get("fingerprint", ""),
             max_usd=max_usd,
             measured_at=stored.get("measured_at") or None,
+            carried_over=bool(stored.get("map")),
         )
 
 
@@ -210,7 +215,7 @@ RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
 
 CHECKPOINT: Final = load_script(__package__, "fence", "store_answer")
 
-FINISH: Final = load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
+FINISH: Final = REMEMBER + load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
 
 
 class JobStore:
@@ -313,18 +318,28 @@ class JobStore:
         eta = "" if eta_s is None else f"{eta_s:.1f}"
         await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
 
-    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Mark the job ready, store its profile, and release the lease, in one step."""
-        entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile, recipe: str | None = None) -> None:
+        """Mark the job ready, store its profile, add it to the model's history, and release the lease, in one step."""
+        stored = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+        job = await self.get(lease.job_id)
+        entry = ProfileEntry.of(
+            record,
+            profile,
+            time.time(),
+            source="carried_over" if job and job.carried_over else "job",
+            recipe=recipe,
+            job=lease.job_id,
+            spent_usd=job.spent_usd if job else None,
+        )
         configured = "1" if record.source == "config" else "0"
-        await self._finish(lease, "ready", "", [record.name, entry, configured])
+        await self._finish(lease, "ready", "", [record.name, stored, configured, entry.to_text()])
 
     async def fail(self, lease: Lease, error: str) -> None:
         """Mark the job failed, and release the lease. The model keeps an earlier profile."""
-        await self._finish(lease, "failed", error, ["", "", ""])
+        await self._finish(lease, "failed", error, ["", "", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
-        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES]
+        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES, history_key(result[0])]
         await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(

@@ -333,7 +333,7 @@ class JobRunner:
         if result.profile is None:
             await self._job_store.fail(lease, result.error or "")
         else:
-            await self._job_store.finish(lease, record, result.profile)
+            await self._job_store.finish(lease, record, result.profile, self._settings.recipe)
         if result.error:
             log.warning("job %s: measuring model %s failed: %s", job.id, job.model, result.error)
             return

@@ -35,6 +35,7 @@ from proxy.server.admin_responses import (
     KeyWithSecret,
     ModelCard,
     ModelCards,
+    PastProfiles,
     PricedModel,
     model_to_json,
     models_to_json,
@@ -46,6 +47,7 @@ from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PAUSE_MODEL, PROFILE_MODEL, RESUME_MODEL
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
 from proxy.storage.decisions import Cursor, DecisionFilter
+from proxy.storage.profile_history import entries_to_json, read_history
 from proxy.storage.records import ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
@@ -124,7 +126,7 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
     else:
         profile = body.profile.to_profile(state.snapshots.current.cluster_map)
         record = await state.resolver.resolve(record)
-        job, version = None, await state.registry.add_model(record, profile)
+        job, version = None, await state.registry.add_model(record, profile, state.settings.recipe)
     await wait_for_version(state, version)
     return Accepted(model=record.name, job=job)
 
@@ -152,7 +154,7 @@ async def reprofile_model(
         response.status_code = 202
         return Accepted(model=record.name, job=job.id)
     profile = body.profile.to_profile(state.snapshots.current.cluster_map)
-    await wait_for_version(state, await state.registry.put_profile(record, profile))
+    await wait_for_version(state, await state.registry.put_profile(record, profile, state.settings.recipe))
     return Accepted(model=record.name, job=None)
 
 
@@ -168,6 +170,27 @@ async def put_price(record: RegisteredModel, body: PriceBody, state: AdminState)
     await wait_for_version(state, version or 0)
     card = await model_to_json(state, record.name, with_profile=False)
     return {"model": record.name, "price": card["price"]}
+
+
+@models_router.get(
+    "/{name:path}/profiles",
+    summary="Its last profiles, newest first",
+    description="Each with how it differs from the one before. A model whose own name ends so is shown in its place.",
+    response_model=PastProfiles | ModelCard,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
+async def get_profiles(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
+    if (whole := f"{name}/profiles") in state.snapshots.current.models:
+        return await get_model(whole, state)
+    await registered_model(name, state)
+    return {"model": name, "profiles": await past_profiles(state, name)}
+
+
+async def past_profiles(state: AppState, name: str) -> list[dict[str, Any]]:
+    """Return the last profiles of a model as they are shown. Raises StoreUnavailable."""
+    cluster_map = state.snapshots.current.cluster_map
+    return entries_to_json(await read_history(state.store, name), cluster_map.id, cluster_map.names)
 
 
 @models_router.get(

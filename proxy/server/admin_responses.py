@@ -120,6 +120,58 @@ class ModelCards(ResponseModel):
     state_version: Count
 
 
+class ChangedCluster(ResponseModel):
+    """How much a model's error rate has changed in one cluster. `name` is null if it is of another map."""
+
+    id: Count
+    name: str | None
+    change: Number
+    labels_before: Amount
+    labels: Amount
+
+
+class ChangedProfile(ResponseModel):
+    """How a profile differs from the one before. `p` is null where there are too few labels, and `differs` too.
+
+    `clusters`: those that changed most; none if the maps differ.
+    """
+
+    mean_error: Number
+    test: str
+    p: Amount | None
+    differs: bool | None
+    same_map: bool
+    same_parameters: bool
+    clusters: list[ChangedCluster]
+
+
+class PastProfile(ResponseModel):
+    """A profile as it was stored: what it said, and where it came from. The bounds hold with 90 % confidence."""
+
+    stored_at: str
+    measured_at: str | None
+    source: Annotated[str, one_of("job", "carried_over", "upload")]
+    job: str | None
+    map: str
+    recipe: str | None
+    fingerprint: str
+    mean_error: Amount
+    error_low: Amount
+    error_high: Amount
+    total_labels: Amount
+    spent_usd: Amount | None
+    mean_output_tokens: Amount | None
+    mean_seconds: Amount | None
+    error_sums: list[Amount]
+    labels: list[Amount]
+    change: ChangedProfile | None
+
+
+class PastProfiles(ResponseModel):
+    model: str
+    profiles: list[PastProfile]
+
+
 class Accepted(ResponseModel):
     """`job`: the id of the job that measures the model, if one was needed."""
 

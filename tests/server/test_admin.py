@@ -46,6 +46,34 @@ def test_its_card_shows_price_state_and_profile_but_no_key(fleet: Fleet, added: 
     assert added in {listed["model_name"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
 
 
+def test_its_last_profiles_are_listed_with_how_each_differs_from_the_one_before(fleet: Fleet, added: str) -> None:
+    path = f"/admin/models/{added}/profile"
+    assert fleet.proxy.admin("POST", path, uniform_profile(0.5)).status_code == 200
+    listed = fleet.proxy.admin("GET", f"{path}s").json()
+    newest, first = listed["profiles"]
+
+    assert listed["model"] == added
+    assert [newest["source"], newest["recipe"], newest["map"]] == ["upload", "pooled", uniform_profile(0.5)["map"]]
+    assert newest["total_labels"] == 50 * len(newest["labels"])
+    assert newest["error_low"] < newest["mean_error"] < newest["error_high"]
+    assert (newest["change"]["p"], newest["change"]["differs"]) == (pytest.approx(0), True)
+    assert (newest["change"]["mean_error"], newest["change"]["same_parameters"]) == (pytest.approx(0.5, abs=0.01), True)
+    assert newest["change"]["clusters"][0]["name"]
+    assert first["change"] is None
+    assert fleet.proxy.admin("GET", "/admin/models/nobody/profiles").status_code == 404
+
+
+def test_a_model_whose_name_ends_as_an_address_does_is_shown_itself(fleet: Fleet, added: str) -> None:
+    name = f"{added}/profiles"
+    assert fleet.proxy.admin("POST", "/admin/models", addition(fleet, name)).status_code == 201
+    try:
+        assert fleet.proxy.admin("GET", f"/admin/models/{name}").json()["model_name"] == name
+        assert fleet.proxy.admin("GET", f"/admin/models/{name}/profiles").json()["model"] == name
+    finally:
+        fleet.proxy.admin("DELETE", f"/admin/models/{name}")
+    assert fleet.proxy.admin("GET", f"/admin/models/{name}").json()["model"] == added
+
+
 def test_a_taken_name_is_refused(fleet: Fleet, added: str) -> None:
     for name in (added, "fair"):
         reply = fleet.proxy.admin("POST", "/admin/models", addition(fleet, name))

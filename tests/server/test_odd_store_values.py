@@ -19,6 +19,7 @@ from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.controls import LambdaOverride, Pause
+from proxy.storage.profile_history import ProfileEntry, history_key
 from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import (
     CHANGED,
@@ -122,6 +123,20 @@ JOB: dict[Any, Any] = {
     "measured_at": "2026-01-01T00:00:00Z",
     "map": "",
 }
+PAST_PROFILE: dict[str, Any] = {
+    "stored_at": 1.0,
+    "source": "job",
+    "map_id": "m",
+    "fingerprint": "f",
+    "recipe": "pooled",
+    "job": "j",
+    "measured_at": "2026-01-01T00:00:00Z",
+    "spent_usd": 0.1,
+    "mean_output_tokens": 5.0,
+    "mean_seconds": 0.5,
+    "error_sums": [1.0, 0.5],
+    "labels": [2.0, 1.0],
+}
 PAUSE = {"at": 1.0, "who": "root"}
 LAMBDA = {"value": 0.5, **PAUSE}
 ANSWER = {"score": 1.0, "output_tokens": 3, "seconds": 0.1, "cost_usd": 0.1, "finish_reason": "stop", "failed": False}
@@ -146,9 +161,9 @@ class Served:
 
     def reads(self) -> dict[str, int]:
         """Read everything that can be read, and return the responses."""
-        admin = ("models", "models/kept", "keys", "audit?limit=1000", "jobs/odd", "jobs/odd/outcomes", "settings")
-        paths = (*(f"/admin/{path}" for path in admin), "/v1/models", "/metrics", "/readyz")
-        return {path: self.proxy.admin("GET", path).status_code for path in paths}
+        admin = ("models", "models/kept", "models/kept/profiles", "keys", "audit?limit=1000", "settings")
+        paths = (*(f"/admin/{path}" for path in (*admin, "jobs/odd", "jobs/odd/outcomes")), "/v1/models", "/metrics")
+        return {path: self.proxy.admin("GET", path).status_code for path in (*paths, "/readyz")}
 
     def changes(self) -> dict[str, int]:
         """Make a change of each kind. They follow each other, so that none is left behind."""
@@ -210,9 +225,12 @@ def fill(client: redis.Redis) -> None:
             for number, text in enumerate([*TEXTS, *islice(map(stored, variants(good)), 0, None, 10)]):
                 pipe.hset(key, f"odd-{number}", text)
             pipe.hset(key, "\x1b[31mred\n", stored(good))
+        for text in islice(map(stored, variants(PAST_PROFILE)), 0, None, 10):
+            pipe.rpush(history_key("kept"), text)
         pipe.hset(MODELS, "huge", "x" * 4_100_000)
         for number, text in enumerate(TEXTS):
             pipe.xadd(AUDIT, {"line": text})
+            pipe.rpush(history_key("kept"), text)
             pipe.xadd(STREAM, {"data": text})
             pipe.hset(LATEST, f"odd-{number}", text)
             pipe.sadd(OPEN, text)
@@ -230,6 +248,7 @@ READERS: dict[str, tuple[Any, Callable[[str], object]]] = {
     "model": (RECORD, lambda text: ModelRecord.from_json("odd", text).to_json()),
     "profile": (PROFILE, lambda text: StoredProfile.from_json(text).to_json()),
     "key": (KEY, lambda text: ClientKey.from_json("odd", text).to_json()),
+    "past profile": (PAST_PROFILE, lambda text: ProfileEntry.from_text(text).to_text()),
     "pause": (PAUSE, lambda text: Pause.from_json(text).to_json()),
     "lambda": (LAMBDA, lambda text: LambdaOverride.from_json(text).to_json()),
     "answer": (ANSWER, lambda text: PromptAnswer.from_json(text).to_json()),
@@ -278,6 +297,7 @@ def test_an_odd_value_in_any_single_place_stops_nothing(emptied: Served, odd: st
     client.publish(CHANNEL, odd)
     client.publish(PRICING, odd)
     client.hset(SETTINGS, "lambda", odd)
+    client.rpush(history_key("kept"), odd)
     client.set(health_key("kept"), odd)
     for field in ("input_cost_per_token", "output_cost_per_token", "source", "updated_at"):
         client.hset(price_key("kept"), field, odd)
