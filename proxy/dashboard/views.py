@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from proxy.dashboard.activity import MAX_SAMPLES
+from proxy.dashboard.answers import answers_to, shown_prompts
 from proxy.dashboard.history import history_chart, history_of
 from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
@@ -316,7 +317,8 @@ async def cluster(request: Request, session: SessionDep, state: StateDep) -> Res
     assigned = await dashboard_of(request).slow_work.result("prompts", state.jobs.validation_prompts)
     shares = assigned.assignment.dense(assigned.clusters)[:, number]
     nearest = [int(row) for row in np.argsort(-shares, kind="stable")[:MAX_PROMPTS] if shares[row] >= MIN_SHARE]
-    scores = await _scores(state)
+    prompts = [(assigned.prompts[row], float(shares[row])) for row in nearest]
+    answers = await answers_to(state, [prompt for prompt, _ in prompts])
     rates = rates_of(snapshot)
     return render(
         request,
@@ -325,9 +327,9 @@ async def cluster(request: Request, session: SessionDep, state: StateDep) -> Res
         number=number,
         name=snapshot.cluster_map.names[number],
         rates={name: found[number] for name, found in rates.items()},
-        prompts=[(assigned.prompts[row], float(shares[row])) for row in nearest],
+        prompts=await asyncio.to_thread(shown_prompts, prompts, answers),
         in_all=int((shares >= MIN_SHARE).sum()),
-        scores=scores,
+        answered_by=list(answers),
     )
 
 
@@ -335,20 +337,6 @@ def _cluster_number(text: str, snapshot: RoutingSnapshot) -> int:
     if text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < snapshot.cluster_map.size:
         return int(text)
     raise ModelNotFound(f"this map has no cluster {text[:40]!r}; its clusters are 0 to {snapshot.cluster_map.size - 1}")
-
-
-async def _scores(state: AppState) -> dict[str, dict[str, float]]:
-    """Return the grades that are still recorded: model → id of a prompt → score."""
-    try:
-        jobs = await state.jobs.latest()
-        found = await asyncio.gather(*(state.jobs.outcomes(job.id) for job in jobs.values()))
-    except StoreUnavailable:
-        return {}
-    return {
-        name: {line["id"]: line["scores"][name] for line in lines}
-        for name, lines in sorted(zip(jobs, found, strict=True))
-        if lines
-    }
 
 
 def lambda_of(text: str) -> float:

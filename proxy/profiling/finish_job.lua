@@ -1,5 +1,5 @@
 -- Needs fence.lua and storage/remember_profile.lua. Constants: CHANGED, KEPT_S.
--- KEYS continue: open, version, profiles, models, previous profiles, the model's history.
+-- KEYS continue: open, version, profiles, models, previous profiles, the model's history, texts.
 -- ARGV: token, id, state, error, model, profile, '1' if the model is configured, entry of the history.
 -- A job for one map leaves the profile of the other map to the processes that still use that map.
 local state, error = ARGV[3], ARGV[4]
@@ -19,5 +19,6 @@ redis.call('HSET', KEYS[2], 'state', state, 'error', error, 'eta_s', state == 'r
 redis.call('SREM', KEYS[5], ARGV[2])
 redis.call('EXPIRE', KEYS[2], KEPT_S)
 redis.call('EXPIRE', KEYS[3], KEPT_S)
+redis.call('EXPIRE', KEYS[11], KEPT_S)
 redis.call('DEL', KEYS[1], KEYS[4])
 return 1

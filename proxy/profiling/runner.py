@@ -17,7 +17,7 @@ from proxy.profiling.grading import (
     ValidationPrompts,
     column,
 )
-from proxy.profiling.job_store import Job, JobStore, Lease, LeaseLost, PromptAnswer
+from proxy.profiling.job_store import AnswerText, Job, JobStore, Lease, LeaseLost, PromptAnswer
 from proxy.profiling.model_client import (
     REASONING_TOKENS,
     TRUNCATED,
@@ -59,6 +59,8 @@ class ProfiledModel:
     reasons: bool
     """Whether it is known to reason before it answers."""
     max_output_tokens: int | None
+    keep_texts: bool = False
+    """Whether the texts of its answers are kept with their grades."""
 
     def limit(self, tokens: int) -> int:
         """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
@@ -109,6 +111,7 @@ class PromptRunner:
             output_tokens=answer.output_tokens,
             seconds=answer.seconds,
             finish_reason=answer.finish_reason,
+            text=AnswerText.of(answer.text) if self._model.keep_texts else None,
         )
 
     async def _answer(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> tuple[ModelAnswer, int]:
@@ -390,6 +393,7 @@ class JobRunner:
             price=None if price is None else price.price,
             reasons=capabilities.reasoning is True,
             max_output_tokens=capabilities.max_output_tokens,
+            keep_texts=self._settings.profile.keep_answers,
         )
 
     def _grader_client(self, name: str) -> tuple[RetryingClient, Price | None]:

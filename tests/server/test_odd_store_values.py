@@ -13,7 +13,7 @@ import httpx
 import pytest
 import redis
 
-from proxy.profiling.job_store import LATEST, OPEN, PromptAnswer, answers_key, job_key
+from proxy.profiling.job_store import LATEST, OPEN, AnswerText, PromptAnswer, answers_key, job_key
 from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
@@ -251,6 +251,7 @@ READERS: dict[str, tuple[Any, Callable[[str], object]]] = {
     "past profile": (PAST_PROFILE, lambda text: ProfileEntry.from_text(text).to_text()),
     "pause": (PAUSE, lambda text: Pause.from_json(text).to_json()),
     "lambda": (LAMBDA, lambda text: LambdaOverride.from_json(text).to_json()),
+    "text of an answer": ({"text": "a", "chars": 1}, lambda text: AnswerText.from_json(text).to_json()),
     "answer": (ANSWER, lambda text: PromptAnswer.from_json(text).to_json()),
 }
 
