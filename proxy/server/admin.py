@@ -207,6 +207,10 @@ async def get_model(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
     return await model_to_json(state, name, with_profile=True)
 
 
+# Who sends no body to a model that is not there is told that, and not that the body is missing.
+NO_CHANGE = ModelPatch()
+
+
 @models_router.patch(
     "/{name:path}",
     summary="Change what is stated of it, or pause it",
@@ -218,7 +222,7 @@ async def get_model(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
     responses={**BODY_ERRORS, **errors(404, 409)},
 )
 async def change_model(
-    record: RegisteredModel, body: ModelPatch, request: Request, state: AdminState
+    record: RegisteredModel, request: Request, state: AdminState, body: ModelPatch = NO_CHANGE
 ) -> dict[str, Any]:
     name = record.name
     if "paused" in body.model_fields_set:

@@ -42,6 +42,17 @@ async def test_a_model_is_measured_on_prompts_of_every_cluster_and_is_routable_w
     assert {word: prompts.count(word) for word in set(prompts)} == dict.fromkeys(("north", "east", "south", "west"), 6)
 
 
+async def test_a_paused_model_is_measured_all_the_same(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            await bench.registry.pause_model("small", paused=True)
+            job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
+            await until(lambda: bench.state.current.model_state("small") == "ready")
+            assert set(bench.state.current.paused) == {"small"}
+            assert bench.state.current.pool.routable_rows.size == 0
+    assert (job.state, len(upstream.history)) == ("ready", 20)
+
+
 async def test_each_measurement_joins_the_history_of_the_model_with_what_it_cost(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north", "east")) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url), recipe="shrunk") as bench:

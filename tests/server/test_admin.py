@@ -139,6 +139,13 @@ def test_a_model_of_the_configuration_file_cannot_be_changed_over_http(fleet: Fl
     assert "configuration file" in reply.json()["error"]["message"]
 
 
+def test_a_change_without_a_body_is_answered_by_whether_the_model_can_be_changed(fleet: Fleet, added: str) -> None:
+    headers = {"authorization": "Bearer admin-key-of-the-tests"}
+    found = [httpx.patch(f"{fleet.url}/admin/models/{name}", headers=headers) for name in ("nobody", "fair", added)]
+
+    assert [reply.status_code for reply in found] == [404, 409, 200]
+
+
 def test_a_refused_addition_stores_nothing(fleet: Fleet) -> None:
     wrong = addition(fleet, "half", profile={"map": "other", "errors": [0.0], "labels": [1.0]})
 
