@@ -56,6 +56,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Measuring": (
         *("validation_set", "judge_model"),
         *("profile.prompts", "profile.max_usd", "profile.concurrency", "profile.on_start", "profile.timeout_s"),
+        "profile.keep_answers",
     ),
     "Prices": ("price_url", "price_refresh_minutes"),
     "Conversations": (

@@ -23,12 +23,14 @@ from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.dashboard.actions import router as dashboard_actions
+from proxy.dashboard.curve_views import router as dashboard_curve
 from proxy.dashboard.page import Dashboard, with_page_headers
 from proxy.dashboard.views import router as dashboard_views
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
+from proxy.server.admin_settings import settings_router
 from proxy.server.api.client_apis import EMBEDDINGS
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
 from proxy.server.completions import ENDPOINTS
@@ -91,14 +93,14 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, settings_router),
 )
 
 # What asks a model is served before the framework, whose routing and dependencies cost more than model selection.
 MODEL_ENDPOINTS = {**ENDPOINTS, EMBEDDINGS: embed}
 
 # Pages for people, which the OpenAPI document leaves out.
-PAGE_ROUTERS = (dashboard_views, dashboard_actions)
+PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -356,6 +358,7 @@ async def app_state(
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
+        _log_override(settings, state.current)
         if observed is not None:
             reading = partial(observed.run, lambda: state.current.profiles)
             await closing.enter_async_context(background("uniroute-feedback", reading))
@@ -514,6 +517,15 @@ async def _update_metrics(metrics: Metrics) -> None:
     while True:
         metrics.refresh()
         await asyncio.sleep(METRICS_INTERVAL_S)
+
+
+def _log_override(settings: Settings, snapshot: RoutingSnapshot) -> None:
+    """Say at the start why the λ of the configuration is not in force."""
+    if (override := snapshot.lambda_override) is not None:
+        log.info(
+            "λ is %g, set by %s at %s; the %g of the configuration holds again after DELETE /admin/settings",
+            *(override.value, override.who, override.since, settings.lambda_),
+        )
 
 
 def _decision_bounds(settings: Settings) -> DecisionBounds | None:

@@ -113,7 +113,7 @@ class FilterStage(IntEnum):
     """
 
     ALLOWED = 0
-    # The model's state: cooling down, not ready, not profiled, not priced.
+    # The model's state: excluded, cooling down, not ready, not profiled, not priced.
     STATE = 1
     # The request asks for what the model is known to lack.
     REQUIREMENTS = 2
@@ -304,6 +304,8 @@ def _state_filters(
     if allowed is not None:
         reason = "not among the models that this request may use"
         yield Filter(FilterStage.ALLOWED, _is_named(pool, allowed), reason)
+    for name, reason in pool.excluded.items():
+        yield Filter(FilterStage.STATE, ~_is_named(pool, (name,)), reason)
     for names, reason in excluded:
         yield Filter(FilterStage.STATE, ~_is_named(pool, names), reason)
     if require_profile:

@@ -67,6 +67,8 @@ class Candidate:
     profile: Profile | None
     price: Price | None
     capabilities: Capabilities = UNKNOWN_CAPABILITIES
+    excluded: str | None = None
+    """Why it is left out of every choice for now. None: it is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +102,8 @@ class Pool:
     max_output_tokens: NDArray[np.int64]
     shares_window: NDArray[np.bool_]
     """(M,) whether prompt and answer must fit `max_input_tokens` together."""
+    excluded: Mapping[str, str]
+    """Model that is left out of every choice for now → why."""
     cluster_names: tuple[str, ...] = ()
 
     @classmethod
@@ -138,6 +142,7 @@ class Pool:
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
             max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
+            excluded=MappingProxyType({each.name: each.excluded for each in ordered if each.excluded is not None}),
             cluster_names=cluster_map.names,
         )
 
@@ -155,11 +160,12 @@ class Pool:
 
     @cached_property
     def routable_rows(self) -> NDArray[np.int64]:
-        """Rows of the models that are profiled and priced."""
-        return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
+        """Rows of the models that are profiled, priced and not excluded."""
+        rows = np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
+        return np.array([row for row in rows.tolist() if self.names[row] not in self.excluded], dtype=np.int64)
 
     def best_on_average(self, allowed: tuple[str, ...] | None = None) -> str | None:
-        """Return the priced model with the lowest mean error, of those that are allowed (None: all); None: no model."""
+        """Return the routable model with the lowest mean error, of those that are allowed (None: all), or None."""
         if allowed not in self._best:
             rows = self.routable_rows.tolist()
             usable = [row for row in rows if allowed is None or self.names[row] in allowed]

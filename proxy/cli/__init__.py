@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from proxy.cli.calibrate import calibrate
+from proxy.cli.calibrate import calibrate, lambdas
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
@@ -29,7 +29,7 @@ app = typer.Typer(
 for command in (serve, launch, demo, worker, route, report, fit, evaluate, calibrate):
     app.command()(command)
 for group, name in (
-    *((models, "models"), (keys, "keys"), (prices, "prices")),
+    *((models, "models"), (lambdas, "lambda"), (keys, "keys"), (prices, "prices")),
     *((decisions, "decisions"), (validation, "validation")),
 ):
     app.add_typer(group, name=name)

@@ -378,9 +378,12 @@ def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
 
 def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> float | None:
     value = stated.get(name)
-    if value is None:
-        return None
-    label, param = f"`{path}.{name}`", f"{path}.{name}"
+    return None if value is None else amount(value, f"{path}.{name}")
+
+
+def amount(value: Any, param: str) -> float:
+    """Return a number as requests may state it. Raises BadRequest naming `param`."""
+    label = f"`{param}`"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRequest(_not_an_amount(label, value), param=param)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from proxy.errors import BadRequest, Forbidden, ModelNotFound
+from proxy.errors import BadRequest, Forbidden, ModelNotFound, ModelPaused
 from proxy.routing.affinity import NO_AFFINITY
 from proxy.routing.chat_request import OWN_FIELDS, READ_HEADERS, ChatRequest, parse_object, read_options
 from proxy.routing.selection import Selection
@@ -26,6 +26,7 @@ from proxy.server.reservations import MARGIN_S, MAX_PICOUSD, Reservation, Reserv
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import Timeouts
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.controls import why_paused
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import parse_usage
 from proxy.upstream.embeddings import EmbeddingsRequest, renamed
@@ -198,7 +199,7 @@ async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Answe
         f"dec-{next(random_ids)}",
         asked.model,
         "pinned",
-        ctx.app.settings.lambda_,
+        ctx.snapshot.default_lambda(ctx.app.settings),
         (asked.model,),
         None,
         {},
@@ -222,6 +223,7 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
     Raises:
         BadRequest: it asks for routing, or is a chat model's: vectors of different models cannot be compared.
         ModelNotFound, Forbidden: there is no such model, or this key may not use it.
+        ModelPaused.
     """
     snapshot, settings = ctx.snapshot, ctx.app.settings
     if alias_mode(name, settings, snapshot) is not None:
@@ -232,6 +234,8 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
     if name not in snapshot.embeddings:
         raise BadRequest(f"{name!r} is a chat model; {_embeddings_hint(ctx)}", param="model")
+    if name in snapshot.paused:
+        raise ModelPaused(f"the model {name!r} is {why_paused(name)}")
 
 
 def _embeddings_hint(ctx: RequestContext) -> str:

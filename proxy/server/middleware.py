@@ -185,6 +185,9 @@ class MessagesResponse:
 # Key of the scope: what an endpoint has made, which no path names yet.
 TARGET_IN_SCOPE = "uniroute.target"
 
+# What it has done, where the method and the path alone do not say it.
+ACTION_IN_SCOPE = "uniroute.action"
+
 
 class AuditLogMiddleware:
     """Log every change that is asked of the admin side, also those that AuthMiddleware refuses."""
@@ -208,6 +211,7 @@ class AuditLogMiddleware:
             await self.app(scope, receive, send_noting_status)
         finally:
             action, target = action_of(scope["method"], path_of(scope))
+            action = scope.get(ACTION_IN_SCOPE, action)
             actor = Actor(scope.get(PRINCIPAL, ANONYMOUS), scope[REQUEST_IDS].request_id)
             actor.log(action, scope.get(TARGET_IN_SCOPE, target), status)
 

@@ -79,9 +79,10 @@ class StrictBody(BaseModel):
     def _refuse_unknown_fields(cls, document: Any) -> Any:
         if not isinstance(document, Mapping):
             return document
-        reject_unknown_keys(document, cls.model_fields, cls.prefix)
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        reject_unknown_keys(document, fields, cls.prefix)
         # a missing field is refused in the same words as null
-        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        required = [name for name, field in fields.items() if field.is_required()]
         return {**dict.fromkeys(required), **document}
 
 

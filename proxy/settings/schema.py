@@ -178,6 +178,10 @@ class ProfileSettings(FrozenModel):
         default=True, description="Measure the configured models that have no profile when the server starts."
     )
     timeout_s: Seconds = Field(default=120, description="Seconds that one validation answer may take.")
+    keep_answers: bool = Field(
+        default=True,
+        description="Keep the beginning of each validation answer with its grade, to be read on the page.",
+    )
 
 
 class Preset(FrozenModel):
