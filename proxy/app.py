@@ -80,6 +80,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 from proxy.upstream.health import CooldownReplicator, HealthRegistry, prune_removed_models
 from proxy.upstream.provider_resolution import Resolver
+from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError
@@ -445,11 +446,13 @@ async def _configured_models(settings: Settings, resolver: Resolver, startup: St
 def _open_routing(
     settings: Settings, startup: Startup | None = None, stop: threading.Event | None = None
 ) -> tuple[ClusterMap, ClusterAssigner]:
-    """Load the cluster map and the embedder that it was fitted with.
+    """Load the cluster map and the embedder that it was fitted with, for the kernels that the settings allow.
 
     Raises:
         SettingsError: one of them cannot be loaded, or they do not belong together.
     """
+    kernels.use(None if settings.compiled else kernels.NUMPY)
+    log.info("routing kernels: %s", kernels.current().name)
     try:
         cluster_map = load_cluster_map(settings)
         with (startup or Startup()).step("opening the embedding table", "tokens") as step:

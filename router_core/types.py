@@ -59,15 +59,6 @@ class Assignment:
         np.put_along_axis(rows, self.ids, self.weights.astype(np.float64), axis=1)
         return rows
 
-    def expected_one(self, by_cluster: Doubles) -> Doubles:
-        """Return the (M,) expected values of a (K, M) matrix for one prompt.
-
-        Equal columns give equal values, as every column is summed in the same order.
-        """
-        rows = by_cluster.take(self.ids[0], axis=0)
-        rows *= self.weights[0, :, None]
-        return np.asarray(np.add.reduce(rows, axis=0))
-
     def expected(self, by_cluster: Doubles) -> Doubles:
         """Return the (n, M) expected values of an (M, K) matrix: Φ·Ψ if these are error rates.
 

@@ -39,15 +39,36 @@ def print_version(requested: bool) -> None:  # noqa: FBT001  the shape of an opt
     if requested:
         from importlib.metadata import version
 
-        echo(f"uniroute {version('uniroute')}")
+        echo(f"uniroute {version('uniroute')} (routing kernels: {_kernels()})")
         raise typer.Exit
+
+
+def _kernels() -> str:
+    """Return which kernels routing uses here: compiled ones, or why NumPy."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from router_core.kernels import compiled
+
+    if compiled() is None:
+        return "NumPy, as none of this version were compiled"
+    try:
+        wanted = TypeAdapter(bool).validate_python(os.environ.get("UNIROUTE_COMPILED", True))
+    except ValidationError:  # the commands that read settings say what is wrong with it
+        wanted = True
+    return "compiled" if wanted else "NumPy, as UNIROUTE_COMPILED says"
 
 
 @app.callback()
 def root(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=print_version,
+            is_eager=True,
+            help="Print the version, and which kernels routing uses.",
+        ),
     ] = False,
 ) -> None:
     """Send each prompt to the model most likely to get it right for the money."""

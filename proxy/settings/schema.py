@@ -258,6 +258,13 @@ class Settings(FrozenModel):
             "`raw` (the paper's), or `laplace`."
         ),
     )
+    compiled: bool = Field(
+        default=True,
+        description=(
+            "Whether routing computes with its compiled kernels, where they were built (`uniroute --version` says so). "
+            "NumPy computes the same without them, in two to three times the time."
+        ),
+    )
     profile: ProfileSettings = Field(default=ProfileSettings(), description="How new models are measured.")
     judge_model: str | None = Field(
         default=None,

@@ -38,7 +38,7 @@ from proxy.upstream.health import HealthRegistry
 from proxy.upstream.payload import JSONPayload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible
-from router_core.embedding import StaticEmbedder
+from router_core.embedding import StaticEmbedder, Tokenizer
 from router_core.scoring import rank
 from router_core.types import Assignment
 from tests.support.makers import a_record, snapshot_inputs
@@ -213,6 +213,7 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
     """Map each stage to what it gets of a request, and what it does. Their sum leaves out the glue between them."""
     state, settings = services.snapshots.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
+    tokenizer: Tokenizer = embedder._tokenizer  # type: ignore[attr-defined]
 
     def context(request: ChatRequest) -> SelectionContext:
         return SelectionContext("dec-1", request, None, state, settings)
@@ -226,7 +227,7 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
         "past of the conversation": (lambda request: request.body["messages"], inspect_history),
         "context, requirements too": (lambda request: request, context),
         "routing text": (lambda request: request.body["messages"], routing_text),
-        "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
+        "tokens of the text": (lambda request: routing_text(request.body["messages"]).encode(), tokenizer.ids),
         "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),
         "clusters": (lambda request: embedder.embed([routing_text(request.body["messages"])]), cluster_map.assign),
         "eligibility": (context, lambda one: eligible(state.pool, one.requirements)),
