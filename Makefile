@@ -79,6 +79,7 @@ locks: $(VENV)/installed-audit
 	$(BIN)/python deploy/lock.py
 
 clean:
+	rm -f router_core/*.so
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 
 # One environment that grows: what the demonstration needs, then torch and all that a server may use, then the tools. All
@@ -93,7 +94,7 @@ $(VENV)/created:
 	$(INSTALL) $(LOCKS)/uv.txt
 	@touch $@
 
-$(VENV)/installed-core: $(VENV)/created $(LOCKS)/core.txt pyproject.toml
+$(VENV)/installed-core: $(VENV)/created $(LOCKS)/core.txt pyproject.toml hatch_build.py router_core/_compiled.c
 	$(INSTALL) $(LOCKS)/core.txt
 	$(INSTALL) .
 	@touch $@

@@ -51,11 +51,12 @@ the setting is refused at the start.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Routing": (
         *("model_list", "lambda", "route_names", "presets", "default_model", "latency_weight", "cost_unit"),
-        *("reference_price", "map", "embedder", "recipe", "clamp_max_tokens"),
+        *("reference_price", "map", "embedder", "recipe", "compiled", "clamp_max_tokens"),
     ),
     "Measuring": (
         *("validation_set", "judge_model"),
         *("profile.prompts", "profile.max_usd", "profile.concurrency", "profile.on_start", "profile.timeout_s"),
+        "profile.keep_answers",
     ),
     "Prices": ("price_url", "price_refresh_minutes"),
     "Conversations": (

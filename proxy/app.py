@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
@@ -23,19 +23,24 @@ from threadpoolctl import threadpool_limits
 
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.dashboard.actions import router as dashboard_actions
+from proxy.dashboard.curve_views import router as dashboard_curve
 from proxy.dashboard.page import Dashboard, with_page_headers
 from proxy.dashboard.views import router as dashboard_views
 from proxy.observability.otlp import is_enabled, open_telemetry
-from proxy.observability.tracing import TracingMiddleware
+from proxy.observability.tracing import TracedEndpoints
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
 from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
-from proxy.server.auth import AuthMiddleware, KeyAuthenticator, is_dashboard, path_of
-from proxy.server.completions import CompletionEndpoints
+from proxy.server.admin_settings import settings_router
+from proxy.server.api.client_apis import EMBEDDINGS
+from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
+from proxy.server.completions import ENDPOINTS
 from proxy.server.completions import router as completions_router
 from proxy.server.dependencies import AppState
+from proxy.server.embeddings import embed
 from proxy.server.embeddings import router as embeddings_router
+from proxy.server.exchange import Exchange
 from proxy.server.log_handler import NonBlockingHandler, formatter_class
 from proxy.server.metrics import HealthCollector, Metrics, ModelCollector, open_values
 from proxy.server.middleware import (
@@ -47,10 +52,12 @@ from proxy.server.middleware import (
     ServedPaths,
     corrected_path,
 )
+from proxy.server.model_endpoints import ModelEndpoints
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import feedback_router, keyed_router, open_router
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.requests import path_of
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
 from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
@@ -75,6 +82,7 @@ from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 from proxy.upstream.health import CooldownReplicator, HealthRegistry, prune_removed_models
 from proxy.upstream.provider_resolution import Resolver
+from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.embedding import open_embedder
 from router_core.errors import RouterCoreError
@@ -88,11 +96,14 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, settings_router),
 )
 
+# What asks a model is served before the framework, whose routing and dependencies cost more than model selection.
+MODEL_ENDPOINTS = {**ENDPOINTS, EMBEDDINGS: embed}
+
 # Pages for people, which the OpenAPI document leaves out.
-PAGE_ROUTERS = (dashboard_views, dashboard_actions)
+PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -169,6 +180,7 @@ class Application(FastAPI):
             return startup.app_state.snapshots.current
 
         authenticator = KeyAuthenticator(settings, current_snapshot)
+        authorizer = RequestAuthorizer(settings, current_snapshot, authenticator=authenticator)
         self.dashboard = Dashboard(settings, authenticator)
         paths = ServedPaths((*ROUTERS, *PAGE_ROUTERS))
         super().__init__(
@@ -192,18 +204,21 @@ class Application(FastAPI):
         middleware = [
             Middleware(MessagesMiddleware),
             Middleware(RequestContextMiddleware, startup=startup),
-            *([Middleware(TracingMiddleware)] if traces else []),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
-            Middleware(
-                AuthMiddleware, settings=settings, current_snapshot=current_snapshot, authenticator=authenticator
-            ),
-            Middleware(CompletionEndpoints),
+            Middleware(AuthMiddleware, authorizer=authorizer),
             Middleware(HeadMiddleware, paths=paths),
         ]
         self.outermost: ASGIApp = super().__call__
         for cls, args, kwargs in reversed(middleware):
             self.outermost = cls(self.outermost, *args, **kwargs)
+        endpoints = (TracedEndpoints if traces else ModelEndpoints)(MODEL_ENDPOINTS, startup, authorizer)
+        self._models: ASGIApp = endpoints
+        # Serves what is asked of models without ASGI; None: pages of other origins need headers that only ASGI adds.
+        self.serve_exchange: Callable[[Exchange], Awaitable[None]] | None = endpoints.serve
+        if settings.allowed_origins:
+            cors = _cors(settings)
+            self._models, self.serve_exchange = cors.cls(endpoints, *cors.args, **cors.kwargs), None
 
     def openapi(self) -> dict[str, Any]:
         """Return the OpenAPI document; the first call generates it."""
@@ -220,7 +235,8 @@ class Application(FastAPI):
                 send = with_page_headers(send)
             elif served := corrected_path(path):
                 scope["path"] = scope.get("root_path", "") + served  # AuthMiddleware decides on the path that is served
-        await self.outermost(scope, receive, send)
+        asks_model = scope["type"] == "http" and scope["method"] == "POST" and path_of(scope) in MODEL_ENDPOINTS
+        await (self._models if asks_model else self.outermost)(scope, receive, send)
 
 
 def _cors(settings: Settings) -> Middleware:
@@ -354,6 +370,7 @@ async def app_state(
         with startup.step("reading models"):
             await state.start()
         closing.push_async_callback(state.stop)
+        _log_override(settings, state.current)
         if observed is not None:
             reading = partial(observed.run, lambda: state.current.profiles)
             await closing.enter_async_context(background("uniroute-feedback", reading))
@@ -404,7 +421,7 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        metrics.on_refresh(lambda: _update_gauges(metrics, state, usage, jobs))
+        metrics.on_refresh(lambda: _update_gauges(settings, metrics, state, usage, jobs))
         tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
@@ -443,11 +460,13 @@ async def _configured_models(settings: Settings, resolver: Resolver, startup: St
 def _open_routing(
     settings: Settings, startup: Startup | None = None, stop: threading.Event | None = None
 ) -> tuple[ClusterMap, ClusterAssigner]:
-    """Load the cluster map and the embedder that it was fitted with.
+    """Load the cluster map and the embedder that it was fitted with, for the kernels that the settings allow.
 
     Raises:
         SettingsError: one of them cannot be loaded, or they do not belong together.
     """
+    kernels.use(None if settings.compiled else kernels.NUMPY)
+    log.info("routing kernels: %s", kernels.current().name)
     try:
         cluster_map = load_cluster_map(settings)
         with (startup or Startup()).step("opening the embedding table", "tokens") as step:
@@ -527,6 +546,15 @@ async def _update_metrics(metrics: Metrics) -> None:
         await asyncio.sleep(METRICS_INTERVAL_S)
 
 
+def _log_override(settings: Settings, snapshot: RoutingSnapshot) -> None:
+    """Say at the start why the λ of the configuration is not in force."""
+    if (override := snapshot.lambda_override) is not None:
+        log.info(
+            "λ is %g, set by %s at %s; the %g of the configuration holds again after DELETE /admin/settings",
+            *(override.value, override.who, override.since, settings.lambda_),
+        )
+
+
 def _decision_bounds(settings: Settings) -> DecisionBounds | None:
     if not settings.decision_ttl_s or not settings.max_decisions:
         return None
@@ -544,9 +572,12 @@ def _feedback_limits(settings: Settings) -> FeedbackLimits:
     )
 
 
-def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter, jobs: Jobs) -> None:
+def _update_gauges(
+    settings: Settings, metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter, jobs: Jobs
+) -> None:
     metrics.tasks.set(len(asyncio.all_tasks()))
     metrics.state_version.set(state.current.version)
     metrics.store_available.set(state.available)
     metrics.usage_journal.set(usage.journal_bytes)
     metrics.jobs_running.set(jobs.worker.running)
+    metrics.default_lambda.set(state.current.default_lambda(settings))

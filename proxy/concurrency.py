@@ -180,6 +180,77 @@ async def background(
         await tasks.close()
 
 
+class DeadlineWheel:
+    """Limit how long waits may take, with one timer for all of them. A limit strikes up to `tick_s` late, never early.
+
+    `asyncio.timeout` starts and cancels a timer for every wait. To be used on one event loop.
+    """
+
+    def __init__(self, tick_s: float = 0.05) -> None:
+        self._tick_s = tick_s
+        # The number of a tick → the deadlines that it ends.
+        self._due: dict[int, set[Deadline]] = {}
+        self._ticks = 0
+        self._running = False
+
+    def within(self, seconds: float) -> Deadline:
+        """Return a context manager that raises TimeoutError after so many seconds, as `asyncio.timeout` does."""
+        return Deadline(self, seconds)
+
+    def _add(self, deadline: Deadline, seconds: float) -> int:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        if not self._running:
+            self._running, self._ticks = True, int(now / self._tick_s)
+            loop.call_later(self._tick_s, self._tick, loop)
+        tick = max(int((now + seconds) / self._tick_s), self._ticks) + 1
+        self._due.setdefault(tick, set()).add(deadline)
+        return tick
+
+    def _remove(self, deadline: Deadline, tick: int) -> None:
+        if (due := self._due.get(tick)) is not None:
+            due.discard(deadline)
+            if not due:
+                del self._due[tick]
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        before, self._ticks = self._ticks, int(loop.time() / self._tick_s)
+        for tick in range(before + 1, self._ticks + 1):
+            for deadline in self._due.pop(tick, ()):
+                deadline.expire()
+        self._running = bool(self._due)
+        if self._running:
+            loop.call_later(self._tick_s, self._tick, loop)
+
+
+class Deadline:
+    """One wait that a DeadlineWheel limits."""
+
+    __slots__ = ("_cancelling", "_expired", "_seconds", "_task", "_tick", "_wheel")
+
+    def __init__(self, wheel: DeadlineWheel, seconds: float) -> None:
+        self._wheel = wheel
+        self._seconds = seconds
+        self._expired = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # a coroutine always runs in a task
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._tick = self._wheel._add(self, self._seconds)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not self._expired:
+            self._wheel._remove(self, self._tick)
+        elif self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
+
+    def expire(self) -> None:
+        self._expired = True
+        self._task.cancel()
+
+
 class FairQueue:
     """Let `limit` callers in at once, and the others in the order in which they came.
 

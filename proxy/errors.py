@@ -24,6 +24,7 @@ ProxyError
 ├── ServiceUnavailable        503  nothing to route to yet, or the store is unavailable
 │   ├── Starting              503  the server is not ready yet
 │   ├── ShuttingDown          503  the server ends, and this response with it
+│   ├── ModelPaused           503  an administrator has paused the model, or all that could answer
 │   └── NotProfiled           503  no model that could answer has a profile yet
 └── UpstreamError                  a model failed: its own status and body, or 502, 504
     ├── ResponseTooLarge      502  more bytes, levels or values than are read
@@ -161,6 +162,13 @@ class Starting(ServiceUnavailable):
 
 class ShuttingDown(ServiceUnavailable):
     """The server is shutting down, and its grace period for open responses is over."""
+
+
+class ModelPaused(ServiceUnavailable):
+    """An administrator has paused the model, or all that could answer. Trying again helps only once one goes on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", headers={"x-should-retry": "false"})
 
 
 class NotProfiled(ServiceUnavailable):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core import kernels
 from router_core.errors import InvalidInput
 from router_core.types import Assignment, Doubles, Floats
 
@@ -26,6 +27,9 @@ SIMILARITY_RANGE = 0.4
 
 # The largest map that keeps how its clusters overlap: the matrix, and all that is computed with it, grows with K².
 MAX_CLUSTERS_FOR_OVERLAP = 256
+
+# FAISS finds no neighbour of a vector that holds NaN or infinity.
+NOT_FINITE = "the vector of a prompt is not finite, so no cluster is near it"
 
 # Prompts whose weights are laid out densely at once.
 _BATCH_SIZE = 4096
@@ -230,10 +234,17 @@ class ClusterMap:
         assignments = [nearest, *(clusters.assign(vectors) for clusters in self.learned_clusters)]
         return _join(assignments, (0, *self._ends[:-1]))
 
+    @property
+    def query(self) -> Floats:
+        """The calling thread's (1, d) vector, which `assign` need not copy if it is written here."""
+        return self._single.search.vector
+
     def _assign_many(self, vectors: Floats) -> Assignment:
         cosines, ids = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), self.top)
-        weights = np.exp((cosines - cosines[:, :1]) / self.temperature)
-        return Assignment(ids, weights / weights.sum(axis=1, keepdims=True))
+        if (ids < 0).any():
+            raise InvalidInput(NOT_FINITE)
+        exponents = np.exp((cosines.astype(np.float64) - cosines[:, :1]) / self.temperature)
+        return Assignment(ids, np.asarray(exponents / exponents.sum(axis=1, keepdims=True), dtype=np.float32))
 
     def with_hard_assignment(self) -> ClusterMap:
         """Return a map of the same centroids that puts each prompt wholly in the nearest.
@@ -296,39 +307,38 @@ class _SingleSearch:
 
     This is the call below FAISS's Python wrapper, which allocates and checks its arrays anew each time. FAISS uses as
     many OpenMP threads as there are vectors, and so one: OpenMP's own limit, which fitting uses up, stays as it is.
-    The arithmetic is that of many vectors, in the same order, and so are the results, bit for bit.
     """
 
     def __init__(self, index: faiss.IndexFlatIP, top: int, temperature: float) -> None:
         import faiss
 
         untyped: Any = index
+        self.vector: Floats = np.empty((1, index.d), dtype=np.float32)
         self._search = untyped.search_c
+        self._softmax = kernels.current().softmax
         self._top = top
-        self._shape = (1, index.d)
-        self._vector = np.empty(self._shape, dtype=np.float32)
-        self._cosines, self._exponents = np.empty((2, 1, top), dtype=np.float32)
-        self._ids = np.empty((1, top), dtype=np.int64)
-        self._pointers = [faiss.swig_ptr(array) for array in (self._vector, self._cosines, self._ids)]
-        # Arrays of no dimension: NumPy takes half the time with them.
-        self._temperature = np.array(temperature, dtype=np.float32)
-        self._largest = self._cosines[0, 0, ...]
-        self._sum: Any = np.empty((), dtype=np.float32)
-        self._row = self._exponents[0]
+        self._placed = (1, top)
+        cosines: Any = np.empty(top, dtype=np.float32)
+        ids: Any = np.empty(top, dtype=np.int64)
+        self._cosines, self._ids = memoryview(cosines), memoryview(ids)
+        self._pointers = [faiss.swig_ptr(array) for array in (self.vector, cosines, ids)]
+        self._temperature = float(temperature)
 
     def assign(self, vector: Floats) -> Assignment:
-        """Assign `vector`, (1, d), to its nearest clusters."""
-        if vector.shape != self._shape:
-            raise ValueError(f"a vector of shape {vector.shape}, not {self._shape}")
-        self._vector[:] = vector
+        """Assign `vector`, (1, d), to its nearest clusters. The result is read-only."""
+        if vector is not self.vector:
+            if vector.shape != self.vector.shape:
+                raise ValueError(f"a vector of shape {vector.shape}, not {self.vector.shape}")
+            self.vector[:] = vector
         pointer, cosines, ids = self._pointers
         self._search(1, pointer, self._top, cosines, ids)
-        exponents = self._exponents
-        np.subtract(self._cosines, self._largest, exponents)
-        np.divide(exponents, self._temperature, exponents)
-        np.exp(exponents, exponents)
-        np.add.reduce(self._row, 0, None, self._sum)
-        return Assignment(self._ids.copy(), exponents / self._sum)
+        if self._ids[-1] < 0:
+            raise InvalidInput(NOT_FINITE)
+        weights = self._softmax(self._cosines, self._temperature)
+        # Arrays over bytes cannot be written to: many requests share them.
+        return Assignment(
+            np.ndarray(self._placed, np.int64, self._ids.tobytes()), np.ndarray(self._placed, np.float32, weights)
+        )
 
 
 class _SearchOfThread(threading.local):

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from router_core.eligibility import Eligibility, LazyRanking
+from router_core.kernels import Figures, argmin_with_ties
 from router_core.types import Assignment, Doubles, Indices
 
 # Relative step into an open interval, well above rounding and well below any λ that people write.
@@ -21,13 +22,8 @@ MAX_LAMBDA = 1e12
 Z_90 = 1.645
 
 
-def argmin_with_ties(scores: Doubles, costs: Doubles, tie: float) -> int:
-    """Return the row of the cheapest among those within `tie` of the best score; of equals, the first."""
-    return int(np.where(scores <= scores.min() + tie, costs, np.inf).argmin())
-
-
 def argmin_rows_with_ties(scores: Doubles, costs: Doubles, tie: float) -> Indices:
-    """Do the same for each row of (n, m) scores and costs; returns (n,) columns."""
+    """Do what `argmin_with_ties` does for each row of (n, m) scores and costs; returns (n,) columns."""
     near = scores <= scores.min(axis=1, keepdims=True) + tie
     return np.asarray(np.where(near, costs, np.inf).argmin(axis=1))
 
@@ -119,8 +115,34 @@ class ScoreTable:
     def details(self) -> ScoreDetails:
         return self.compute_details()
 
-    def with_scores(self, scores: Doubles) -> ScoreTable:
-        return replace(self, scores=scores)
+
+class Scores:
+    """What scoring m models gave. The table is laid out when it is first read: choosing needs none."""
+
+    def __init__(self, names: Sequence[str], figures: Figures, compute_details: Callable[[], ScoreDetails]) -> None:
+        """
+        Args:
+            names: (m,)
+            figures: errors, costs, scores and USD.
+        """
+        self.names = names
+        self._figures = figures
+        self._compute_details = compute_details
+
+    @cached_property
+    def table(self) -> ScoreTable:
+        errors, costs, scores, costs_usd = unpack(self._figures)
+        return ScoreTable(self.names, errors, costs, scores, costs_usd, self._compute_details)
+
+    def ranked(self, choice: int) -> tuple[str, ...]:
+        """Return all names: the choice first, then by score, cost and name."""
+        order = np.lexsort((self.table.costs, self.table.scores)).tolist()
+        return (self.names[choice], *(self.names[row] for row in order if row != choice))
+
+
+def unpack(figures: Figures) -> Sequence[Doubles]:
+    """Return (m,) errors, costs, scores and USD."""
+    return list(np.frombuffer(figures).reshape(4, -1)) if isinstance(figures, bytes) else figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,27 +162,41 @@ class ScoredCandidate:
     """The λ nearest to the one in use at which this model is chosen; None where there is none."""
 
 
-@dataclass(frozen=True, eq=False)
 class RoutingDecision:
     """The choice for one prompt, and why. Unpacks as `chosen, score, scores`."""
 
-    table: ScoreTable
-    choice: int
-    """Row of `table`."""
-    lambda_: float
-    tie: float
-    assignment: Assignment | None
-    """Φ(x); None where there was no text to embed."""
-    cluster_names: tuple[str, ...] = ()
-    eligibility: Eligibility | None = None
-    """Which models were ruled out before scoring."""
+    def __init__(
+        self,
+        scored: Scores,
+        choice: int,
+        *,
+        lambda_: float,
+        tie: float,
+        assignment: Assignment | None,
+        cluster_names: tuple[str, ...] = (),
+        eligibility: Eligibility | None = None,
+    ) -> None:
+        """
+        Args:
+            choice: row of the scores.
+            assignment: Φ(x); None where there was no text to embed.
+            eligibility: which models were ruled out before scoring.
+        """
+        self.choice = choice
+        self.lambda_ = lambda_
+        self.tie = tie
+        self.assignment = assignment
+        self.cluster_names = cluster_names
+        self.eligibility = eligibility
+        self.chosen = scored.names[choice]
+        self._scored = scored
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.chosen, self.score, self.scores))
 
-    @cached_property
-    def chosen(self) -> str:
-        return self.table.names[self.choice]
+    @property
+    def table(self) -> ScoreTable:
+        return self._scored.table
 
     @property
     def score(self) -> float:
@@ -173,11 +209,7 @@ class RoutingDecision:
     @cached_property
     def ranking(self) -> Sequence[str]:
         """All eligible models: the choice first, then by score, cost and name."""
-        return LazyRanking(self.chosen, len(self.table.scores), self._sorted_names)
-
-    def _sorted_names(self) -> tuple[str, ...]:
-        order = np.lexsort((self.table.costs, self.table.scores)).tolist()
-        return (self.chosen, *(self.table.names[row] for row in order if row != self.choice))
+        return LazyRanking(self.chosen, len(self._scored.names), partial(self._scored.ranked, self.choice))
 
     @cached_property
     def clusters(self) -> tuple[tuple[int, str, float], ...]:

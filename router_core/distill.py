@@ -1,4 +1,4 @@
-"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2.
+"""The static embedder's table: every vocabulary token passed alone through all-MiniLM-L6-v2, times its weight.
 
 The model is run by BERT's encoder (Devlin et al. 2019) in NumPy, for short sequences of one length. This is quicker
 than torch, whose import alone takes seconds, and machines that never load the transformer need no torch.
@@ -28,6 +28,8 @@ WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9
 TABLE_VERSION = 1
 TABLE = "table.npy"
 TOKENIZER = "tokenizer.json"
+# (V,) float32, 1e-3/(1e-3 + p(token)): frequent tokens weigh little (smooth inverse frequency, Arora et al. 2017).
+TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
 BATCH_SIZE = 256
 Progress = Callable[[int, int], None]
 
@@ -59,7 +61,9 @@ def model_folder() -> Path:
 
 
 def distill(folder: Path, model: Path | None = None, progress: Progress = lambda _done, _total: None) -> None:
-    """Write `folder` with table.npy, (V, d) float32 of mean-centred unit rows, and the tokenizer. Takes about 20 s.
+    """Write `folder` with the tokenizer and table.npy, (V, d) float32 of weighted rows. Takes about 20 s.
+
+    A row is mean-centred and of unit length before it is weighted.
 
     Args:
         model: folder of the model's weights; the installed package's unless given.
@@ -71,8 +75,37 @@ def distill(folder: Path, model: Path | None = None, progress: Progress = lambda
     model = model or model_folder()
     _check_weights(model / "model.safetensors")
     folder.mkdir(parents=True)
-    np.save(folder / TABLE, _centred(_token_vectors(model, progress)))
+    np.save(folder / TABLE, weighted(_centred(_token_vectors(model, progress)), token_weights()))
     shutil.copy(model / TOKENIZER, folder / TOKENIZER)
+
+
+def token_weights() -> Floats:
+    return np.asarray(np.load(TOKEN_WEIGHTS, allow_pickle=False))
+
+
+def weighted(rows: Floats, weights: Floats) -> Floats:
+    """Multiply each of (V, d) rows by its weight, so that requests need not."""
+    if len(rows) != len(weights):
+        raise InvalidArtifact(f"the token table has {len(rows)} rows but there are {len(weights)} weights")
+    return np.asarray(rows * weights[:, None], dtype=np.float32)
+
+
+def embedder_id() -> str:
+    """Return what names the vectors of the table, and the folder that it lies in."""
+    return f"static-{TABLE_VERSION}-{hashlib.sha256(token_weights().tobytes()).hexdigest()[:12]}"
+
+
+def weigh(unweighted: Path, folder: Path) -> None:
+    """Write `folder` as `distill` does, from a folder of earlier versions, whose rows are not weighted yet.
+
+    Raises:
+        OSError, ValueError: the folder is damaged.
+        InvalidArtifact: its table is of another vocabulary.
+    """
+    folder.mkdir(parents=True)
+    rows = np.load(unweighted / TABLE, mmap_mode="r", allow_pickle=False)
+    np.save(folder / TABLE, weighted(np.asarray(rows), token_weights()))
+    shutil.copy(unweighted / TOKENIZER, folder / TOKENIZER)
 
 
 def _check_weights(weights: Path) -> None:

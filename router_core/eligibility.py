@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from operator import attrgetter
 from typing import overload
 from weakref import WeakKeyDictionary
 
@@ -113,7 +114,7 @@ class FilterStage(IntEnum):
     """
 
     ALLOWED = 0
-    # The model's state: cooling down, not ready, not profiled, not priced.
+    # The model's state: excluded, cooling down, not ready, not profiled, not priced.
     STATE = 1
     # The request asks for what the model is known to lack.
     REQUIREMENTS = 2
@@ -131,14 +132,17 @@ class Filter:
     """Shown for the models that did not pass."""
 
 
-@dataclass(frozen=True, eq=False)
 class Eligibility:
     """The rows of a pool that are left. Why the others are not is computed when it is first read."""
 
-    pool: Pool
-    rows: NDArray[np.int64]
-    compute_filters: Callable[[], Sequence[Filter]] = field(repr=False)
-    """Returns every filter, also those that were skipped because all models pass them."""
+    def __init__(self, pool: Pool, rows: NDArray[np.int64], compute_filters: Callable[[], Sequence[Filter]]) -> None:
+        """
+        Args:
+            compute_filters: returns every filter, also those that were skipped because all models pass them.
+        """
+        self.pool = pool
+        self.rows = rows
+        self.compute_filters = compute_filters
 
     @property
     def names(self) -> Sequence[str]:
@@ -223,11 +227,11 @@ def eligible(
         cooling_down: names that failed too often lately to be called now.
         not_ready: names that this process cannot call yet.
     """
-    excluded = [(names, reason) for names, reason in ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY)) if names]
-    if allowed is None and require_profile and not excluded and _all_fit(pool, requirements):
+    if allowed is None and require_profile and not (cooling_down or not_ready) and _all_fit(pool, requirements):
         return Eligibility(
             pool, pool.routable_rows, lambda: _apply_filters(pool, requirements, None, (), require_profile=True)[1]
         )
+    excluded = [(names, reason) for names, reason in ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY)) if names]
     passed, filters = _apply_filters(pool, requirements, allowed, excluded, require_profile=require_profile)
     return Eligibility(pool, np.flatnonzero(passed), lambda: filters)
 
@@ -258,6 +262,10 @@ def _room_for_output(pool: Pool, requirements: Requirements, limit: int, rows: s
     return np.where(~pool.shares_window[rows] | (room >= limit), limit, room - margin)
 
 
+# The same as `Requirements.capabilities`, in one call.
+_asked_capabilities = attrgetter(*CAPABILITY_NAMES)
+
+
 def _all_fit(pool: Pool, requirements: Requirements) -> bool:
     """Return whether no model can fail a filter of FilterStage.REQUIREMENTS or UNKNOWN."""
     window, output = pool.smallest_limits
@@ -270,7 +278,7 @@ def _all_fit(pool: Pool, requirements: Requirements) -> bool:
         and limit <= output
         and requirements.max_input_cost_per_token is None
         and requirements.max_output_cost_per_token is None
-        and not requirements.capabilities
+        and True not in _asked_capabilities(requirements)
     )
 
 
@@ -304,6 +312,8 @@ def _state_filters(
     if allowed is not None:
         reason = "not among the models that this request may use"
         yield Filter(FilterStage.ALLOWED, _is_named(pool, allowed), reason)
+    for name, reason in pool.excluded.items():
+        yield Filter(FilterStage.STATE, ~_is_named(pool, (name,)), reason)
     for names, reason in excluded:
         yield Filter(FilterStage.STATE, ~_is_named(pool, names), reason)
     if require_profile:

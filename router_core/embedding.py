@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import select
 import shutil
@@ -19,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core import distill
+from router_core import distill, kernels
 from router_core.errors import Interrupted, InvalidArtifact
 from router_core.text import closest_name
 from router_core.types import Embedder, Floats
@@ -68,72 +67,54 @@ DISTILL_COMMAND = (
 # English request.
 MAX_INLINE_BYTES = 10_000
 
-# Rows of the table that are gathered at once, so that they stay in a core's own cache: 3,000 tokens take half the time.
-BATCH_ROWS = 256
-
 POLL_INTERVAL_S = 0.1
 
 SCRATCH_PREFIX = ".distilling-"
 
 MODEL_FILES = ("modules.json", "config.json")
 
-TOKEN_WEIGHTS = Path(__file__).parent / "assets" / "token_weights.npy"
-
 
 class StaticEmbedder:
     """Embeds a text as the weighted mean of its token vectors. Processes share one memory-mapped table."""
 
-    def __init__(self, table: Floats, token_weights: Floats, tokenizer: Tokenizer) -> None:
+    def __init__(self, table: Floats, tokenizer: Tokenizer, embedder_id: str) -> None:
         """
         Args:
-            table: (V, d) float32, one row per vocabulary token.
-            token_weights: (V,) float32, 1e-3/(1e-3 + p(token)): frequent tokens weigh little (smooth inverse frequency,
-                Arora et al. 2017).
+            table: (V, d) float32, one weighted row per vocabulary token.
             tokenizer: of that vocabulary.
         """
-        if len(table) != len(token_weights):
-            raise InvalidArtifact(f"the token table has {len(table)} rows but there are {len(token_weights)} weights")
         # Still memory-mapped, without the overhead of np.memmap's subclass.
-        self._table = np.asarray(table)
-        self._weights = token_weights
+        rows = np.asarray(table)
+        self.id = embedder_id
+        self.dimension = int(rows.shape[1])
+        self._table = kernels.current().token_table(rows)
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: Path, token_weights: Path = TOKEN_WEIGHTS) -> StaticEmbedder:
+    def load(cls, folder: Path) -> StaticEmbedder:
         """Open a folder that `distill` wrote. This does not load torch."""
         table = np.load(folder / distill.TABLE, mmap_mode="r", allow_pickle=False)
-        weights = np.load(token_weights, allow_pickle=False)
-        return cls(table, weights, Tokenizer(folder / distill.TOKENIZER))
-
-    @cached_property
-    def id(self) -> str:
-        return f"static-{distill.TABLE_VERSION}-{hashlib.sha256(self._weights.tobytes()).hexdigest()[:12]}"
-
-    @property
-    def dimension(self) -> int:
-        return int(self._table.shape[1])
+        return cls(table, Tokenizer(folder / distill.TOKENIZER), distill.embedder_id())
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """Return (n, d) float32, rows of unit length; a text without any token gives a zero row."""
-        vectors = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         for row, text in enumerate(texts):
-            vectors[row] = self._vector(_utf8(text))
+            self._table.embed(self._tokenizer.ids(_utf8(text)), vectors[row : row + 1])
         return vectors
 
-    def embed_if_short(self, text: str) -> Floats | None:
-        """Return the (1, d) vector that `embed` gives; None if it would take more than about a millisecond."""
-        encoded = _utf8(text)
-        return None if len(encoded) > MAX_INLINE_BYTES else self._vector(encoded).reshape(1, -1)
+    def embed_if_short(self, text: str, out: Floats | None = None) -> Floats | None:
+        """Return the (1, d) vector that `embed` gives; None if it would take more than about a millisecond.
 
-    def _vector(self, text: bytes) -> Floats:
-        """Return (d,) of unit length, or zeros."""
-        ids = self._tokenizer.ids(text)
-        vector = np.zeros(self.dimension, dtype=np.float32)
-        for start in range(0, ids.size, BATCH_ROWS):
-            batch = ids[start : start + BATCH_ROWS]
-            vector += self._weights.take(batch) @ self._table.take(batch, axis=0)
-        norm = np.sqrt(np.add.reduce(vector * vector))
-        return np.asarray(vector / norm if norm > 0 else vector, dtype=np.float32)
+        Args:
+            out: (1, d) to write it to.
+        """
+        encoded = _utf8(text)
+        if len(encoded) > MAX_INLINE_BYTES:
+            return None
+        vector = np.empty((1, self.dimension), dtype=np.float32) if out is None else out
+        self._table.embed(self._tokenizer.ids(encoded), vector)
+        return vector
 
 
 class TransformerEmbedder:
@@ -174,7 +155,9 @@ def static_embedder(
     progress: distill.Progress = lambda _done, _total: None,
     stop: threading.Event | None = None,
 ) -> StaticEmbedder:
-    """Open the static embedder in `cache_dir`, distilling its table first if it is missing.
+    """Open the static embedder in `cache_dir`, making its table first if it is missing.
+
+    It is distilled, or taken from a table of an earlier version, which had no weights yet.
 
     Args:
         cache_dir: one per machine is enough; every version of the table has a folder of its own.
@@ -186,11 +169,12 @@ def static_embedder(
         InvalidArtifact: distilling failed; the message ends with what it printed last.
         Interrupted: `stop` was set.
     """
-    folder = cache_dir / f"static-{distill.TABLE_VERSION}"
+    folder = cache_dir / distill.embedder_id()
+    unweighted = cache_dir / f"static-{distill.TABLE_VERSION}"
     if not (folder / distill.TABLE).exists():
         stop = stop or threading.Event()
-        with _exclusive(cache_dir / f".{folder.name}.lock", progress, stop) as lock:
-            if not (folder / distill.TABLE).exists():
+        with _exclusive(cache_dir / f".{unweighted.name}.lock", progress, stop) as lock:
+            if not (folder / distill.TABLE).exists() and not _weighed(unweighted, folder):
                 announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
                 _distill_in_process(folder, partial(_publish, lock, progress), stop)
     return StaticEmbedder.load(folder)
@@ -279,16 +263,36 @@ def _report(line: str, progress: distill.Progress) -> None:
         progress(int(numbers[0]), int(numbers[1]))
 
 
-def _distill_in_process(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
-    """Distil in a child process, so that a server never loads torch. The child ends if nothing reads its output."""
-    stop = stop or threading.Event()
+def _weighed(unweighted: Path, folder: Path) -> bool:
+    """Make `folder` from a table of an earlier version, if there is one that can be read."""
+    if not (unweighted / distill.TABLE).exists():
+        return False
+    with _scratch(folder) as scratch:
+        try:
+            distill.weigh(unweighted, scratch / folder.name)
+        except (OSError, ValueError, InvalidArtifact):
+            return False  # damaged: it is distilled anew
+        (scratch / folder.name).rename(folder)
+    return True
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Make a folder beside `folder`, and remove it in the end. Those of killed processes are removed first."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Left by processes that were killed: only the holder of the lock distils.
+    # Left by processes that were killed: only the holder of the lock makes a table.
     for leftover in folder.parent.glob(f"{SCRATCH_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=SCRATCH_PREFIX) as scratch:
-        distilled = Path(scratch) / folder.name
-        error_log = Path(scratch) / "errors"
+        yield Path(scratch)
+
+
+def _distill_in_process(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
+    """Distil in a child process, so that a server never loads torch. The child ends if nothing reads its output."""
+    stop = stop or threading.Event()
+    with _scratch(folder) as scratch:
+        distilled = scratch / folder.name
+        error_log = scratch / "errors"
         with error_log.open("w") as errors:
             command = [sys.executable, "-c", DISTILL_COMMAND, str(distilled)]
             with subprocess.Popen(  # noqa: S603

@@ -9,12 +9,14 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.errors import MapMismatch
 from router_core.estimators import POOLED, SHRINKAGE, Estimator
+from router_core.kernels import ScoringKernel
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
-from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Capabilities, Doubles, Price
+from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Assignment, Capabilities, Doubles, Price
 
 # Output tokens expected of every model as long as no answer of any model was measured.
 DEFAULT_OUTPUT_TOKENS = 256.0
@@ -67,6 +69,77 @@ class Candidate:
     profile: Profile | None
     price: Price | None
     capabilities: Capabilities = UNKNOWN_CAPABILITIES
+    excluded: str | None = None
+    """Why it is left out of every choice for now. None: it is not."""
+
+
+class RoutingPlan:
+    """The columns of a pool as requests read them, laid out once for all requests of a snapshot.
+
+    A last cluster stands for the mean over the others: a prompt whose clusters are not known is wholly in it.
+    """
+
+    def __init__(
+        self,
+        errors: Doubles,
+        mean_errors: Doubles,
+        output_tokens: Doubles,
+        seconds: Doubles,
+        output_caps: Doubles,
+        prices: PriceColumns,
+    ) -> None:
+        """
+        Args:
+            errors, output_tokens, seconds: (M, K)
+            mean_errors: (M,), NaN without a profile.
+            output_caps: (M,)
+        """
+        self.mean_output_tokens: Doubles = output_tokens.mean(axis=1)
+        self.anywhere = Assignment(np.array([[errors.shape[1]]], dtype=np.int64), np.ones((1, 1), dtype=np.float32))
+        self._make_scorer = kernels.current().scorer
+        self._prices = prices
+        self._output_caps = output_caps
+        self._profiled = ~np.isnan(mean_errors)
+        # Not copied: with a thousand clusters and models each takes megabytes.
+        self._blocks = ((errors, mean_errors), (output_tokens, self.mean_output_tokens))
+        self._seconds = seconds
+        self._by_cluster = _by_cluster(*self._blocks)
+        self._usual = self._make(prices, self._by_cluster)
+        self._others: dict[tuple[PriceColumns, bool], ScoringKernel] = {}
+
+    def scorer(self, prompt_tokens: int, *, weighs_seconds: bool) -> ScoringKernel:
+        """Return what scores prompts of this length."""
+        if not self._prices.tiers and not weighs_seconds:
+            return self._usual
+        key = self._prices.at(prompt_tokens), weighs_seconds
+        if key not in self._others:
+            self._others[key] = self._make(key[0], self._with_seconds if weighs_seconds else self._by_cluster)
+        return self._others[key]
+
+    def _make(self, prices: PriceColumns, by_cluster: Doubles) -> ScoringKernel:
+        return self._make_scorer(
+            by_cluster,
+            self._output_caps,
+            input_price=prices.input,
+            output_price=prices.output,
+            cached_price=prices.cached,
+            profiled=self._profiled,
+        )
+
+    @cached_property
+    def _with_seconds(self) -> Doubles:
+        """(K + 1, 3M)"""
+        return _by_cluster(*self._blocks, (self._seconds, self._seconds.mean(axis=1)))
+
+
+def _by_cluster(*blocks: tuple[Doubles, Doubles]) -> Doubles:
+    """Lay out blocks of (M, K) values and (M,) means side by side, a row for each cluster and one for the mean."""
+    models, clusters = blocks[0][0].shape
+    made = np.empty((clusters + 1, len(blocks) * models))
+    for place, (values, means) in enumerate(blocks):
+        columns = slice(place * models, (place + 1) * models)
+        made[:clusters, columns], made[clusters, columns] = values.T, means
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +164,8 @@ class Pool:
     """(M, K); a model without measured answers takes the mean of the others."""
     seconds: Doubles
     """(M, K)"""
-    errors_and_tokens: Doubles
-    """(K, 2M) error rates, then output tokens, by cluster: one gather reads both for a prompt."""
+    plan: RoutingPlan
+    """The same as requests read it."""
     prices: PriceColumns
     capabilities: Mapping[str, NDArray[np.int8]]
     """Name of a capability → (M,) of 1, 0 or UNKNOWN."""
@@ -100,6 +173,8 @@ class Pool:
     max_output_tokens: NDArray[np.int64]
     shares_window: NDArray[np.bool_]
     """(M,) whether prompt and answer must fit `max_input_tokens` together."""
+    excluded: Mapping[str, str]
+    """Model that is left out of every choice for now → why."""
     cluster_names: tuple[str, ...] = ()
 
     @classmethod
@@ -121,23 +196,28 @@ class Pool:
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
         errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles)
+        mean_errors = np.array([p.mean_error if p else np.nan for p in profiles])
         tokens = _fill_unmeasured([p.output_tokens() if p else blank for p in profiles], DEFAULT_OUTPUT_TOKENS, blank)
+        seconds = _fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank)
+        prices = PriceColumns.from_prices([candidate.price for candidate in ordered])
+        max_output_tokens = _limits([candidate.capabilities.max_output_tokens for candidate in ordered])
         return cls(
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
             errors=errors,
-            mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
+            mean_errors=mean_errors,
             label_weights=_matrix([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
             output_tokens=tokens,
-            errors_and_tokens=np.ascontiguousarray(np.concatenate((errors, tokens)).T),
-            seconds=_fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank),
-            prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
+            plan=RoutingPlan(errors, mean_errors, tokens, seconds, max_output_tokens.astype(np.float64), prices),
+            seconds=seconds,
+            prices=prices,
             capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
-            max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
+            max_output_tokens=max_output_tokens,
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
+            excluded=MappingProxyType({each.name: each.excluded for each in ordered if each.excluded is not None}),
             cluster_names=cluster_map.names,
         )
 
@@ -150,16 +230,13 @@ class Pool:
         return ~np.isnan(self.mean_errors)
 
     @cached_property
-    def all_profiled(self) -> bool:
-        return bool(self.profiled.all())
-
-    @cached_property
     def routable_rows(self) -> NDArray[np.int64]:
-        """Rows of the models that are profiled and priced."""
-        return np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
+        """Rows of the models that are profiled, priced and not excluded."""
+        rows = np.flatnonzero(self.profiled & ~np.isnan(self.prices.input))
+        return np.array([row for row in rows.tolist() if self.names[row] not in self.excluded], dtype=np.int64)
 
     def best_on_average(self, allowed: tuple[str, ...] | None = None) -> str | None:
-        """Return the priced model with the lowest mean error, of those that are allowed (None: all); None: no model."""
+        """Return the routable model with the lowest mean error, of those that are allowed (None: all), or None."""
         if allowed not in self._best:
             rows = self.routable_rows.tolist()
             usable = [row for row in rows if allowed is None or self.names[row] in allowed]
@@ -171,15 +248,10 @@ class Pool:
     def _best(self) -> dict[tuple[str, ...] | None, str | None]:
         return {}
 
-    @cached_property
-    def output_caps(self) -> Doubles:
-        """(M,) `max_output_tokens` as float64."""
-        return self.max_output_tokens.astype(np.float64)
-
-    @cached_property
+    @property
     def mean_output_tokens(self) -> Doubles:
         """(M,) mean over the clusters."""
-        return np.asarray(self.output_tokens.mean(axis=1))
+        return self.plan.mean_output_tokens
 
     @cached_property
     def any_shares_window(self) -> bool:

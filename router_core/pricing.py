@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 
 import numpy as np
 
-from router_core.types import Doubles, Indices, Price
+from router_core.types import Doubles, Indices, Price, frozen
 
 # The price that makes costs scale-free: $2.50 in and $10 out per million tokens.
 REFERENCE = Price(input_cost_per_token=2.5e-6, output_cost_per_token=1e-5)
@@ -17,7 +18,7 @@ CENT_USD = 0.01
 PICO = 10**12
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenUsage:
     """The tokens of one request, in disjoint buckets: each token is counted, and paid, once."""
 
@@ -77,6 +78,8 @@ RATES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RATES_IN, **RATES_OUT
 
 _APART = tuple(bucket for bucket in RATES if bucket not in ("fresh_tokens", "output_tokens"))
 
+_tokens_apart = attrgetter(*_APART)
+
 _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 
@@ -90,8 +93,8 @@ def bill_usd(price: Price, usage: TokenUsage) -> float:
     """Return the cost of a request in USD: each bucket at its own price, all at the tier of the whole prompt."""
     tier = price.at(usage.prompt_tokens) if price.tiers else price
     usd = usage.fresh_tokens * tier.input_cost_per_token + usage.output_tokens * tier.output_cost_per_token
-    for bucket in _APART:
-        if tokens := getattr(usage, bucket):
+    if any(apart := _tokens_apart(usage)):
+        for bucket, tokens in zip(_APART, apart, strict=True):
             usd += tokens * rate_usd(tier, bucket)
     return usd
 

@@ -9,10 +9,11 @@ from numpy.typing import ArrayLike
 
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.decision import RoutingDecision, ScoreDetails, ScoreTable, argmin_with_ties
+from router_core.decision import RoutingDecision, ScoreDetails, Scores
 from router_core.embedding import static_embedder
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
 from router_core.estimators import POOLED, SHRINKAGE, Estimator
+from router_core.kernels import argmin_with_ties
 from router_core.pool import CachedEstimator
 from router_core.profiles import Profile
 from router_core.scoring import TIE_TOLERANCE
@@ -81,24 +82,26 @@ class Router:
         if not names:
             raise NoEligibleModel("there is no model to choose from; assign model_profile", {})
         assignment = self.cluster_map.assign(self.embedder.embed([text]))
-        table = self._score(names, assignment, lambda_)
+        errors, labels = self._expected(names, assignment)
+        costs = np.array([self._cost(name) for name in names])
+        scores = errors + lambda_ * costs
+        unknown = np.full(len(names), np.nan)
+        details = ScoreDetails(labels, unknown, unknown)
         return RoutingDecision(
-            table=table,
-            choice=argmin_with_ties(table.scores, table.costs, self._tie),
+            Scores(names, (errors, costs, scores, unknown), lambda: details),
+            argmin_with_ties(scores, costs, self._tie),
             lambda_=lambda_,
             tie=self._tie,
             assignment=assignment,
             cluster_names=self.cluster_map.names,
         )
 
-    def _score(self, names: tuple[str, ...], assignment: Assignment, lambda_: float) -> ScoreTable:
+    def _expected(self, names: tuple[str, ...], assignment: Assignment) -> tuple[Doubles, Doubles]:
+        """Return the (m,) expected errors for one prompt, and the labels that each is worth."""
         ids, weights = assignment.ids[0], assignment.weights[0].astype(np.float64)
         errors = self._rates(names)[:, ids] @ weights
         labels = np.array([1.0 / (weights**2 / (self._labels(name)[ids] + SHRINKAGE)).sum() for name in names])
-        costs = np.array([self._cost(name) for name in names])
-        unknown = np.full(len(names), np.nan)
-        details = ScoreDetails(labels, unknown, unknown)
-        return ScoreTable(names, errors, costs, errors + lambda_ * costs, unknown, lambda: details)
+        return errors, labels
 
     def _rates(self, names: tuple[str, ...]) -> Doubles:
         """Return the (M, K) rates of `names`, estimated from all profiles of this map, candidates or not."""

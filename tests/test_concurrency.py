@@ -11,6 +11,7 @@ import pytest
 from proxy.concurrency import (
     LRU,
     BackgroundTasks,
+    DeadlineWheel,
     FairQueue,
     background,
     cancel_and_wait,
@@ -228,6 +229,78 @@ async def test_a_raised_limit_admits_as_many_as_fit_and_no_limit_admits_all() ->
     queue.admit()
     assert (queue.taken, queue.waiting) == (5, 0)
     await asyncio.gather(*waiting)
+
+
+async def test_a_wait_that_takes_too_long_is_ended_and_others_are_not() -> None:
+    wheel = DeadlineWheel(0.01)
+
+    async def wait(seconds: float) -> str:
+        try:
+            with wheel.within(seconds):
+                await asyncio.sleep(0.2)
+        except TimeoutError:
+            return "late"
+        return "in time"
+
+    assert [*await asyncio.gather(*map(wait, (0.0, 0.03, 60, 0.05)))] == ["late", "late", "in time", "late"]
+    assert wheel._due == {}
+    assert await wait(0.02) == "late"
+
+
+async def test_a_wait_is_never_ended_early() -> None:
+    wheel, loop = DeadlineWheel(0.01), asyncio.get_running_loop()
+    for seconds in (0.004, 0.011, 0.03):
+        started = loop.time()
+        with pytest.raises(TimeoutError), wheel.within(seconds):
+            await asyncio.Event().wait()
+        assert loop.time() - started >= seconds - 0.001  # the loop counts milliseconds
+
+
+async def test_a_cancellation_is_not_taken_for_the_end_of_the_time() -> None:
+    wheel = DeadlineWheel(0.01)
+
+    async def wait() -> None:
+        with wheel.within(60):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert wheel._due == {}
+
+
+async def test_a_cancellation_together_with_the_end_of_the_time_counts() -> None:
+    wheel = DeadlineWheel(0.01)
+
+    async def wait() -> None:
+        with wheel.within(0.01):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                task.cancel()
+
+    task = asyncio.create_task(wait())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_an_error_at_the_end_of_the_time_is_raised_and_leaves_no_cancellation() -> None:
+    wheel = DeadlineWheel(0.01)
+
+    async def fail() -> None:
+        with wheel.within(0.01):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise ValueError("of its own") from None
+
+    with pytest.raises(ValueError, match="of its own"):
+        await fail()
+    current = asyncio.current_task()
+    assert current is not None
+    assert current.cancelling() == 0
 
 
 def test_the_least_recently_used_entry_is_dropped() -> None:

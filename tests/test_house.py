@@ -40,8 +40,8 @@ FOLDER_ORDER = (
 )
 MAX_TOP_ENTRIES = 15
 # Beside server/api, which grows with the APIs that clients speak. Nine of them are the page.
-MAX_PROXY_FILES = 137
-MAX_CORE_FILES = 41
+MAX_PROXY_FILES = 146
+MAX_CORE_FILES = 42
 MIN_LINES_OF_ONE_FUNCTION = 40
 
 Graph = Mapping[str, frozenset[str]]
@@ -237,6 +237,6 @@ def test_nothing_names_the_machine_it_was_written_on() -> None:
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
     paths += [path for path in ROOT.iterdir() if path.suffix in {".md", ".toml", ".txt", ".yml"}]
     paths.append(ROOT / "Makefile")
-    written = [path for path in paths if path.suffix not in {".pyc", ".npy", ".npz"} and path.is_file()]
+    written = [path for path in paths if path.suffix not in {".pyc", ".so", ".npy", ".npz"} and path.is_file()]
     naming = [path for path in written if private.search(path.read_text("utf-8", "replace"))]
     assert [str(path.relative_to(ROOT)) for path in naming if path != Path(__file__)] == []

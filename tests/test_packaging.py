@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.compiled_kernels import compiled_kernels, load_kernels
 from tests.test_house import PACKAGES, ROOT, imported, sources
 
 PIN = re.compile(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)")
@@ -209,7 +211,7 @@ def third_party(*folders: str) -> dict[str, set[str]]:
     """Map each distribution to the files that import it; a module without a package goes by its own name."""
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
-        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs"}:
+        for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs", "hatch_build"}:
             name = canonicalize_name(SHARED.get(module) or owners().get(module, module))
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found
@@ -233,12 +235,25 @@ def test_whatever_is_declared_is_used() -> None:
     assert {name for name in names - used if not name.startswith("types-")} == set()
 
 
-def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def build_wheel(folder: Path, **environ: str) -> tuple[str, set[str]]:
+    """Return its file name and the names in it."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next(tmp_path.glob("uniroute-*.whl"))) as wheel:
-        names = set(wheel.namelist())
+    path = next(folder.glob("uniroute-*.whl"))
+    with zipfile.ZipFile(path) as wheel:
+        return path.name, set(wheel.namelist())
+
+
+def kernels_in(names: set[str]) -> set[str]:
+    return {name for name in names if name.endswith(".so")}
+
+
+def test_a_wheel_carries_the_types_the_figures_the_kernels_and_the_command(tmp_path: Path) -> None:
+    compiled_kernels()  # skips without a compiler
+    file_name, names = build_wheel(tmp_path)
+    assert kernels_in(names) == {"router_core/_compiled.abi3.so"}
+    assert not file_name.endswith("-any.whl")
     assert {"proxy/py.typed", "router_core/py.typed", "router_core/assets/token_weights.npy"} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {*PACKAGES, "uniroute"}
     scripts = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.lua")}
@@ -248,6 +263,38 @@ def test_a_wheel_carries_the_types_the_figures_and_the_command(tmp_path: Path) -
     assert len(pages) > 10
     assert pages <= names
     assert {"entry_points.txt", "LICENSE"} <= {Path(name).name for name in names}
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
+def test_without_a_compiler_a_wheel_for_any_machine_is_built(tmp_path: Path, compiler: str) -> None:
+    file_name, names = build_wheel(tmp_path, CC=compiler)
+    assert kernels_in(names) == set()
+    assert file_name.endswith("-py3-none-any.whl")
+    assert {"router_core/_compiled.c", "router_core/kernels.py"} <= names
+
+
+@pytest.mark.parametrize("compiler", ["", "/nowhere/cc"])
+def test_an_editable_installation_compiles_beside_the_source_where_it_can(tmp_path: Path, compiler: str) -> None:
+    compiled_kernels()
+    copy = tmp_path / "copy"
+    for name in ("pyproject.toml", "README.md", "LICENSE", "hatch_build.py"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    for package in PACKAGES:
+        (copy / package).mkdir()
+        shutil.copy(ROOT / package / "__init__.py", copy / package)
+    shutil.copy(ROOT / "router_core" / "_compiled.c", copy / "router_core")
+    code = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
+    environ = {**os.environ, **({"CC": compiler} if compiler else {})}
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    made = list((copy / "router_core").glob("*.so"))
+    assert [path.name for path in made] == ([] if compiler else ["_compiled.abi3.so"])
+    assert ("is left out" in done.stderr + done.stdout) is bool(compiler)
+    for path in made:
+        assert load_kernels(path).name == "compiled"
+    assert len(list(tmp_path.glob("uniroute-*.whl"))) == 1
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from proxy.cli.calibrate import calibrate
+from proxy.cli.calibrate import calibrate, lambdas
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
@@ -29,7 +29,7 @@ app = typer.Typer(
 for command in (serve, launch, demo, worker, route, report, fit, evaluate, calibrate):
     app.command()(command)
 for group, name in (
-    *((models, "models"), (keys, "keys"), (prices, "prices")),
+    *((models, "models"), (lambdas, "lambda"), (keys, "keys"), (prices, "prices")),
     *((decisions, "decisions"), (validation, "validation")),
 ):
     app.add_typer(group, name=name)
@@ -39,15 +39,36 @@ def print_version(requested: bool) -> None:  # noqa: FBT001  the shape of an opt
     if requested:
         from importlib.metadata import version
 
-        echo(f"uniroute {version('uniroute')}")
+        echo(f"uniroute {version('uniroute')} (routing kernels: {_kernels()})")
         raise typer.Exit
+
+
+def _kernels() -> str:
+    """Return which kernels routing uses here: compiled ones, or why NumPy."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from router_core.kernels import compiled
+
+    if compiled() is None:
+        return "NumPy, as none of this version were compiled"
+    try:
+        wanted = TypeAdapter(bool).validate_python(os.environ.get("UNIROUTE_COMPILED", True))
+    except ValidationError:  # the commands that read settings say what is wrong with it
+        wanted = True
+    return "compiled" if wanted else "NumPy, as UNIROUTE_COMPILED says"
 
 
 @app.callback()
 def root(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=print_version,
+            is_eager=True,
+            help="Print the version, and which kernels routing uses.",
+        ),
     ] = False,
 ) -> None:
     """Send each prompt to the model most likely to get it right for the money."""

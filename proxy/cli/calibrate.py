@@ -11,6 +11,7 @@ from proxy.cli import console
 from proxy.cli.console import BadArgument, ConfigOption, DataDirOption, JsonOption, UrlOption, finite
 
 if TYPE_CHECKING:
+    from proxy.cli.client import Method
     from proxy.cli.deployed import Messages
     from proxy.settings.schema import Settings
     from router_core.calibration import BestSingleModel, LambdaSweep, SweepPoint
@@ -182,7 +183,10 @@ def _print(calibration: Calibration) -> None:
         console.echo(f"  none of them to {', '.join(never)}")
     if calibration.interval:
         console.echo(_interval_sentence(calibration, *calibration.interval))
-    console.echo(f"to set it: `lambda: {found.lambda_:g}` in the uniroute section (cost_unit: {calibration.cost_unit})")
+    console.echo(f"to set it now, until it is reset: `uniroute lambda set {found.lambda_:g}`")
+    console.echo(
+        f"to set it for good: `lambda: {found.lambda_:g}` in the uniroute section (cost_unit: {calibration.cost_unit})"
+    )
     console.echo(f"to try it: the header `lambda: {found.lambda_:g}` on any request for `auto`")
 
 
@@ -200,3 +204,45 @@ def _share(share: float | None) -> str:
 
 def _usd(usd: float) -> str:
     return f"{1e3 * usd:,.4f}"
+
+
+lambdas = typer.Typer(
+    no_args_is_help=True, help="Show or set the default λ of a running server. Needs UNIROUTE_ADMIN_KEY."
+)
+
+
+@lambdas.command()
+def show(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
+    """Show the λ of requests for which nothing else states one, and who set it."""
+    _call("GET", url, as_json=as_json)
+
+
+@lambdas.command("set")
+def set_(
+    value: Annotated[float, typer.Argument(metavar="LAMBDA", min=0.0, callback=finite, help="0 or more.")],
+    url: UrlOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Set it in place of the configuration's, for all processes and replicas, until `reset`."""
+    _call("PUT", url, {"lambda": value}, as_json=as_json)
+
+
+@lambdas.command()
+def reset(url: UrlOption = None, *, as_json: JsonOption = False) -> None:
+    """Go back to the λ of the configuration."""
+    _call("DELETE", url, as_json=as_json)
+
+
+def _call(method: Method, url: str | None, body: Mapping[str, float] | None = None, *, as_json: bool) -> None:
+    from proxy.cli.client import admin_client
+
+    with admin_client(url) as server:
+        found = server.call(method, "/admin/settings", body)["lambda"]
+    if as_json:
+        console.emit_json(found)
+    elif found["source"] == "config":
+        console.echo(f"λ = {found['value']:g}, of the configuration")
+    else:
+        who = f"{found['set_by'] or 'the server'} at {found['set_at']}"
+        console.echo(f"λ = {found['value']:g}, set by {who}; the configuration has {found['configured']:g}")

@@ -255,7 +255,12 @@ def read_settings(config: Path | None, **overrides: object) -> Settings:
     """Read the settings from the options, the environment and the configuration file, in this order of precedence."""
     from proxy.settings.schema import load_settings
 
-    return load_settings(config, os.environ, overrides)
+    settings = load_settings(config, os.environ, overrides)
+    if not settings.compiled:
+        from router_core import kernels
+
+        kernels.use(kernels.NUMPY)
+    return settings
 
 
 def read_validation_set(source: str) -> ValidationSet:

@@ -194,6 +194,27 @@ def outcomes(
     console.echo_err(f"{out}: {len(lines)} prompts and the answers of {asked} model{'s' if asked != 1 else ''}")
 
 
+@models.command()
+def pause(name: NameArgument, url: UrlOption = None) -> None:
+    """Leave a model out of traffic until `resume`; requests under way end as they would."""
+    _set_paused(name, url, paused=True)
+    console.echo_err(f"{name} is paused; `uniroute models resume {name}` lets it go on")
+
+
+@models.command()
+def resume(name: NameArgument, url: UrlOption = None) -> None:
+    """Let a paused model go on."""
+    _set_paused(name, url, paused=False)
+    console.echo_err(f"{name} takes traffic again")
+
+
+def _set_paused(name: str, url: str | None, *, paused: bool) -> None:
+    from proxy.cli.client import admin_client
+
+    with admin_client(url) as server:
+        server.call("PATCH", f"/admin/models/{name}", {"paused": paused})
+
+
 def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, as_json: bool) -> None:
     """Wait for the job, unless told not to, and print what it found. Raises CommandError if it failed."""
     job = answer["job"]
@@ -236,7 +257,7 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     far = f" {job['done']}/{job['total']}" if card["state"] == "profiling" else ""
     return (
         card["model_name"],
-        card["state"] + far,
+        card["state"] + far + (", paused" if card["paused"] else ""),
         "" if error is None else f"{error:.2f}",
         *shown,
         price.get("source", ""),

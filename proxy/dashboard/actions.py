@@ -43,9 +43,11 @@ from proxy.server.strict_bodies import parse_body
 from proxy.storage.audit_log import (
     ADD_MODEL,
     CREATE_KEY,
+    PAUSE_MODEL,
     PRICE_MODEL,
     PROFILE_MODEL,
     REMOVE_MODEL,
+    RESUME_MODEL,
     REVOKE_KEY,
     Actor,
     AuditTrail,
@@ -110,7 +112,7 @@ async def logout(request: Request, session: SessionDep, _: FormDep, state: State
     return response
 
 
-async def _act(
+async def perform(
     request: Request, action: str, target: str, act: Callable[[], Awaitable[Any]]
 ) -> tuple[int, str | None, Any]:
     """Change something, and log it as the API logs it. Return the status, what is wrong, and what `act` returned."""
@@ -123,7 +125,7 @@ async def _act(
     return status, problem, result
 
 
-def _writing(request: Request) -> AppState:
+def writing(request: Request) -> AppState:
     """Return the app's state with a registry whose writes are logged as this session's."""
     state = app_state_of(request)
     return replace(state, registry=state.registry.as_actor(actor_of(request)))
@@ -131,12 +133,12 @@ def _writing(request: Request) -> AppState:
 
 @router.post("/models")
 async def add_model(request: Request, session: SessionDep, form: WriterForm) -> Response:
-    state = _writing(request)
+    state = writing(request)
 
     async def act() -> Any:
         return await admin.add_model(parse_body(NewModel, _new_model(form)), Response(), state)
 
-    status, problem, _ = await _act(request, ADD_MODEL, form.get("model_name", ""), act)
+    status, problem, _ = await perform(request, ADD_MODEL, form.get("model_name", ""), act)
     if problem is not None:
         return await models_page(request, session, state, status=status, problem=problem, form=form)
     return _to_model(request, form["model_name"])
@@ -225,6 +227,17 @@ async def remove_model(request: Request, session: SessionDep, form: WriterForm) 
     return await _change_model(request, session, form, REMOVE_MODEL, act, then="/models")
 
 
+@router.post("/model/pause")
+async def pause_model(request: Request, session: SessionDep, form: WriterForm) -> Response:
+    """Pause a model, or let it go on."""
+    paused = form.get("paused") == "1"
+
+    async def act(state: AppState, name: str) -> Any:
+        await admin.set_paused(await admin.registered_model(name, state), state, paused=paused)
+
+    return await _change_model(request, session, form, PAUSE_MODEL if paused else RESUME_MODEL, act)
+
+
 async def _change_model(
     request: Request,
     session: Session,
@@ -233,8 +246,8 @@ async def _change_model(
     act: Callable[[AppState, str], Awaitable[Any]],
     then: str | None = None,
 ) -> Response:
-    state, name = _writing(request), form.get("name", "")
-    status, problem, _ = await _act(request, action, name, lambda: act(state, name))
+    state, name = writing(request), form.get("name", "")
+    status, problem, _ = await perform(request, action, name, lambda: act(state, name))
     if problem is not None:
         return await model_page(request, session, state, name, status=status, problem=problem)
     return RedirectResponse(base_of(request) + then, 303) if then else _to_model(request, name)
@@ -245,12 +258,12 @@ _NUMBERS_OF_KEY = ("requests_per_minute", "tokens_per_minute", "usd_per_day", "u
 
 @router.post("/keys")
 async def create_key(request: Request, session: SessionDep, form: WriterForm) -> Response:
-    state = _writing(request)
+    state = writing(request)
 
     async def act() -> Any:
         return await admin.create_key(parse_body(NewKey, _new_key(form)), request, Response(), state)
 
-    status, problem, made = await _act(request, CREATE_KEY, "", act)
+    status, problem, made = await perform(request, CREATE_KEY, "", act)
     return await keys_page(
         request,
         session,
@@ -277,8 +290,8 @@ def _new_key(form: Form) -> dict[str, Any]:
 
 @router.post("/keys/revoke")
 async def revoke_key(request: Request, session: SessionDep, form: WriterForm) -> Response:
-    state, key_id = _writing(request), form.get("id", "")
-    status, problem, _ = await _act(request, REVOKE_KEY, key_id, lambda: admin.revoke_key(key_id, state))
+    state, key_id = writing(request), form.get("id", "")
+    status, problem, _ = await perform(request, REVOKE_KEY, key_id, lambda: admin.revoke_key(key_id, state))
     if problem is not None:
         return await keys_page(request, session, state, status=status, problem=problem)
     return RedirectResponse(f"{base_of(request)}/keys", 303)
@@ -303,7 +316,7 @@ async def explain(request: Request, session: SessionDep, form: FormDep, state: S
         text=text,
         stated=stated,
         found=found,
-        default=state.settings.lambda_,
+        default=state.snapshots.current.default_lambda(state.settings),
     )
 
 

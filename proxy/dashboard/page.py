@@ -26,7 +26,8 @@ from proxy.dashboard.sessions import Session, SessionRequired, Sessions, check_f
 from proxy.errors import BadRequest, ClientDisconnected, Forbidden
 from proxy.server.auth import DASHBOARD, KEY_IN_SCOPE, PRINCIPAL, SAFE_METHODS, KeyAuthenticator
 from proxy.server.dependencies import AppState
-from proxy.server.requests import APP_STATE, REQUEST_IDS, read_body
+from proxy.server.exchange import ASGIExchange, read_body
+from proxy.server.requests import APP_STATE, REQUEST_IDS
 from proxy.server.responses import HANDLED_EXCEPTIONS, render_error
 from proxy.settings.schema import Settings
 from proxy.storage.audit_log import Actor
@@ -194,7 +195,7 @@ Form = Mapping[str, str]
 
 async def read_form(request: Request) -> Form:
     """Return the fields of a form; of one that is repeated, the last. Raises BadRequest."""
-    raw = await read_body(request, app_state_of(request).settings.max_body_bytes, content_type=FORM)
+    raw = await read_body(ASGIExchange.of(request), app_state_of(request).settings.max_body_bytes, content_type=FORM)
     try:
         pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS, errors="strict")
     except ValueError as error:

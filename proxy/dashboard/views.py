@@ -13,7 +13,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
 
 from proxy.dashboard.activity import MAX_SAMPLES
-from proxy.dashboard.curve import DrawnCurve, traffic_of
+from proxy.dashboard.answers import answers_to, shown_prompts
+from proxy.dashboard.history import history_chart, history_of
 from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
     Form,
@@ -25,7 +26,7 @@ from proxy.dashboard.page import (
     render_text,
     static_files,
 )
-from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, curve_chart, heat_map
+from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, heat_map
 from proxy.dashboard.sessions import Session
 from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
 from proxy.server.admin import get_model, list_keys, list_models, registered_model
@@ -35,12 +36,12 @@ from proxy.server.dependencies import AppState
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.decisions import DecisionFilter, Page
+from proxy.storage.feedback import MAX_P, TEST
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.savings import GROUPINGS, SavingsReport
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
-from router_core.errors import InvalidInput, NoEligibleModel
 
 # Rows of the list on the first view.
 MAX_LATEST = 20
@@ -153,6 +154,9 @@ def _now(request: Request, state: AppState) -> dict[str, Any]:
         "states": {name: snapshot.model_state(name) for name in health},
         "in_flight": state.metrics.in_flight,
         "version": snapshot.version,
+        "paused": snapshot.paused,
+        "default": snapshot.default_lambda(state.settings),
+        "override": snapshot.lambda_override,
     }
 
 
@@ -250,6 +254,7 @@ async def model_page(
     rows = cluster_rates(snapshot, name) if name in snapshot.profiles else []
     ranked = sorted((row for row in rows if row.ahead is not None), key=lambda row: -(row.ahead or 0.0))
     price = snapshot.prices.get(name)
+    history = await history_of(state, name)
     return render(
         request,
         "model.html",
@@ -263,6 +268,10 @@ async def model_page(
         weaknesses=[row for row in ranked[::-1][:5] if (row.ahead or 0.0) < 0],
         price=price,
         profile=snapshot.profiles.get(name),
+        history=history,
+        history_picture=history_chart(history or ()),
+        history_test=TEST,
+        history_level=MAX_P,
         defaults=state.settings.profile,
     )
 
@@ -308,7 +317,8 @@ async def cluster(request: Request, session: SessionDep, state: StateDep) -> Res
     assigned = await dashboard_of(request).slow_work.result("prompts", state.jobs.validation_prompts)
     shares = assigned.assignment.dense(assigned.clusters)[:, number]
     nearest = [int(row) for row in np.argsort(-shares, kind="stable")[:MAX_PROMPTS] if shares[row] >= MIN_SHARE]
-    scores = await _scores(state)
+    prompts = [(assigned.prompts[row], float(shares[row])) for row in nearest]
+    answers = await answers_to(state, [prompt for prompt, _ in prompts])
     rates = rates_of(snapshot)
     return render(
         request,
@@ -317,9 +327,9 @@ async def cluster(request: Request, session: SessionDep, state: StateDep) -> Res
         number=number,
         name=snapshot.cluster_map.names[number],
         rates={name: found[number] for name, found in rates.items()},
-        prompts=[(assigned.prompts[row], float(shares[row])) for row in nearest],
+        prompts=await asyncio.to_thread(shown_prompts, prompts, answers),
         in_all=int((shares >= MIN_SHARE).sum()),
-        scores=scores,
+        answered_by=list(answers),
     )
 
 
@@ -327,67 +337,6 @@ def _cluster_number(text: str, snapshot: RoutingSnapshot) -> int:
     if text.isascii() and text.isdecimal() and len(text) < 6 and int(text) < snapshot.cluster_map.size:
         return int(text)
     raise ModelNotFound(f"this map has no cluster {text[:40]!r}; its clusters are 0 to {snapshot.cluster_map.size - 1}")
-
-
-async def _scores(state: AppState) -> dict[str, dict[str, float]]:
-    """Return the grades that are still recorded: model → id of a prompt → score."""
-    try:
-        jobs = await state.jobs.latest()
-        found = await asyncio.gather(*(state.jobs.outcomes(job.id) for job in jobs.values()))
-    except StoreUnavailable:
-        return {}
-    return {
-        name: {line["id"]: line["scores"][name] for line in lines}
-        for name, lines in sorted(zip(jobs, found, strict=True))
-        if lines
-    }
-
-
-@router.get("/curve")
-async def curve(request: Request, session: SessionDep, state: StateDep) -> Response:
-    try:
-        drawn = await _drawn(request, state)
-    except (NoEligibleModel, InvalidInput) as error:
-        return render(request, "curve.html", session, problem=str(error), drawn=None, default=state.settings.lambda_)
-    chosen = _chosen_lambda(request)
-    today = await asyncio.to_thread(drawn.curve.at, state.settings.lambda_)
-    point = today if chosen is None else await asyncio.to_thread(drawn.curve.at, chosen)
-    return render(
-        request,
-        "curve.html",
-        session,
-        problem=None,
-        drawn=drawn,
-        default=state.settings.lambda_,
-        picture=curve_chart(drawn, today, None if chosen is None else point),
-        point=point,
-        today=today,
-        nearest=min(range(len(drawn.points)), key=lambda place: abs(drawn.points[place].lambda_ - point.lambda_)),
-    )
-
-
-@router.get("/curve/point")
-async def curve_point(request: Request, session: SessionDep, state: StateDep) -> Response:
-    """Answer the slider with a part of the page."""
-    drawn = await _drawn(request, state)
-    chosen = _chosen_lambda(request)
-    default = state.settings.lambda_
-    today, point = await asyncio.to_thread(
-        lambda: (drawn.curve.at(default), drawn.curve.at(default if chosen is None else chosen))
-    )
-    return render(request, "curve_point.html", session, point=point, today=today, default=default)
-
-
-async def _drawn(request: Request, state: AppState) -> DrawnCurve:
-    dashboard = dashboard_of(request)
-    sample = dashboard.activity.sample(state.metrics)
-    traffic = traffic_of(state.traffic_stats, sample.requests, sample.prompt_tokens)
-    return await dashboard.slow_work.result("curve", lambda: dashboard.curves.current(state, traffic))
-
-
-def _chosen_lambda(request: Request) -> float | None:
-    stated = request.query_params.get("lambda", "").strip()
-    return lambda_of(stated) if stated else None
 
 
 def lambda_of(text: str) -> float:
@@ -411,7 +360,7 @@ async def explain(request: Request, session: SessionDep, state: StateDep) -> Res
         text="",
         stated="",
         found=None,
-        default=state.settings.lambda_,
+        default=state.snapshots.current.default_lambda(state.settings),
     )
 
 

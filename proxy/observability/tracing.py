@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 from proxy.observability.genai import (
     OTHER,
     AnswerFacts,
@@ -24,9 +22,10 @@ from proxy.observability.genai import (
 from proxy.observability.spans import LiveSpan, SpanSender
 from proxy.routing.selection_context import preset_of
 from proxy.server.api.client_apis import CLIENT_APIS, EMBEDDINGS, TEXT_COMPLETIONS
-from proxy.server.auth import path_of
 from proxy.server.dependencies import RequestContext
-from proxy.server.requests import APP_STATE, REQUEST_IDS, TRACE, headers_of
+from proxy.server.exchange import Exchange
+from proxy.server.model_endpoints import ModelEndpoints
+from proxy.server.requests import Headers
 from proxy.settings.model_config import RESERVED_NAMES
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import UsageRecord
@@ -68,23 +67,24 @@ class Tracing:
         self.propagates = propagates
         self._targets: dict[str, Target] = {}
 
-    def begin(self, scope: Scope, api: str) -> RequestTrace:
+    def begin(self, exchange: Exchange) -> RequestTrace:
         """Begin the trace of a request that has just arrived."""
+        path, ids = exchange.path, exchange.ids
+        api = TRACED[path]
         if self.spans is None:
             return RequestTrace(self, api, None)
-        path, ids = path_of(scope), scope[REQUEST_IDS]
         parent, state = (ids.traceparent, ids.tracestate) if self.propagates else (None, None)
         # What a sampler may go by; more is added once it is known that the span is sent.
         span = self.spans.begin(
-            f"{scope['method']} {path}",
+            f"POST {path}",
             parent,
             state,
-            {"http.request.method": scope["method"], "url.path": path, "gen_ai.operation.name": operation_of(api)},
+            {"http.request.method": "POST", "url.path": path, "gen_ai.operation.name": operation_of(api)},
         )
         if span.is_sampled:
-            more = {"http.route": path, "url.scheme": scope.get("scheme", "http"), "uniroute.api": api}
+            more = {"http.route": path, "url.scheme": scheme_of(exchange.headers), "uniroute.api": api}
             span.attributes |= {**more, "uniroute.request_id": ids.request_id}
-            if agents := headers_of(scope).getlist("user-agent"):
+            if agents := exchange.headers.getlist("user-agent"):
                 span.attributes["user_agent.original"] = text(agents[0])
         return RequestTrace(self, api, span)
 
@@ -103,6 +103,11 @@ def operation_of(api: str) -> str:
     return {"embeddings": "embeddings", TEXT_COMPLETIONS.name: "text_completion"}.get(api, "chat")
 
 
+def scheme_of(headers: Headers) -> str:
+    """Return the scheme of the client's address, as a proxy in front states it: this server has no TLS of its own."""
+    return "https" if headers.getlist("x-forwarded-proto") == ["https"] else "http"
+
+
 def call_of(api: str) -> str:
     """Return what a model is asked for: text completions are asked for as chat."""
     return "embeddings" if api == "embeddings" else "chat"
@@ -111,7 +116,7 @@ def call_of(api: str) -> str:
 class RequestTrace:
     """The spans of one request. `server/request_log.py` and `server/attempts.py` tell it what happens."""
 
-    __slots__ = ("_answer", "_api", "_attempt", "_number", "_span", "_started_at", "_target", "_tracing", "status")
+    __slots__ = ("_answer", "_api", "_attempt", "_number", "_span", "_started_at", "_target", "_tracing")
 
     def __init__(self, tracing: Tracing, api: str, span: LiveSpan | None) -> None:
         self._tracing = tracing
@@ -122,7 +127,6 @@ class RequestTrace:
         self._attempt: LiveSpan | None = None
         self._number = 0
         self._answer: AnswerFacts | None = None
-        self.status: int | None = None
 
     @property
     def ids(self) -> tuple[str, str] | None:
@@ -236,20 +240,20 @@ class RequestTrace:
         if error:
             found["error.type"] = span.error = error
 
-    def end(self, failure: str | None) -> None:
+    def end(self, status: int | None) -> None:
         """End the span of the request: its last byte is sent, or it has failed.
 
         Args:
-            failure: the exception that ended it; None: there was none.
+            status: of the response; None: none was sent.
         """
         span, spans = self._span, self._tracing.spans
         if span is None or spans is None or not span.is_sampled:
             return
-        if self.status is not None:
-            span.attributes["http.response.status_code"] = self.status
-        if failure is not None or (self.status or 0) >= 500:
-            span.error = span.error or ""
-            span.attributes.setdefault("error.type", failure or str(self.status))
+        if status is not None:
+            span.attributes["http.response.status_code"] = status
+            if status >= 500:
+                span.error = span.error or ""
+                span.attributes.setdefault("error.type", str(status))
         spans.send(span, time.time_ns())
 
 
@@ -260,30 +264,17 @@ def bounded_name(ctx: RequestContext) -> str:
     return name if known or preset_of(name, settings, ctx.snapshot) is not None else OTHER
 
 
-class TracingMiddleware:
-    """Trace what asks a model, from its arrival to the last byte of its response."""
+class TracedEndpoints(ModelEndpoints):
+    """Serve requests all the same, and trace each from its arrival to the last byte of its answer."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        api = TRACED.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
-        tracing: Tracing | None = None if api is None else scope[APP_STATE].tracing
-        if api is None or tracing is None:
-            await self.app(scope, receive, send)
+    async def serve(self, exchange: Exchange) -> None:
+        app = self.startup.app_state
+        tracing: Tracing | None = None if app is None else app.tracing
+        if tracing is None:
+            await super().serve(exchange)
             return
-        trace = scope[TRACE] = tracing.begin(scope, api)
-        failure: str | None = None
-
-        async def send_noting_status(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                trace.status = message["status"]
-            await send(message)
-
+        trace = exchange.trace = tracing.begin(exchange)
         try:
-            await self.app(scope, receive, send_noting_status)
-        except Exception as error:
-            failure = type(error).__name__
-            raise
+            await super().serve(exchange)
         finally:
-            trace.end(failure)
+            trace.end(exchange.status)

@@ -7,16 +7,17 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from proxy.concurrency import cancel_and_wait
 from proxy.storage.audit_log import Step
+from proxy.storage.profile_history import REMEMBER, ProfileEntry, history_key
 from proxy.storage.records import InvalidRecord, ModelRecord, StoredProfile, WarnOnce, json_object, number, whole_number
 from proxy.storage.redis import (
     CHANGED,
@@ -54,6 +55,10 @@ def answers_key(job_id: str) -> str:
     return f"{job_key(job_id)}:answers"
 
 
+def texts_key(job_id: str) -> str:
+    return f"{job_key(job_id)}:texts"
+
+
 def reserved_key(job_id: str) -> str:
     return f"{job_key(job_id)}:reserved"
 
@@ -65,6 +70,8 @@ def lease_key(job_id: str) -> str:
 def enqueued_key(job_id: str) -> str:
     return f"{job_key(job_id)}:kicked"
 
+
+_Entry = TypeVar("_Entry")
 
 MAX_PROMPTS: Final = 1_000_000
 
@@ -92,7 +99,10 @@ class Job:
     fingerprint: str = ""
     max_usd: float | None = None
     measured_at: str | None = None
-    """RFC 3339, UTC: when the answers were given that this job reuses from an earlier one. None: it reuses none."""
+    """RFC 3339, UTC: when the answers were given that this job reuses from an earlier one. None: it is not known, or it
+    reuses none."""
+    carried_over: bool = False
+    """Whether it makes a profile for another map of the answers of an earlier job."""
 
     @property
     def unfinished(self) -> bool:
@@ -124,6 +134,7 @@ class Job:
             fingerprint=stored.get("fingerprint", ""),
             max_usd=max_usd,
             measured_at=stored.get("measured_at") or None,
+            carried_over=bool(stored.get("map")),
         )
 
 
@@ -132,7 +143,38 @@ def _spent(stored: str | None, max_usd: float | None) -> float | None:
     return None if not stored else max_usd if (spent := number(stored)) is None else spent
 
 
+# What is kept of the text of an answer.
+MAX_TEXT_CHARS: Final = 4_000
+
 _MAX_VALUES: Final = {"score": 1.0, "output_tokens": MAX_VALUE, "seconds": MAX_VALUE, "cost_usd": MAX_VALUE}
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerText:
+    """What a model answered to a validation prompt, and how long it was in all."""
+
+    beginning: str = field(repr=False)
+    chars: int
+
+    @classmethod
+    def of(cls, text: str) -> AnswerText:
+        return cls(text[:MAX_TEXT_CHARS], len(text))
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.beginning) >= self.chars
+
+    def to_json(self) -> str:
+        return json.dumps({"text": self.beginning, "chars": self.chars})
+
+    @classmethod
+    def from_json(cls, stored: str) -> AnswerText:
+        """Parse a stored text, or raise InvalidRecord."""
+        document = json_object(stored)
+        text, chars = document.get("text"), whole_number(document.get("chars"))
+        if not isinstance(text, str) or chars is None:
+            raise InvalidRecord("the text of an answer needs `text`, and `chars` as a whole number")
+        return cls(text[:MAX_TEXT_CHARS], chars)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +188,11 @@ class PromptAnswer:
     cost_usd: float | None = None
     finish_reason: str | None = None
     failed: bool = False
+    text: AnswerText | None = field(default=None, compare=False)
+    """Stored beside the rest, which is read far more often."""
 
     def to_json(self) -> str:
-        return json.dumps({column.name: getattr(self, column.name) for column in fields(self)})
+        return json.dumps({column.name: getattr(self, column.name) for column in fields(self) if column.name != "text"})
 
     @classmethod
     def from_json(cls, text: str) -> PromptAnswer:
@@ -175,6 +219,8 @@ class ReusedAnswers:
     answers: Mapping[str, PromptAnswer]
     """By prompt id."""
     measured_at: str | None
+    with_texts: bool = True
+    """Whether the texts of the answers are taken over too."""
 
     @property
     def labels(self) -> int:
@@ -210,7 +256,7 @@ RESERVE: Final = load_script(__package__, "fence", "reserve_usd")
 
 CHECKPOINT: Final = load_script(__package__, "fence", "store_answer")
 
-FINISH: Final = load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
+FINISH: Final = REMEMBER + load_script(__package__, "fence", "finish_job", CHANGED=CHANGED, KEPT_S=KEPT_S)
 
 
 class JobStore:
@@ -250,9 +296,9 @@ class JobStore:
         if reused is not None:
             stored |= reused.to_fields()
             answers = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
-        source = [reused.map_id, reused.earlier] if reused else ["", ""]
+        source = [reused.map_id, reused.earlier, "1" if reused.with_texts else ""] if reused else ["", "", ""]
         arguments = [job_id, record.name, record.fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
-        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id))
+        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id), texts_key(job_id))
         return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
 
     async def get(self, job_id: str) -> Job | None:
@@ -283,20 +329,54 @@ class JobStore:
 
     async def cancel(self, job_id: str, why: str = "") -> bool:
         """Cancel a job; return False if it had ended."""
-        keys = [job_key(job_id), OPEN, answers_key(job_id)]
+        keys = [job_key(job_id), OPEN, answers_key(job_id), texts_key(job_id)]
         return bool(await self._run("cancel a job", CANCEL, keys, [job_id, why]))
 
     async def answers(self, job_id: str) -> dict[str, PromptAnswer]:
         """Return the answers of a job by prompt id, without those that cannot be read."""
         async with self._store.operation("read the answers of a job") as client:
             stored = await _hash(client, answers_key(job_id))
+        return self._parsed(answers_key(job_id), stored, PromptAnswer.from_json)
+
+    async def answers_to(
+        self, jobs: Mapping[str, str], prompt_ids: Sequence[str]
+    ) -> dict[str, dict[str, PromptAnswer]]:
+        """Return the answers of some jobs to some prompts, with their texts as far as they are kept, in one round trip.
+
+        Args:
+            jobs: what to call a job → its id.
+        """
+        if not jobs or not prompt_ids:
+            return {}
+        keys = [key for job_id in jobs.values() for key in (answers_key(job_id), texts_key(job_id))]
+        async with self._store.operation("read answers") as client, client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hmget(key, list(prompt_ids))
+            replies = dict(zip(keys, await pipe.execute(raise_on_error=False), strict=True))
+
+        def found(key: str, parse: Callable[[str], _Entry]) -> dict[str, _Entry]:
+            if isinstance(reply := replies[key], RedisError):
+                self._warn_once(key, reply)
+                return {}
+            kept = {prompt: text for prompt, text in zip(prompt_ids, reply, strict=True) if text is not None}
+            return self._parsed(key, kept, parse)
+
         answers = {}
+        for name, job_id in jobs.items():
+            texts = found(texts_key(job_id), AnswerText.from_json)
+            graded = found(answers_key(job_id), PromptAnswer.from_json)
+            answers[name] = {prompt: replace(each, text=texts.get(prompt)) for prompt, each in graded.items()}
+        return answers
+
+    def _parsed(self, key: str, stored: Mapping[str, str], parse: Callable[[str], _Entry]) -> dict[str, _Entry]:
+        """Parse the entries of a hash that can be parsed."""
+        entries = {}
         for prompt_id, text in stored.items():
             try:
-                answers[prompt_id] = PromptAnswer.from_json(text)
+                entries[prompt_id] = parse(text)
             except InvalidRecord as error:
-                self._warn_once(f"{answers_key(job_id)} {prompt_id}", error)
-        return answers
+                self._warn_once(f"{key} {prompt_id}", error)
+        return entries
 
     async def begin(self, lease: Lease, total: int, *, priced: bool) -> None:
         """Begin or continue a job. What an earlier worker reserved for a prompt and did not settle counts as spent."""
@@ -307,24 +387,44 @@ class JobStore:
         await self._fenced("reserve money", RESERVE, lease, [prompt_id, repr(usd)])
 
     async def checkpoint(self, lease: Lease, prompt_id: str, answer: PromptAnswer, eta_s: float | None) -> None:
-        """Store the outcome of one prompt, if it has none yet."""
+        """Store the outcome of one prompt, and the text of its answer if there is one, if it has none yet."""
         kind = "failed" if answer.failed else "unlabelled" if answer.score is None else ""
         cost = "" if answer.cost_usd is None else repr(answer.cost_usd)
         eta = "" if eta_s is None else f"{eta_s:.1f}"
-        await self._fenced("store an answer", CHECKPOINT, lease, [prompt_id, answer.to_json(), kind, cost, eta])
+        text = "" if answer.text is None else answer.text.to_json()
+        arguments = [prompt_id, answer.to_json(), kind, cost, eta, text]
+        await self._fenced("store an answer", CHECKPOINT, lease, arguments, [texts_key(lease.job_id)])
 
-    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile) -> None:
-        """Mark the job ready, store its profile, and release the lease, in one step."""
-        entry = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile, recipe: str | None = None) -> None:
+        """Mark the job ready, store its profile, add it to the model's history, and release the lease, in one step."""
+        stored = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+        job = await self.get(lease.job_id)
+        entry = ProfileEntry.of(
+            record,
+            profile,
+            time.time(),
+            source="carried_over" if job and job.carried_over else "job",
+            recipe=recipe,
+            job=lease.job_id,
+            spent_usd=job.spent_usd if job else None,
+        )
         configured = "1" if record.source == "config" else "0"
-        await self._finish(lease, "ready", "", [record.name, entry, configured])
+        await self._finish(lease, "ready", "", [record.name, stored, configured, entry.to_text()])
 
     async def fail(self, lease: Lease, error: str) -> None:
         """Mark the job failed, and release the lease. The model keeps an earlier profile."""
-        await self._finish(lease, "failed", error, ["", "", ""])
+        await self._finish(lease, "failed", error, ["", "", "", ""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
-        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES]
+        more_keys = [
+            OPEN,
+            VERSION,
+            PROFILES,
+            MODELS,
+            PREVIOUS_PROFILES,
+            history_key(result[0]),
+            texts_key(lease.job_id),
+        ]
         await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(
@@ -431,6 +531,7 @@ class Leases:
             answers_key(job_id),
             reserved_key(job_id),
             OPEN,
+            texts_key(job_id),
         ]
         async with self._store.operation(what) as client:
             return await client.register_script(script)(

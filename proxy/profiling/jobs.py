@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,7 +144,8 @@ class ProfileMigration:
         answers = {prompt_id: stored[prompt_id] for prompt_id in answered}
         if not answers:
             return None
-        return RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, entry.profile.measured_at))
+        keep, measured_at = self._settings.profile.keep_answers, entry.profile.measured_at
+        return RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at, with_texts=keep))
 
 
 # How old the jobs in an error message may be.
@@ -260,6 +261,14 @@ class Jobs:
             return []
         assigned = await self._prompts.load(self._state.current.cluster_map)
         return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
+
+    async def latest_answers(
+        self, models: Collection[str], prompt_ids: Sequence[str]
+    ) -> dict[str, dict[str, PromptAnswer]]:
+        """Return what some models answered to some prompts in their latest jobs, by model and prompt id."""
+        latest = await self._job_store.latest()
+        jobs = {name: latest[name].id for name in sorted(latest) if name in models}
+        return await self._job_store.answers_to(jobs, prompt_ids)
 
     async def validation_prompts(self) -> AssignedPrompts:
         """Return the prompts that models are measured on, with their clusters. Raise InvalidValidationSet."""

@@ -17,7 +17,7 @@ from proxy.profiling.grading import (
     ValidationPrompts,
     column,
 )
-from proxy.profiling.job_store import Job, JobStore, Lease, LeaseLost, PromptAnswer
+from proxy.profiling.job_store import AnswerText, Job, JobStore, Lease, LeaseLost, PromptAnswer
 from proxy.profiling.model_client import (
     REASONING_TOKENS,
     TRUNCATED,
@@ -59,6 +59,8 @@ class ProfiledModel:
     reasons: bool
     """Whether it is known to reason before it answers."""
     max_output_tokens: int | None
+    keep_texts: bool = False
+    """Whether the texts of its answers are kept with their grades."""
 
     def limit(self, tokens: int) -> int:
         """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
@@ -109,6 +111,7 @@ class PromptRunner:
             output_tokens=answer.output_tokens,
             seconds=answer.seconds,
             finish_reason=answer.finish_reason,
+            text=AnswerText.of(answer.text) if self._model.keep_texts else None,
         )
 
     async def _answer(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> tuple[ModelAnswer, int]:
@@ -333,7 +336,7 @@ class JobRunner:
         if result.profile is None:
             await self._job_store.fail(lease, result.error or "")
         else:
-            await self._job_store.finish(lease, record, result.profile)
+            await self._job_store.finish(lease, record, result.profile, self._settings.recipe)
         if result.error:
             log.warning("job %s: measuring model %s failed: %s", job.id, job.model, result.error)
             return
@@ -390,6 +393,7 @@ class JobRunner:
             price=None if price is None else price.price,
             reasons=capabilities.reasoning is True,
             max_output_tokens=capabilities.max_output_tokens,
+            keep_texts=self._settings.profile.keep_answers,
         )
 
     def _grader_client(self, name: str) -> tuple[RetryingClient, Price | None]:

@@ -1,5 +1,5 @@
 -- Take the lease of a job. Constants: GIVEN_UP, KEPT_S, MAX_TRIES.
--- KEYS: job, lease, kick, answers, reserved, open. ARGV: token, lease in ms, the worker's map, the job's id.
+-- KEYS: job, lease, kick, answers, reserved, open, texts. ARGV: token, lease in ms, the worker's map, the job's id.
 -- Returns 0 if it cannot be had, 1 if it is taken, 2 if the job was tried too often and has failed now.
 -- Running it again with the same token changes nothing. A lease without an end is none of ours. What was reserved
 -- when a job is given up counts as spent.
@@ -23,5 +23,6 @@ redis.call('HSET', KEYS[1], 'state', 'failed', 'error', GIVEN_UP, 'eta_s', '')
 redis.call('SREM', KEYS[6], ARGV[4])
 redis.call('EXPIRE', KEYS[1], KEPT_S)
 redis.call('EXPIRE', KEYS[4], KEPT_S)
+redis.call('EXPIRE', KEYS[7], KEPT_S)
 redis.call('DEL', KEYS[2], KEYS[5])
 return 2

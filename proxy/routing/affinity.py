@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from proxy.routing.chat_request import ChatRequest
@@ -21,9 +21,10 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.sessions import LastTurn, SessionStore, scoped_key
 from proxy.upstream.payload import iter_choices, simple_text
+from router_core.types import frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Affinity:
     """What ties a conversation to a model."""
 
@@ -129,7 +130,7 @@ _RESULT_ROLES = ("tool", "function")
 _REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "signature"})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ConversationHistory:
     """What earlier turns say of the model that produced them."""
 

@@ -62,7 +62,9 @@ class ClusterAssigner:
 
     def _assign_inline(self, text: str, cluster_map: ClusterMap) -> Assignment | None:
         """Embed a short prompt on the event loop, in a millisecond at most; return None for a longer one."""
-        vector = self.embedder.embed_if_short(text) if isinstance(self.embedder, StaticEmbedder) else None
+        if not isinstance(self.embedder, StaticEmbedder):
+            return None
+        vector = self.embedder.embed_if_short(text, cluster_map.query)
         return None if vector is None else _read_only(cluster_map.assign(vector))
 
     async def _assign_in_thread(self, text: str, cluster_map: ClusterMap) -> Assignment:
@@ -100,8 +102,9 @@ class ClusterAssigner:
 
 def _read_only(assignment: Assignment) -> Assignment:
     """Protect the arrays, which many requests may share."""
-    for array in (assignment.ids, assignment.weights):
-        array.setflags(write=False)
+    if assignment.ids.flags.writeable:
+        for array in (assignment.ids, assignment.weights):
+            array.setflags(write=False)
     return assignment
 
 

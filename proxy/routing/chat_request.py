@@ -15,12 +15,13 @@ from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS, TAG_RULE, is_tag
 from router_core.text import closest_name
+from router_core.types import frozen
 
 # Fields of UniRoute and of OpenRouter: they mean something here and nothing to an upstream.
 OWN_FIELDS = frozenset({"uniroute", "models", "route", "provider"})
 
 
-@dataclass(frozen=True)
+@frozen
 class ChatRequest:
     """A chat request that was parsed and checked."""
 
@@ -269,7 +270,7 @@ _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 MAX_VALUE = 1e12
 
 
-@dataclass(frozen=True)
+@frozen
 class RoutingOptions:
     """What a request states of its routing. None: not stated, the settings decide."""
 
@@ -377,9 +378,12 @@ def _header_lambda(headers: Sequence[tuple[str, str]]) -> float | None:
 
 def _amount(stated: Mapping[str, Any], name: str, path: str = "uniroute") -> float | None:
     value = stated.get(name)
-    if value is None:
-        return None
-    label, param = f"`{path}.{name}`", f"{path}.{name}"
+    return None if value is None else amount(value, f"{path}.{name}")
+
+
+def amount(value: Any, param: str) -> float:
+    """Return a number as requests may state it. Raises BadRequest naming `param`."""
+    label = f"`{param}`"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise BadRequest(_not_an_amount(label, value), param=param)
     try:

@@ -5,7 +5,7 @@ from enum import Enum
 
 from proxy.errors import BadRequest, Forbidden
 from proxy.routing.chat_request import ChatRequest
-from proxy.settings.schema import Preset, Settings
+from proxy.settings.schema import Preset
 from proxy.storage.client_keys import ClientKey, clamp
 
 
@@ -32,9 +32,12 @@ LAMBDA_OF_MODE = {RoutingMode.BEST: 0.0, RoutingMode.CHEAP: math.inf}
 
 
 def cost_weight(
-    request: ChatRequest, mode: RoutingMode, settings: Settings, key: ClientKey | None, preset: Preset | None = None
+    request: ChatRequest, mode: RoutingMode, default: float, key: ClientKey | None, preset: Preset | None = None
 ) -> float:
     """Return λ: as the caller stated it, or the preset, or else the default, moved within the key's bounds.
+
+    Args:
+        default: of the deployment (`RoutingSnapshot.default_lambda`).
 
     Raises:
         BadRequest: the request states a λ that its key may not use.
@@ -54,7 +57,7 @@ def cost_weight(
         return 0.0
     if stated is None and preset is not None and preset.lambda_ is not None:
         return preset.lambda_
-    return stated if stated is not None else default_for_key(settings.lambda_, key)
+    return stated if stated is not None else default_for_key(default, key)
 
 
 def key_allows_mode(mode: RoutingMode, key: ClientKey | None) -> bool:

@@ -5,7 +5,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Never
 
 import orjson
@@ -14,6 +13,7 @@ from proxy.errors import BadRequest
 from proxy.json_limits import MAX_DEPTH, MAX_VALUES, JSONTooLarge, reject_large
 from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, ContentSummary, attachment_capability, is_binary
 from router_core.text import text_bytes
+from router_core.types import frozen
 
 
 def parse_strict(raw: bytes) -> dict[str, Any]:
@@ -101,7 +101,7 @@ _ESCAPED_COLON = re.compile(rb"\\u003[aA]")
 _MAX_JOINED_BYTES = 2**20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ParsedBody:
     document: dict[str, Any]
     contents: ContentSummary

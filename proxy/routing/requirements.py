@@ -232,6 +232,8 @@ def _summarize_body(body: Mapping[str, Any]) -> ContentSummary:
 
 def _detect(body: Mapping[str, Any], contents: ContentSummary) -> dict[str, str]:
     asked = _tools(body) | contents.needs
+    if _SPECIAL.isdisjoint(body):
+        return asked
     if isinstance(body.get("audio"), Mapping):
         asked["audio_output"] = "`audio`"
     elif "audio" in _items(body.get("modalities")):
@@ -290,6 +292,9 @@ WISHES = frozenset({"reasoning", "parallel_tools"})
 
 # Without either of these, and without calls, a request has nothing to do with tools.
 _TOOLS = frozenset({"tools", "functions"})
+
+# Fields that may need an ability of the model, beside tools and what the messages hold.
+_SPECIAL = frozenset({"audio", "modalities", "response_format", "reasoning_effort", "reasoning", "thinking"})
 
 _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("thinking", _is_thinking))
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
-from proxy.errors import NoEligibleModelError, ServiceUnavailable
+from proxy.errors import ModelPaused, NoEligibleModelError, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.cost_weight import RoutingMode
 from proxy.routing.requirements import routing_text
@@ -16,12 +16,13 @@ from proxy.routing.selection_context import (
     no_candidate_error,
     over_cost_error,
 )
+from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, output_limit
 from router_core.errors import NoEligibleModel, RouterCoreError
 from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank, rank_by_cost, rank_by_mean
-from router_core.types import Assignment, Requirements
+from router_core.types import Assignment, Requirements, frozen
 
 log = logging.getLogger("uniroute.routing")
 
@@ -39,7 +40,7 @@ ROUTING_FAILURES = (
 _UNREGISTERED = "not registered any more"
 
 
-@dataclass(frozen=True)
+@frozen
 class Selection:
     """Which models may answer a request, in which order, and why."""
 
@@ -91,8 +92,14 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
 
 
 async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool) -> Selection:
-    """Select the named model. Others are scored only as fallbacks, or to explain."""
+    """Select the named model. Others are scored only as fallbacks, or to explain.
+
+    Raises:
+        ModelPaused: it is paused, and no other model may answer.
+    """
     name, may_fall_back = ctx.request.model, ctx.request.options.fallbacks is True
+    if name in ctx.snapshot.paused:
+        return await _select_in_place_of(name, ctx, assigner)
     selection = Selection(
         ctx.decision_id, name, "pinned", ctx.params.lambda_, (name,), None, {}, requirements=ctx.requirements
     )
@@ -106,6 +113,17 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
         others = (other for other in _ranking(scored) if other != name)
         selection = replace(selection, candidates=(name, *others), max_attempts=ctx.settings.fallback_attempts)
     return replace(selection, decision=scored.decision, ineligible=scored.ineligible)
+
+
+async def _select_in_place_of(paused: str, ctx: SelectionContext, assigner: ClusterAssigner) -> Selection:
+    """Select the best-scored fallback of a paused model. Raises ModelPaused."""
+    failure = ModelPaused(f"the model {paused!r} is {why_paused(paused)}")
+    if ctx.request.options.fallbacks is not True:
+        raise failure
+    try:
+        return replace(await select_scored(ctx, assigner), reason="fallback")
+    except (NoEligibleModelError, ServiceUnavailable) as none_left:
+        raise failure from none_left
 
 
 async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Selection:

@@ -10,6 +10,7 @@ from proxy.errors import (
     ContextLengthExceeded,
     Forbidden,
     ModelNotFound,
+    ModelPaused,
     NoEligibleModelError,
     NotProfiled,
     ServiceUnavailable,
@@ -90,7 +91,7 @@ class SelectionContext:
         options, settings = self.request.options, self.settings
         weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
         return ScoringParams(
-            lambda_=cost_weight(self.request, self.mode, settings, self.key, self.preset),
+            lambda_=cost_weight(self.request, self.mode, self.snapshot.default_lambda(settings), self.key, self.preset),
             latency_weight=weight,
             max_cost_usd=smaller(options.max_cost_usd, self.preset.max_cost_usd if self.preset else None),
             cost_unit=settings.cost_unit,
@@ -253,7 +254,8 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         )
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
     if not eligible(pool, Requirements(), allowed).rows.size:
-        return NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
+        not_profiled = NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
+        return _paused_error(ctx, reasons) or not_profiled
     if eligible(pool, requirements, allowed).rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
     if eligible(pool, replace(requirements, prompt_tokens=0), allowed).rows.size:
@@ -265,6 +267,16 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
             param="messages",
         )
     return NoEligibleModelError(f"no model can take this request{_which_needs(ctx)}{reasons}")
+
+
+def _paused_error(ctx: SelectionContext, reasons: str) -> ModelPaused | None:
+    """Say that a model would be chosen if it went on. None: no pause is what keeps a model away."""
+    paused = ctx.snapshot.paused.keys() & _candidates(ctx)
+    if paused and len(paused) == len(_candidates(ctx)):
+        return ModelPaused(f"every model that this request may use is paused{reasons}")
+    if any(name in ctx.snapshot.profiles for name in paused):
+        return ModelPaused(f"every measured model that this request may use is paused{reasons}")
+    return None
 
 
 def over_cost_error(ctx: SelectionContext, error: NoEligibleModel) -> NoEligibleModelError:

@@ -35,17 +35,19 @@ from proxy.server.admin_responses import (
     KeyWithSecret,
     ModelCard,
     ModelCards,
+    PastProfiles,
     PricedModel,
     model_to_json,
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
-from proxy.server.middleware import TARGET_IN_SCOPE
+from proxy.server.middleware import ACTION_IN_SCOPE, TARGET_IN_SCOPE
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
 from proxy.server.strict_bodies import StrictJSONRoute
-from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
+from proxy.storage.audit_log import CANCEL_JOB, PAUSE_MODEL, PROFILE_MODEL, RESUME_MODEL
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
 from proxy.storage.decisions import Cursor, DecisionFilter
+from proxy.storage.profile_history import entries_to_json, read_history
 from proxy.storage.records import ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite
@@ -124,8 +126,8 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
     else:
         profile = body.profile.to_profile(state.snapshots.current.cluster_map)
         record = await state.resolver.resolve(record)
-        job, version = None, await state.registry.add_model(record, profile)
-    await _wait_for_version(state, version)
+        job, version = None, await state.registry.add_model(record, profile, state.settings.recipe)
+    await wait_for_version(state, version)
     return Accepted(model=record.name, job=job)
 
 
@@ -152,7 +154,7 @@ async def reprofile_model(
         response.status_code = 202
         return Accepted(model=record.name, job=job.id)
     profile = body.profile.to_profile(state.snapshots.current.cluster_map)
-    await _wait_for_version(state, await state.registry.put_profile(record, profile))
+    await wait_for_version(state, await state.registry.put_profile(record, profile, state.settings.recipe))
     return Accepted(model=record.name, job=None)
 
 
@@ -165,9 +167,30 @@ async def reprofile_model(
 )
 async def put_price(record: RegisteredModel, body: PriceBody, state: AdminState) -> dict[str, Any]:
     version = await state.registry.put_price(record.name, body.to_price(), "admin")
-    await _wait_for_version(state, version or 0)
+    await wait_for_version(state, version or 0)
     card = await model_to_json(state, record.name, with_profile=False)
     return {"model": record.name, "price": card["price"]}
+
+
+@models_router.get(
+    "/{name:path}/profiles",
+    summary="Its last profiles, newest first",
+    description="Each with how it differs from the one before. A model whose own name ends so is shown in its place.",
+    response_model=PastProfiles | ModelCard,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
+async def get_profiles(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
+    if (whole := f"{name}/profiles") in state.snapshots.current.models:
+        return await get_model(whole, state)
+    await registered_model(name, state)
+    return {"model": name, "profiles": await past_profiles(state, name)}
+
+
+async def past_profiles(state: AppState, name: str) -> list[dict[str, Any]]:
+    """Return the last profiles of a model as they are shown. Raises StoreUnavailable."""
+    cluster_map = state.snapshots.current.cluster_map
+    return entries_to_json(await read_history(state.store, name), cluster_map.id, cluster_map.names)
 
 
 @models_router.get(
@@ -184,24 +207,36 @@ async def get_model(name: ModelNamePath, state: AdminState) -> dict[str, Any]:
     return await model_to_json(state, name, with_profile=True)
 
 
+# Who sends no body to a model that is not there is told that, and not that the body is missing.
+NO_CHANGE = ModelPatch()
+
+
 @models_router.patch(
     "/{name:path}",
-    summary="Change what is stated of it",
+    summary="Change what is stated of it, or pause it",
     description="After a change of litellm_params the model has to be measured again: its profile is no longer used,"
-    " and the job that measures it is cancelled.",
+    " and the job that measures it is cancelled. `paused` leaves the model out of traffic until it is false again; it"
+    " may be stated of a model of the configuration file too.",
     response_model=ModelCard,
     response_model_exclude_unset=True,
     responses={**BODY_ERRORS, **errors(404, 409)},
 )
-async def change_model(record: ChangeableModel, body: ModelPatch, state: AdminState) -> dict[str, Any]:
+async def change_model(
+    record: RegisteredModel, request: Request, state: AdminState, body: ModelPatch = NO_CHANGE
+) -> dict[str, Any]:
     name = record.name
+    if "paused" in body.model_fields_set:
+        request.scope[ACTION_IN_SCOPE] = PAUSE_MODEL if body.paused else RESUME_MODEL
+        await set_paused(record, state, paused=body.paused)
+        return await model_to_json(state, name, with_profile=False)
+    await changeable_model(record)
     before, changed, version = await _update(state, name, body)
     if changed.litellm_params != before.litellm_params:  # also another key: the old one may have been what was wrong
         state.health.reset(name)
     if changed.fingerprint != before.fingerprint:
         state.traffic_stats.forget(name)
         await state.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
-    await _wait_for_version(state, version)
+    await wait_for_version(state, version)
     return await model_to_json(state, name, with_profile=False)
 
 
@@ -213,7 +248,12 @@ async def remove_model(record: ChangeableModel, state: AdminState) -> None:
     version = await state.registry.remove_model(record.name)
     state.traffic_stats.forget(record.name)
     state.health.reset(record.name)
-    await _wait_for_version(state, version)
+    await wait_for_version(state, version)
+
+
+async def set_paused(record: ModelRecord, state: AppState, *, paused: bool) -> None:
+    """Pause a model, also one of the configuration file, or let it go on."""
+    await wait_for_version(state, await state.registry.pause_model(record.name, paused=paused))
 
 
 async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelRecord, ModelRecord, int]:
@@ -233,7 +273,7 @@ async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelR
     raise ConflictingWrite(f"{name!r} is being changed by others all the time; repeat the request")
 
 
-async def _wait_for_version(state: AppState, version: int) -> None:
+async def wait_for_version(state: AppState, version: int) -> None:
     """Let this process serve what was written. It is stored, whether or not the store goes away now."""
     with suppress(StoreUnavailable):
         await state.snapshots.wait_for_version(version)

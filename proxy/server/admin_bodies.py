@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from proxy.errors import BadRequest
+from proxy.routing.chat_request import amount
 from proxy.server.openapi import MODEL_NAME_SCHEMA, UNSET, null_or
 from proxy.server.strict_bodies import StrictBody, bad_request, reject_unknown_keys, stated_fields
 from proxy.settings.litellm_params import ParamError, is_model_info_of_litellm, is_provider_param
@@ -65,6 +66,13 @@ def _object(value: Any, param: str) -> Mapping[str, Any]:
 
 def _checked_object(value: Any, info: ValidationInfo) -> Mapping[str, Any]:
     return _object(value, str(info.field_name))
+
+
+def _switch(value: Any, info: ValidationInfo) -> bool:
+    if not isinstance(value, bool):
+        message = f"`{info.field_name}` must be true or false; got {value!r}"[:200]
+        raise BadRequest(message, param=str(info.field_name))
+    return value
 
 
 class _JSONSchemaBounds:
@@ -219,6 +227,13 @@ class ModelPatch(StrictBody):
 
     litellm_params: Annotated[dict[str, Any] | None, BeforeValidator(_checked_object)] = None
     model_info: Annotated[dict[str, Any] | None, BeforeValidator(_checked_object)] = None
+    paused: Annotated[bool, BeforeValidator(_switch), Field(description="Stated alone.")] = UNSET
+
+    @model_validator(mode="after")
+    def _pause_alone(self) -> Self:
+        if "paused" in self.model_fields_set and len(self.model_fields_set) > 1:
+            raise BadRequest("`paused` is stated alone: change the other fields by another request", param="paused")
+        return self
 
     def apply_to(self, record: ModelRecord, settings: Settings, environ: Mapping[str, str]) -> ModelRecord:
         """Return the record of the changed model. Raises BadRequest."""
@@ -489,6 +504,18 @@ class NewKey(KeyPatch):
             given = "expires_at" if self.expires_in_s is None else "expires_in_s"
             raise BadRequest(f"`{given}` is in the past: the key would open nothing", param=given)
         return change
+
+
+def _lambda(value: Any) -> float:
+    if value is None:
+        raise BadRequest("`lambda` is missing; DELETE goes back to the configuration's", param="lambda")
+    return amount(value, "lambda")
+
+
+class RunTimeSettings(StrictBody):
+    """All settings that hold in place of the configuration's from now on."""
+
+    lambda_: Annotated[float, Field(alias="lambda", ge=0, le=MAX_LAMBDA), BeforeValidator(_lambda), _JSONSchemaBounds()]
 
 
 class Rotation(StrictBody):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from proxy.errors import ModelNotFound
 from proxy.profiling.job_store import Job
@@ -12,7 +12,9 @@ from proxy.server.admin_bodies import ProfileDocument
 from proxy.server.dependencies import AppState
 from proxy.server.openapi import UNSET
 from proxy.settings.redaction import redact_value
+from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ROLES
+from proxy.storage.controls import LAMBDA
 from proxy.storage.feedback import comparison
 from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
@@ -101,6 +103,9 @@ class ModelCard(OpenResponseModel):
     state: str
     why: str | None
     warning: str | None
+    paused: bool
+    paused_at: str | None
+    paused_by: str | None
     price: ModelPrice | None
     job: JobStatus | None
     profile: ProfileDocument | None = None
@@ -113,6 +118,58 @@ class ModelCard(OpenResponseModel):
 class ModelCards(ResponseModel):
     models: list[ModelCard]
     state_version: Count
+
+
+class ChangedCluster(ResponseModel):
+    """How much a model's error rate has changed in one cluster. `name` is null if it is of another map."""
+
+    id: Count
+    name: str | None
+    change: Number
+    labels_before: Amount
+    labels: Amount
+
+
+class ChangedProfile(ResponseModel):
+    """How a profile differs from the one before. `p` is null where there are too few labels, and `differs` too.
+
+    `clusters`: those that changed most; none if the maps differ.
+    """
+
+    mean_error: Number
+    test: str
+    p: Amount | None
+    differs: bool | None
+    same_map: bool
+    same_parameters: bool
+    clusters: list[ChangedCluster]
+
+
+class PastProfile(ResponseModel):
+    """A profile as it was stored: what it said, and where it came from. The bounds hold with 90 % confidence."""
+
+    stored_at: str
+    measured_at: str | None
+    source: Annotated[str, one_of("job", "carried_over", "upload")]
+    job: str | None
+    map: str
+    recipe: str | None
+    fingerprint: str
+    mean_error: Amount
+    error_low: Amount
+    error_high: Amount
+    total_labels: Amount
+    spent_usd: Amount | None
+    mean_output_tokens: Amount | None
+    mean_seconds: Amount | None
+    error_sums: list[Amount]
+    labels: list[Amount]
+    change: ChangedProfile | None
+
+
+class PastProfiles(ResponseModel):
+    model: str
+    profiles: list[PastProfile]
 
 
 class Accepted(ResponseModel):
@@ -226,6 +283,21 @@ class KeptDecision(DecisionRow):
     prompt: str | None
 
 
+class SettingInForce(ResponseModel):
+    """A setting: its value, and where it comes from. `configured` is what DELETE goes back to."""
+
+    value: Amount
+    source: Annotated[str, one_of("config", "admin")]
+    configured: Amount
+    set_at: str | None
+    set_by: str | None
+
+
+class SettingsInForce(ResponseModel):
+    lambda_: SettingInForce = Field(alias="lambda")
+    state_version: Count
+
+
 class AuditEntry(OpenResponseModel):
     at: str
     who: str
@@ -268,6 +340,19 @@ async def _observed(state: AppState, snapshot: RoutingSnapshot, name: str) -> di
     return {**compared, "clusters": named}
 
 
+def settings_to_json(settings: Settings, snapshot: RoutingSnapshot) -> dict[str, Any]:
+    """Show the settings that can be set while the server runs."""
+    override = snapshot.lambda_override
+    shown = {
+        "value": snapshot.default_lambda(settings),
+        "source": "config" if override is None else "admin",
+        "configured": settings.lambda_,
+        "set_at": None if override is None else override.since,
+        "set_by": None if override is None else override.who,
+    }
+    return {LAMBDA: shown, "state_version": snapshot.version}
+
+
 def redact_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """Show litellm_params without secrets: references to the environment, but no literal keys and headers."""
     return {name: redact_value(name, value) for name, value in params.items()}
@@ -289,7 +374,7 @@ async def _if_available(state: AppState, ask: Callable[[], Awaitable[T]]) -> T |
 def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile: bool) -> dict[str, Any]:
     record = snapshot.models[name]
     model_state, why = _model_state(snapshot, record, job)
-    profile = snapshot.profiles.get(name)
+    profile, pause = snapshot.profiles.get(name), snapshot.paused.get(name)
     card: dict[str, Any] = {
         "model_name": name,
         "litellm_params": redact_params(record.litellm_params),
@@ -298,6 +383,9 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
         "created_at": rfc3339(record.created_at),
         "state": model_state,
         "why": why,
+        "paused": pause is not None,
+        "paused_at": None if pause is None else pause.since,
+        "paused_by": None if pause is None else pause.who,
         "warning": None if profile is None else snapshot.measuring_doubt,
         "price": _price(snapshot.prices.get(name)),
         "job": None if job is None else job.to_json(),

@@ -88,8 +88,13 @@ class AttemptRunner:
         return _result(outcome, at_capacity)
 
     def _candidates(self) -> Iterator[str]:
-        """Yield the candidates that are still registered, and whose context window may be large enough."""
-        for name in self._record.selection.candidates:
+        """Yield the candidates that may still be asked, and whose context window may be large enough.
+
+        One that was paused since the request was selected is asked only if it is the first.
+        """
+        for place, name in enumerate(self._record.selection.candidates):
+            if place and name in self._ctx.app.snapshots.current.paused:
+                continue
             if name in self._ctx.snapshot.models and not self._is_too_small(name):
                 yield name
 
@@ -134,7 +139,7 @@ class AttemptRunner:
             self._headers |= self._record.trace.headers()
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
-            async with asyncio.timeout(timeout_s):
+            with app.deadlines.within(timeout_s):
                 return await call(model, timeouts, attempt)
         except TimeoutError:
             setting = "first_token_timeout_s" if timeouts.first_token_s < remaining_s else "request_timeout_s"

@@ -7,14 +7,13 @@ import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from starlette._utils import get_route_path
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import APIError, BadRequest, Forbidden, ServiceUnavailable, Unauthenticated
-from proxy.server.requests import Headers, headers_of
+from proxy.server.requests import Headers, RequestHeaders, headers_of, path_of
 from proxy.server.responses import render_error
 from proxy.settings.schema import Settings, is_loopback
 from proxy.storage.audit_log import ANONYMOUS, ROOT
@@ -42,6 +41,8 @@ _METRICS: Final = "/metrics"
 
 # Where OpenAI's client for Azure sends its key. It opens no admin path: they are no part of Azure's API.
 _AZURE_KEY_HEADER = "api-key"
+
+_ORIGIN = frozenset({b"origin"})
 
 _MAX_KEY_BYTES = 4096
 
@@ -108,18 +109,16 @@ class KeyAuthenticator:
         ]
 
 
-class AuthMiddleware:
-    """Let a request in by its path, Host, Origin, key and role, and put the key and the caller's id into the scope."""
+class RequestAuthorizer:
+    """Let a request in by its path, Host, Origin and key."""
 
     def __init__(
         self,
-        app: ASGIApp,
         settings: Settings,
         current_snapshot: Callable[[], RoutingSnapshot],
         clock: Callable[[], float] = time.time,
         authenticator: KeyAuthenticator | None = None,
     ) -> None:
-        self.app = app
         self._settings = settings
         self._current_snapshot = current_snapshot
         authenticator = authenticator or KeyAuthenticator(settings, current_snapshot, clock)
@@ -127,32 +126,16 @@ class AuthMiddleware:
         self._authenticate_key = authenticator.authenticate
         self._root_digest = authenticator.root_digest
         # most requests bring one of few values of Host
-        self._allowed_hosts_cache: set[str] = set()
+        self._allowed_hosts_cache: set[bytes] = set()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        try:
-            path = path_of(scope)
-            caller = _ANONYMOUS if path in UNAUTHENTICATED_PATHS else self._authenticate(path, headers_of(scope))
-            scope[KEY_IN_SCOPE], scope[PRINCIPAL] = caller.key, caller.id
-            if caller.key is not None:
-                check_role(caller.key.role, scope["method"], path)
-        except APIError as error:
-            status, body, headers = render_error(error)
-            if status == 401:
-                # The official clients try again unless they are told that it will not help.
-                headers = {**headers, "www-authenticate": "Bearer", "x-should-retry": "false"}
-                await self._throttle.delay()
-            await JSONResponse(body, status, headers)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+    def authenticate(self, path: str, headers: RequestHeaders) -> Principal:
+        """Return the caller, whose role is still to be checked.
 
-    def _authenticate(self, path: str, headers: Headers) -> Principal:
+        Raises:
+            APIError: the caller is not known, or not let in; `refusal` makes the answer.
+        """
+        if path in UNAUTHENTICATED_PATHS:
+            return _ANONYMOUS
         if not path.isprintable():
             raise BadRequest("the path holds characters that cannot be printed")
         self._check_address(headers)
@@ -167,13 +150,49 @@ class AuthMiddleware:
             return _ANONYMOUS
         return self._authenticate_key(credentials_from(headers, ("x-api-key", _AZURE_KEY_HEADER)))
 
-    def _check_address(self, headers: Headers) -> None:
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 or hosts[0] not in self._allowed_hosts_cache:
+    async def refusal(self, error: APIError) -> tuple[int, dict[str, Any], dict[str, str]]:
+        """Return the status, body and headers for a caller that was not let in; after a while, if many are not."""
+        status, body, headers = render_error(error)
+        if status == 401:
+            # The official clients try again unless they are told that it will not help.
+            headers = {**headers, "www-authenticate": "Bearer", "x-should-retry": "false"}
+            await self._throttle.delay()
+        return status, body, headers
+
+    def _check_address(self, headers: RequestHeaders) -> None:
+        host = headers.value(b"host")
+        if host not in self._allowed_hosts_cache:
             check_host(headers, self._settings)
-            if len(self._allowed_hosts_cache) < _MAX_CACHED_HOSTS and len(hosts[0]) <= _MAX_CACHED_HOST_CHARS:
-                self._allowed_hosts_cache.add(hosts[0])
-        check_origin(headers, self._settings.allowed_origins)
+            if host and len(self._allowed_hosts_cache) < _MAX_CACHED_HOSTS and len(host) <= _MAX_CACHED_HOST_CHARS:
+                self._allowed_hosts_cache.add(host)
+        if headers.has_any(_ORIGIN):
+            check_origin(headers, self._settings.allowed_origins)
+
+
+class AuthMiddleware:
+    """Put the key and the id of a caller that is let in into the scope, and answer the others."""
+
+    def __init__(self, app: ASGIApp, authorizer: RequestAuthorizer) -> None:
+        self.app = app
+        self._authorizer = authorizer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            path = path_of(scope)
+            caller = self._authorizer.authenticate(path, headers_of(scope))
+            scope[KEY_IN_SCOPE], scope[PRINCIPAL] = caller.key, caller.id
+            check_role(caller, scope["method"], path)
+        except APIError as error:
+            status, body, headers = await self._authorizer.refusal(error)
+            await JSONResponse(body, status, headers)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 # Failures within a second that are answered at once: people who mistype, a client whose key has just expired.
@@ -213,11 +232,6 @@ class AuthFailureThrottle:
             self._delayed -= 1
 
 
-def path_of(scope: Scope) -> str:
-    """Return the path as the router matches it: without the prefix that the server is mounted under."""
-    return get_route_path(scope)
-
-
 def is_admin_side(path: str) -> bool:
     return path == _ADMIN or path.startswith(f"{_ADMIN}/")
 
@@ -226,9 +240,10 @@ def is_dashboard(path: str) -> bool:
     return path == DASHBOARD or path.startswith(f"{DASHBOARD}/")
 
 
-def check_role(role: Role, method: str, path: str) -> None:
-    """Check that a role allows this call. Raises Forbidden."""
-    if role == "admin":
+def check_role(caller: Principal, method: str, path: str) -> None:
+    """Check that the role of the caller's key allows this call. Raises Forbidden."""
+    role: Role | None = None if caller.key is None else caller.key.role
+    if role is None or role == "admin":
         return
     if role == "viewer":
         if method not in SAFE_METHODS:

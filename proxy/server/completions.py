@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Request, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
 from proxy.profiling.jobs import with_progress
@@ -28,21 +27,11 @@ from proxy.server.api.client_apis import (
 )
 from proxy.server.api.translation import Translation
 from proxy.server.attempts import AttemptRunner
-from proxy.server.auth import KEY_IN_SCOPE, path_of
-from proxy.server.dependencies import AppState, AppStateDep, RequestContext
+from proxy.server.dependencies import AppState, AppStateDep, CurrentKey, RequestContext
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
+from proxy.server.exchange import ASGIExchange, Exchange, read_body
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import (
-    APP_STATE,
-    RECEIVED_AT,
-    REQUEST_IDS,
-    TRACE,
-    check_hops,
-    headers_of,
-    instance_id,
-    random_ids,
-    read_body,
-)
+from proxy.server.requests import check_hops, instance_id, random_ids
 from proxy.server.reservations import (
     Reservation,
     UsageEstimate,
@@ -50,10 +39,10 @@ from proxy.server.reservations import (
     limit_to_reserved,
     reservation_request,
 )
-from proxy.server.responses import HANDLED_EXCEPTIONS, error_response
 from proxy.server.stored_responses import expand, record_of, scope_of
 from proxy.server.streaming import METADATA, CompletionStream, PendingStream, cancel_or_close
 from proxy.settings.litellm_params import reject_control_fields
+from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import JSONPayload, NativePayload, with_member
 from proxy.upstream.response_memory import HeldMemory
 from proxy.upstream.sse import encode_json
@@ -61,39 +50,26 @@ from proxy.upstream.sse import encode_json
 router = APIRouter()
 
 
-class CompletionEndpoints:
-    """Answer what asks a model before the framework, whose routing and dependencies cost more than model selection."""
+class Answer(Protocol):
+    """What is sent to the client of a request that succeeded, or began to."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        api = CLIENT_APIS.get(path_of(scope)) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if api is None:
-            await self.app(scope, receive, send)
-            return
-        try:
-            response = await complete(Request(scope, receive), scope[APP_STATE], api)
-        except HANDLED_EXCEPTIONS as error:
-            response = error_response(error)
-        await response(scope, receive, send)
+    async def send(self, exchange: Exchange) -> None: ...
 
 
-def _register(api: ClientAPI) -> None:
-    async def endpoint(request: Request, app: AppStateDep) -> Response:
-        return await complete(request, app, api)
-
-    router.add_api_route(api.path, endpoint, methods=["POST"], response_model=None)
+Endpoint = Callable[[Exchange, AppState, ClientKey | None], Awaitable[Answer]]
 
 
-# For the route table, in which the allowed methods of a path are looked up. CompletionEndpoints answers before.
-for each in CLIENT_APIS.values():
-    _register(each)
+async def endpoint() -> None:
+    """Stand in the route table, in which the methods of a path are looked up; ModelEndpoints serves the path."""
+
+
+for each in CLIENT_APIS:
+    router.add_api_route(each, endpoint, methods=["POST"], response_model=None)
 
 
 @router.post(ROUTE, response_model=None)
-async def route(request: Request, app: AppStateDep) -> Response:
-    ctx = await read_request(request, app, CHAT)
+async def route(request: Request, app: AppStateDep, key: CurrentKey) -> Response:
+    ctx = await read_request(ASGIExchange.of(request), app, key, CHAT)
     selection, _ = await select(ctx, explain=True)
     preset = preset_of(ctx.request.model, app.settings, ctx.snapshot)
     stated = {} if preset is None else {"preset": preset.model_dump(by_alias=True)}
@@ -102,32 +78,35 @@ async def route(request: Request, app: AppStateDep) -> Response:
 
 @router.post(COUNT_TOKENS, response_model=None)
 async def count_tokens(request: Request, app: AppStateDep) -> Response:
-    document = parse_object(await read_body(request, app.settings.max_body_bytes))
+    document = parse_object(await read_body(ASGIExchange.of(request), app.settings.max_body_bytes))
     reject_control_fields(document)
     return Response(
         encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json"
     )
 
 
-async def complete(request: Request, app: AppState, api: ClientAPI) -> Response:
+async def complete(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer:
     """Serve one request for an answer, which is cancelled when its client leaves."""
-    ctx = await read_request(request, app, api)
+    ctx = await read_request(exchange, app, key, api)
     app.metrics.in_flight += 1
     try:
-        return await cancel_on_disconnect(request.scope, request.receive, create_completion(ctx), _close_if_stream)
+        return await cancel_on_disconnect(exchange, create_completion(ctx), _close_if_stream)
     finally:
         app.metrics.in_flight -= 1
 
 
-async def read_request(request: Request, app: AppState, api: ClientAPI) -> RequestContext:
+# The endpoints at which a client asks a model for an answer.
+ENDPOINTS: Mapping[str, Endpoint] = {path: partial(complete, api) for path, api in CLIENT_APIS.items()}
+
+
+async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None, api: ClientAPI) -> RequestContext:
     """Read, parse and translate a request.
 
     Raises:
         ProxyError: the body could not be read, or is not what an upstream may be sent.
     """
-    scope = request.scope
-    headers = headers_of(scope)
-    raw = await read_body(request, app.settings.max_body_bytes)
+    headers = exchange.headers
+    raw = await read_body(exchange, app.settings.max_body_bytes)
     stated = headers.items_for(READ_HEADERS)
     translation: Translation | None = None
     native_headers: tuple[tuple[str, str], ...] = ()
@@ -137,7 +116,7 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         document: Mapping[str, Any] = parse_object(raw)
         reject_control_fields(document)
         if api is RESPONSES:
-            document = await expand(document, app.responses, scope_of(scope[KEY_IN_SCOPE]))
+            document = await expand(document, app.responses, scope_of(key))
         translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
         # A list may be sent in several headers.
@@ -146,23 +125,23 @@ async def read_request(request: Request, app: AppState, api: ClientAPI) -> Reque
         app,
         app.snapshots.current,
         parsed,
-        scope[KEY_IN_SCOPE],
-        scope[REQUEST_IDS],
-        scope[RECEIVED_AT],
+        key,
+        exchange.ids,
+        exchange.received_at,
         translation,
         native_headers,
         api.name,
-        scope.get(TRACE),
+        exchange.trace,
     )
 
 
-async def _close_if_stream(response: Response) -> None:
+async def _close_if_stream(answer: Answer) -> None:
     """Close the upstream's stream, for a client that left before it was relayed."""
-    if isinstance(response, CompletionStream):
-        await response.close()
+    if isinstance(answer, CompletionStream):
+        await answer.close()
 
 
-async def create_completion(ctx: RequestContext) -> Response:
+async def create_completion(ctx: RequestContext) -> Answer:
     """Select a model, reserve the key's budget, and relay the first answer.
 
     Raises:
@@ -228,7 +207,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
+async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
     """Wait for the first whole answer, and finish the record before it is sent."""
     try:
         completion = await runner.complete()
@@ -241,7 +220,7 @@ async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestR
         content = with_member(content, METADATA, record.metadata())
     await keep_answer(ctx, answer)
     await record.wait_until_settled()
-    return CompletionResponse(content, completion.held, record.headers())
+    return WholeAnswer(content, completion.held, record.headers())
 
 
 def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) -> tuple[bytes, Mapping[str, Any] | None]:
@@ -262,7 +241,7 @@ async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> 
     await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 
-async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Response:
+async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
     """Wait for the first content before the status is sent, so that a failure can have its own status.
 
     After `keep_alive_s` the stream begins all the same, with comments until the content comes.
@@ -297,26 +276,17 @@ async def finish_failed(record: RequestRecord, failure: BaseException, pending: 
         await record.wait_until_settled()
 
 
-# A response is written in pieces of this size. What the client has not read yet then stays in this process's counted
-# memory for responses, and not in the buffer of the transport, which is not counted.
-WRITE_BYTES = 256 * 2**10
-
-
-class CompletionResponse(Response):
-    """Send a whole completion, then release the memory that is counted for it."""
-
-    media_type = "application/json"
+class WholeAnswer:
+    """Send a whole JSON document, then release the memory that is counted for it."""
 
     def __init__(self, content: bytes, memory: HeldMemory | None, headers: Mapping[str, str]) -> None:
-        super().__init__(content, headers=headers)
+        self._content = content
         self._memory = memory
+        self._headers = headers
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+    async def send(self, exchange: Exchange) -> None:
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            for start in range(0, len(self.body), WRITE_BYTES):
-                piece, more = self.body[start : start + WRITE_BYTES], start + WRITE_BYTES < len(self.body)
-                await send({"type": "http.response.body", "body": piece, "more_body": more})
+            await exchange.send(200, {"content-type": "application/json", **self._headers}, self._content)
         finally:
             if self._memory is not None:
                 self._memory.release()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
+from proxy.concurrency import DeadlineWheel
 from proxy.profiling.jobs import Jobs
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
@@ -33,6 +34,7 @@ from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimi
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.payload import JSONPayload
 from proxy.upstream.provider_resolution import Resolver
+from router_core.types import frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class AppState:
     environ: Mapping[str, str] = field(repr=False)
     tracing: Any = None
     """What begins the traces of requests; None: they are not traced."""
+    deadlines: DeadlineWheel = field(default_factory=DeadlineWheel, repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
 
@@ -107,7 +110,7 @@ class AppState:
         return plan
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestContext:
     """One chat request, and what it is served with. The endpoint builds it, once."""
 

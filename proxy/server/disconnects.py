@@ -3,13 +3,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
-from typing import Any, TypeVar
-
-from starlette.types import Receive, Scope
+from typing import Any, Protocol, TypeVar
 
 from proxy.concurrency import CANCEL_INTERVAL_S
 from proxy.errors import ClientDisconnected
-from proxy.server.requests import DISCONNECT
 
 T = TypeVar("T")
 
@@ -32,9 +29,16 @@ class DisconnectEvent:
             callback()
 
 
-async def cancel_on_disconnect(
-    scope: Scope, receive: Receive, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None
-) -> T:
+class Client(Protocol):
+    """Who waits for an answer."""
+
+    disconnect: DisconnectEvent | None
+    """None: only `wait_for_disconnect` tells."""
+
+    async def wait_for_disconnect(self) -> None: ...
+
+
+async def cancel_on_disconnect(client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None) -> T:
     """Return the result of `work`, which is cancelled when the client leaves.
 
     The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the
@@ -46,11 +50,10 @@ async def cancel_on_disconnect(
     Raises:
         ClientDisconnected: after `work` was cancelled and has ended.
     """
-    disconnect: DisconnectEvent | None = scope.get(DISCONNECT)
-    if disconnect is not None:
-        return await _run(disconnect, work, dispose)
+    if client.disconnect is not None:
+        return await _run(client.disconnect, work, dispose)
     disconnect = DisconnectEvent()
-    watching = asyncio.create_task(_watch(receive, disconnect))
+    watching = asyncio.create_task(_watch(client, disconnect))
     try:
         return await _run(disconnect, work, dispose)
     finally:
@@ -119,7 +122,6 @@ class _Canceller:
         return self._cancelled > 0 and self._task.cancelling() <= self._before
 
 
-async def _watch(receive: Receive, disconnect: DisconnectEvent) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _watch(client: Client, disconnect: DisconnectEvent) -> None:
+    await client.wait_for_disconnect()
     disconnect.set()

@@ -5,34 +5,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends
 
-from proxy.errors import BadRequest, Forbidden, ModelNotFound
+from proxy.errors import BadRequest, Forbidden, ModelNotFound, ModelPaused
 from proxy.routing.affinity import NO_AFFINITY
 from proxy.routing.chat_request import OWN_FIELDS, READ_HEADERS, ChatRequest, parse_object, read_options
 from proxy.routing.selection import Selection
 from proxy.routing.selection_context import alias_mode, may_use
 from proxy.server.admin_responses import Count, OpenResponseModel
+from proxy.server.api.client_apis import EMBEDDINGS
 from proxy.server.attempts import AttemptRunner
-from proxy.server.auth import KEY_IN_SCOPE
-from proxy.server.completions import CompletionResponse, finish_failed
-from proxy.server.dependencies import AppState, AppStateDep, RequestContext
+from proxy.server.completions import Answer, WholeAnswer, finish_failed
+from proxy.server.dependencies import AppState, RequestContext
 from proxy.server.disconnects import cancel_on_disconnect
+from proxy.server.exchange import Exchange, read_body
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, UNSET, Error, client_key, errors, null_or
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import (
-    RECEIVED_AT,
-    REQUEST_IDS,
-    TRACE,
-    check_hops,
-    headers_of,
-    instance_id,
-    random_ids,
-    read_body,
-)
+from proxy.server.requests import check_hops, instance_id, random_ids
 from proxy.server.reservations import MARGIN_S, MAX_PICOUSD, Reservation, ReservationRequest, known_price
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import Timeouts
+from proxy.storage.client_keys import ClientKey
+from proxy.storage.controls import why_paused
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import parse_usage
 from proxy.upstream.embeddings import EmbeddingsRequest, renamed
@@ -41,8 +35,6 @@ from proxy.upstream.payload import JSONPayload
 from router_core.pricing import max_price_usd, picousd
 from router_core.text import estimate_tokens
 from router_core.types import Requirements
-
-PATH = "/v1/embeddings"
 
 # Models that an error names.
 MAX_LISTED = 10
@@ -86,7 +78,7 @@ _BODY_SCHEMA = {
 
 
 @router.post(
-    PATH,
+    EMBEDDINGS,
     tags=["embeddings"],
     summary="Ask a model, by its name, for vectors",
     response_model=EmbeddingList,
@@ -99,33 +91,32 @@ _BODY_SCHEMA = {
         "default": {"model": Error, "description": "What the model itself answered"},
     },
 )
-async def embeddings(request: Request, app: AppStateDep) -> Response:
-    return await embed(request, app)
+async def embeddings() -> None:
+    """Stand in the OpenAPI document; ModelEndpoints serves the path, with `embed`."""
 
 
-async def embed(request: Request, app: AppState) -> Response:
+async def embed(exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer:
     """Serve one request for embeddings, which is cancelled when its client leaves.
 
     Raises:
         ProxyError: before any byte was sent to the client.
     """
-    scope = request.scope
-    raw = await read_body(request, app.settings.max_body_bytes)
+    raw = await read_body(exchange, app.settings.max_body_bytes)
     asked = parse_embeddings(raw)
-    options = read_options(asked.body, headers_of(scope).items_for(READ_HEADERS))
+    options = read_options(asked.body, exchange.headers.items_for(READ_HEADERS))
     ctx = RequestContext(
         app,
         app.snapshots.current,
         ChatRequest({"messages": ()}, asked.model, stream=False, include_usage=False, options=options),
-        scope[KEY_IN_SCOPE],
-        scope[REQUEST_IDS],
-        scope[RECEIVED_AT],
+        key,
+        exchange.ids,
+        exchange.received_at,
         api="embeddings",
-        trace=scope.get(TRACE),
+        trace=exchange.trace,
     )
     app.metrics.in_flight += 1
     try:
-        return await cancel_on_disconnect(scope, request.receive, create_embeddings(ctx, asked))
+        return await cancel_on_disconnect(exchange, create_embeddings(ctx, asked))
     finally:
         app.metrics.in_flight -= 1
 
@@ -196,7 +187,7 @@ def _is_token(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Response:
+async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Answer:
     """Ask the named model, within the key's limits.
 
     Raises:
@@ -209,7 +200,7 @@ async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Respo
         f"dec-{next(random_ids)}",
         asked.model,
         "pinned",
-        ctx.app.settings.lambda_,
+        ctx.snapshot.default_lambda(ctx.app.settings),
         (asked.model,),
         None,
         {},
@@ -218,7 +209,7 @@ async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Respo
     record = RequestRecord(ctx, selection, NO_AFFINITY, await _reserve(ctx, selection))
     try:
         answer = await EmbeddingsRunner(ctx, record, asked.upstream).embed()
-        response = CompletionResponse(renamed(answer, asked.model), answer.held, record.headers())
+        response = WholeAnswer(renamed(answer, asked.model), answer.held, record.headers())
     except BaseException as failure:
         await finish_failed(record, failure)
         raise
@@ -233,6 +224,7 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
     Raises:
         BadRequest: it asks for routing, or is a chat model's: vectors of different models cannot be compared.
         ModelNotFound, Forbidden: there is no such model, or this key may not use it.
+        ModelPaused.
     """
     snapshot, settings = ctx.snapshot, ctx.app.settings
     if alias_mode(name, settings, snapshot) is not None:
@@ -243,6 +235,8 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
     if name not in snapshot.embeddings:
         raise BadRequest(f"{name!r} is a chat model; {_embeddings_hint(ctx)}", param="model")
+    if name in snapshot.paused:
+        raise ModelPaused(f"the model {name!r} is {why_paused(name)}")
 
 
 def _embeddings_hint(ctx: RequestContext) -> str:

@@ -63,7 +63,7 @@ class Metrics:
         self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
         self.cost = self._counter("cost_usd", "Cost at the live price")
         self.baseline_cost = self._counter(
-            "baseline_cost_usd", "What the same tokens would have cost without routing, where that is known"
+            "baseline_cost_usd", "What recorded answers would have cost without routing, where that is known"
         )
         self.compared_cost = self._counter(
             "compared_cost_usd", "What the requests of uniroute_baseline_cost_usd_total have cost"
@@ -96,6 +96,7 @@ class Metrics:
             "queue_seconds", "Waits for a slot of a model, of requests that had to wait", _QUEUE_BOUNDS, "model"
         )
         self.at_capacity = self._counter("at_capacity", "Times that a model was passed over: no slot, or none in time")
+        self.default_lambda = self._gauge("lambda", "λ of requests that state none", combine=max)
         self.jobs_running = self._gauge("jobs_running", "Profiling jobs that run")
         self.otel_exports = self._total(
             "otel_exports", "Exports to the OpenTelemetry collector: sent, or failed", "signal", "outcome"
@@ -255,6 +256,7 @@ class ModelCollector(Collector):
 
         self._gauges = {
             "ready": gauge("ready", "1 if the model has a profile and a price; of several workers, in all", min),
+            "paused": gauge("paused", "1 while an administrator has paused the model; of several workers, in any", max),
             "error": gauge("mean_error", "Mean error that was measured on the validation prompts", max),
             "profile": gauge("profile_timestamp_seconds", "When the profile was measured, in Unix seconds", max),
             "price": gauge("price_timestamp_seconds", "When the price was written, in Unix seconds, if it was", max),
@@ -275,6 +277,7 @@ class ModelCollector(Collector):
             in_flight, queued = loads.get(name, (0, 0))
             for gauge, number in (
                 ("ready", float(snapshot.model_state(name) == "ready")),
+                ("paused", float(name in snapshot.paused)),
                 ("error", math.nan if profile is None else profile.mean_error),
                 ("profile", math.nan if profile is None else _unix_seconds(profile.measured_at)),
                 ("price", math.nan if price is None else price.updated_at or math.nan),

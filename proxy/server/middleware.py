@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -14,27 +15,18 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
-from proxy.server.api.client_apis import (
-    CHAT,
-    CLIENT_PATHS,
-    EMBEDDINGS,
-    MESSAGES,
-    MODELS,
-    RESPONSES,
-    ROUTE,
-    TEXT_COMPLETIONS,
-)
+from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
-from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side, path_of
+from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side
 from proxy.server.requests import (
     APP_STATE,
     DISCONNECT,
     OVERLOADED,
     RECEIVED_AT,
     REQUEST_IDS,
-    Headers,
     RequestIds,
     headers_of,
+    path_of,
     request_ids_from,
 )
 from proxy.server.responses import error_response, http_error_body
@@ -50,7 +42,7 @@ FIXED_PATHS = CLIENT_PATHS | {"/", "/healthz", "/readyz", "/metrics", "/openapi.
 
 _ID_HEADERS = (b"x-request-id", b"traceparent")
 
-_RETRY_AFTER_S = "1"
+RETRY_AFTER_S = "1"
 
 
 class RequestContextMiddleware:
@@ -110,7 +102,8 @@ class RequestContextMiddleware:
         answer: ASGIApp = self.app
         if path_of(scope) not in UNAUTHENTICATED_PATHS:
             # Before any key is checked: while the server starts, no keys are known.
-            answer = _too_many_connections() if overloaded else error_response(self._startup.refusal())
+            full = JSONResponse(too_many_connections_body(), 503, {"retry-after": RETRY_AFTER_S})
+            answer = full if overloaded else error_response(self._startup.refusal())
         await answer(scope, receive, send_and_close if overloaded else send)
 
     def _start_response(self, message: Message, ids: RequestIds) -> None:
@@ -127,26 +120,12 @@ class RequestContextMiddleware:
 async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-            refusal = ShuttingDown(
-                SHUTTING_DOWN_MESSAGE, headers={"retry-after": _RETRY_AFTER_S, "connection": "close"}
-            )
+            refusal = ShuttingDown(SHUTTING_DOWN_MESSAGE, headers={"retry-after": RETRY_AFTER_S, "connection": "close"})
             await error_response(refusal)(scope, receive, send)
 
 
-def _too_many_connections() -> JSONResponse:
-    body = error_body("this server has no room for one more connection", "server_error", "too_many_connections")
-    return JSONResponse(body, 503, {"retry-after": _RETRY_AFTER_S})
-
-
-# Paths that no client of Anthropic's API asks for, whatever headers it sends.
-_OF_OTHER_APIS = frozenset({CHAT.path, RESPONSES.path, TEXT_COMPLETIONS.path, EMBEDDINGS, ROUTE})
-
-
-def speaks_messages(path: str, headers: Headers) -> bool:
-    """Return whether a client expects what it is sent in the shapes of Anthropic's API, also at unknown paths."""
-    if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
-        return True
-    return path not in _OF_OTHER_APIS and bool(headers.getlist("anthropic-version"))
+def too_many_connections_body() -> dict[str, Any]:
+    return error_body("this server has no room for one more connection", "server_error", "too_many_connections")
 
 
 class MessagesMiddleware:
@@ -206,6 +185,9 @@ class MessagesResponse:
 # Key of the scope: what an endpoint has made, which no path names yet.
 TARGET_IN_SCOPE = "uniroute.target"
 
+# What it has done, where the method and the path alone do not say it.
+ACTION_IN_SCOPE = "uniroute.action"
+
 
 class AuditLogMiddleware:
     """Log every change that is asked of the admin side, also those that AuthMiddleware refuses."""
@@ -229,6 +211,7 @@ class AuditLogMiddleware:
             await self.app(scope, receive, send_noting_status)
         finally:
             action, target = action_of(scope["method"], path_of(scope))
+            action = scope.get(ACTION_IN_SCOPE, action)
             actor = Actor(scope.get(PRINCIPAL, ANONYMOUS), scope[REQUEST_IDS].request_id)
             actor.log(action, scope.get(TARGET_IN_SCOPE, target), status)
 

@@ -58,6 +58,7 @@ class Model(OpenResponseModel):
     name: str
     description: str
     context_length: Count = UNSET
+    paused: bool = UNSET
     architecture: dict[str, Any]
     pricing: dict[str, str] = UNSET
     supported_parameters: list[str]
@@ -152,6 +153,9 @@ _DESCRIPTIONS = {
 }
 
 
+_PAUSED = "This model is paused: it answers again once it goes on."
+
+
 class ModelCatalog:
     """The names that one key may use, with what is known of each."""
 
@@ -206,21 +210,22 @@ class ModelCatalog:
 
     def _model(self, name: str) -> CatalogEntry:
         snapshot, record = self._snapshot, self._snapshot.models[name]
-        embeds, price = name in snapshot.embeddings, snapshot.prices.get(name)
+        embeds, price, paused = name in snapshot.embeddings, snapshot.prices.get(name), name in snapshot.paused
         return CatalogEntry(
             name,
             name,
-            "Answers with embeddings." if embeds else _DESCRIPTIONS[RoutingMode.PINNED],
+            _PAUSED if paused else "Answers with embeddings." if embeds else _DESCRIPTIONS[RoutingMode.PINNED],
             int(record.created_at),
             record.source,
             snapshot.embeddings[name] if embeds else snapshot.pool.candidates[name].capabilities,
             None if price is None else price.price,
             embeds,
+            paused,
         )
 
     def _abilities(self, models: Sequence[str]) -> Capabilities:
-        candidates = self._snapshot.pool.candidates
-        return widest([candidates[name].capabilities for name in models])
+        candidates, paused = self._snapshot.pool.candidates, self._snapshot.paused
+        return widest([candidates[name].capabilities for name in models if name not in paused])
 
 
 def describe_preset(preset: Preset) -> str:
@@ -297,6 +302,7 @@ class CatalogEntry:
     price: Price | None
     """None: it is not known, or depends on the model that is chosen."""
     embeds: bool = False
+    paused: bool = False
 
     def to_openai(self) -> dict[str, Any]:
         """Return the item with OpenRouter's fields. Prices are text, in USD per token."""
@@ -309,6 +315,7 @@ class CatalogEntry:
             "name": self.display_name,
             "description": self.description,
             **({} if window is None else {"context_length": window}),
+            **({"paused": True} if self.paused else {}),
             "architecture": self._architecture(),
             **({} if self.price is None else {"pricing": _pricing(self.price)}),
             "supported_parameters": ["dimensions", "encoding_format"] if self.embeds else _parameters(able),

@@ -3,22 +3,25 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
-from proxy.errors import error_body
+from proxy.errors import ClientDisconnected, error_body
+from proxy.server.api.client_apis import CLIENT_APIS, EMBEDDINGS, MESSAGES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.disconnects import DisconnectEvent
-from proxy.server.middleware import speaks_messages
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders
+from proxy.server.exchange import Exchange
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders, request_ids_from
 from proxy.upstream.sse import encode_json
 
 MAX_URL_BYTES = 8 * 1024
@@ -105,6 +108,189 @@ def _idle(state: ServerState) -> OrderedDict[LimitedHTTPProtocol, float]:
     return found
 
 
+class HTTPExchange(Exchange):
+    """An exchange on a connection of LimitedHTTPProtocol.
+
+    It takes the place of uvicorn's cycle, and has those of its attributes that uvicorn's protocol reads and sets.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_flushing",
+        "_head",
+        "_protocol",
+        "_transport",
+        "_waiter",
+        "body",
+        "disconnected",
+        "keep_alive",
+        "more_body",
+        "response_complete",
+    )
+
+    disconnect: DisconnectEvent
+
+    def __init__(self, protocol: LimitedHTTPProtocol, path: str) -> None:
+        headers = RequestHeaders(protocol.headers)
+        super().__init__(path, headers, request_ids_from(headers), time.monotonic(), protocol.disconnect)
+        self._protocol = protocol
+        self._transport = protocol.transport
+        self.keep_alive = protocol.parser.should_keep_alive()
+        self.body = bytearray()
+        self.more_body = True
+        self.disconnected = self.response_complete = False
+        self._chunked = False
+        # The head, until it is written together with the first of the body, or at the end of this turn of the loop.
+        self._head: bytes | None = None
+        self._flushing: asyncio.Handle | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run_asgi(self, serve: ServeExchange) -> None:
+        """Serve the request: the task of uvicorn's cycle."""
+        try:
+            await serve(self)
+        finally:
+            if not (self.response_complete or self.disconnected):
+                self._flush()
+                self._transport.close()  # the client must not wait for the rest
+
+    def add(self, piece: bytes) -> None:
+        """Add a piece of the body, and let the client wait when too many are there."""
+        self.body += piece
+        if len(self.body) > HIGH_WATER_LIMIT:
+            self._protocol.flow.pause_reading()
+        self.set()
+
+    @property
+    def message_event(self) -> HTTPExchange:
+        """Be the event that uvicorn sets when the connection is lost."""
+        return self
+
+    def set(self) -> None:
+        """Wake who waits for the body."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def response_started(self) -> bool:
+        return self.status is not None
+
+    @property
+    def body_complete(self) -> bool:
+        return not self.more_body
+
+    async def next_piece(self) -> tuple[bytes, bool]:
+        while self.more_body and not self.body and not self.disconnected:
+            self._protocol.flow.resume_reading()
+            self._waiter = self._protocol.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self.disconnected:
+            raise ClientDisconnected("the client left before its body was complete")
+        piece, self.body = bytes(self.body), bytearray()
+        return piece, self.more_body
+
+    async def wait_for_disconnect(self) -> None:
+        left = asyncio.Event()
+        self.disconnect.callbacks.add(left.set)
+        try:
+            await left.wait()
+        finally:
+            self.disconnect.callbacks.discard(left.set)
+
+    async def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        if await self._can_write():
+            self.status, self._chunked = status, "content-length" not in headers
+            self._head = self._head_bytes(status, headers)
+            self._flushing = self._protocol.loop.call_soon(self._flush)
+
+    async def write(self, data: bytes) -> None:
+        if data and await self._can_write():
+            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    async def end(self, data: bytes = b"") -> None:
+        if not await self._can_write():
+            return
+        if self._chunked:
+            data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
+        self._write(data)
+        self._complete()
+
+    async def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        if len(body) > MAX_JOINED_BYTES:
+            await super().send(status, headers, body)
+        elif await self._can_write():
+            self.status = status
+            self._transport.write(self._head_bytes(status, {**headers, "content-length": str(len(body))}) + body)
+            self._complete()
+
+    async def _can_write(self) -> bool:
+        """Wait while the client reads too slowly. Return whether it is still there."""
+        flow = self._protocol.flow
+        if flow.write_paused and not self.disconnected:
+            await flow.drain()
+        return not self.disconnected
+
+    def _head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
+        if headers.get("connection") == "close":
+            self.keep_alive = False
+        elif not self.keep_alive:
+            headers = {**headers, "connection": "close"}
+        if self._chunked:
+            headers = {**headers, "transfer-encoding": "chunked"}
+        lines = [f"{name}: {value}\r\n" for name, value in {**headers, **self.id_headers()}.items()]
+        raw = "".join(lines).encode("latin-1")
+        if len(raw.translate(None, _CONTROL_BYTES)) != len(raw) - 2 * len(lines):
+            raise ValueError("a header of the answer has a control character")
+        return b"".join(
+            (STATUS_LINE[status], _lines_of(tuple(self._protocol.server_state.default_headers)), raw, b"\r\n")
+        )
+
+    def _write(self, data: bytes) -> None:
+        if self._head is not None:
+            if len(data) > MAX_JOINED_BYTES:  # to copy it would cost more than a system call
+                self._flush()
+            else:
+                data, self._head = self._head + data, None
+                if self._flushing is not None:
+                    self._flushing.cancel()
+        if data:
+            self._transport.write(data)
+
+    def _flush(self) -> None:
+        head, self._head = self._head, None
+        if self._flushing is not None:
+            self._flushing.cancel()
+        if head and not self._transport.is_closing():
+            self._transport.write(head)
+
+    def _complete(self) -> None:
+        self.response_complete = True
+        if not self.keep_alive:
+            self._transport.close()
+        self._protocol.on_response_complete()
+
+
+_CONTROL_BYTES = bytes([*range(32), 127]).replace(b"\t", b"")
+
+
+@functools.lru_cache(maxsize=4)
+def _lines_of(headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % pair for pair in headers)
+
+
+ServeExchange = Callable[[Exchange], Awaitable[None]]
+
+# What is served without ASGI, as its clients write it, and its path.
+EXCHANGE_URLS: Mapping[bytes, str] = {
+    **{path.encode(): path for path in CLIENT_APIS},
+    EMBEDDINGS.encode(): EMBEDDINGS,
+    f"{MESSAGES.path}?beta=true".encode(): MESSAGES.path,
+}
+
+
 class LimitedHTTPProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1 protocol with limits on headers, time and connections. Times are the event loop's seconds."""
 
@@ -130,7 +316,12 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         # While it is true the parser reads headers again, and its callbacks do nothing.
         self._replaying_headers = False
         self._overloaded = self._rejected = False
-        self._disconnect = DisconnectEvent()
+        self.disconnect = DisconnectEvent()
+        # Whether any request has begun on this connection.
+        self._message_begun = False
+        self._idle = _idle(self.server_state)
+        # Answers what is asked of models, without ASGI; None: the app has no such endpoints.
+        self._serve_exchange: ServeExchange | None = getattr(self.app, "serve_exchange", None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -146,7 +337,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._stop_timers()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
-        self._disconnect.set()
+        self.disconnect.set()
 
     def data_received(self, data: bytes) -> None:
         if self._rejected or self.transport.is_closing():
@@ -192,17 +383,14 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self._replaying_headers:
             return
-        super().on_message_begin()
-        self.scope[DISCONNECT] = self._disconnect  # type: ignore[literal-required]
-        self._in_headers = self._parser_progressed = True
+        self.url, self.headers, self.expect_100_continue = b"", [], False
+        self._message_begun = self._in_headers = self._parser_progressed = True
         self._header_bytes = 0
-        if self._overloaded:
-            self.scope[OVERLOADED] = True  # type: ignore[literal-required]
 
     def on_url(self, url: bytes) -> None:
         if self._replaying_headers:
             return
-        super().on_url(url)
+        self.url += url
         self._parser_progressed = True
         if len(self.url) > MAX_URL_BYTES:
             self._raise_rejection(URI_TOO_LONG)
@@ -216,7 +404,10 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._raise_rejection(HEADERS_TOO_LARGE)
         if not self._in_headers:
             return  # a trailer: nobody has checked it when the request was let in
-        super().on_header(name, value)
+        name = name.lower()
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
         if len(self.headers) > MAX_HEADERS:
             self._raise_rejection(TOO_MANY_HEADERS)
 
@@ -230,19 +421,62 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if not self.url.startswith((b"/", b"*")) and _authority(self.url) not in _hosts(self.headers):
             self._raise_rejection(HOST_MISMATCH)
         self._stop_header_timer()
+        path = EXCHANGE_URLS.get(self.url)
+        if path is not None and self._serve_exchange is not None and self._is_plain():
+            self._start_exchange(HTTPExchange(self, path), self._serve_exchange)
+            return
+        self._begin_scope()
         super().on_headers_complete()
         if self.cycle is not None:
             _JoiningTransport.install(self.cycle, self.loop)
             if self.parser.get_http_version() == "1.0":
                 _end_by_closing(self.cycle)
 
+    def _is_plain(self) -> bool:
+        """Whether an exchange can serve the request; what few clients send is left to ASGI."""
+        return (
+            self.parser.get_method() == b"POST"
+            and self.parser.get_http_version() == "1.1"
+            and not self.expect_100_continue
+            and not self.parser.should_upgrade()
+            and not self._overloaded
+            and not self.root_path
+        )
+
+    def _start_exchange(self, exchange: HTTPExchange, serve: ServeExchange) -> None:
+        """Serve it now, or after the requests that came before it on this connection."""
+        before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
+        if before is None or before.response_complete:
+            self._start_asgi_task(exchange, serve)  # type: ignore[arg-type]
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, serve))  # type: ignore[arg-type]
+
+    def _begin_scope(self) -> None:
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()  # makes the scope, and begins the head anew
+        self.url, self.headers, self.expect_100_continue = url, headers, expect
+        scope: Any = self.scope
+        scope["headers"] = headers
+        scope[DISCONNECT] = self.disconnect
+        if self._overloaded:
+            scope[OVERLOADED] = True
+
     def on_body(self, body: bytes) -> None:
         self._parser_progressed = True
-        super().on_body(body)
+        exchange: Any = self.cycle
+        if type(exchange) is not HTTPExchange:
+            super().on_body(body)
+        elif not exchange.response_complete:
+            exchange.add(body)
 
     def on_message_complete(self) -> None:
         self._parser_progressed = True
-        if not (self.parser.should_upgrade() and self._body_expected()):
+        exchange: Any = self.cycle
+        if type(exchange) is HTTPExchange:
+            exchange.more_body = False
+            exchange.set()
+        elif not (self.parser.should_upgrade() and self._body_expected()):
             super().on_message_complete()
             self.scope[BODY_COMPLETE] = True  # type: ignore[literal-required]
 
@@ -280,7 +514,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
                 return
             self.cycle.disconnected = True  # ends the wait for the rest of this body
             self.cycle.message_event.set()
-            self._disconnect.set()
+            self.disconnect.set()
         in_messages = speaks_messages(self.url.partition(b"?")[0].decode("latin-1"), RequestHeaders(self.headers))
         self.transport.write(rejection_bytes(why, self.server_state.default_headers, in_messages=in_messages))
         self._rejected = True
@@ -299,13 +533,12 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._mark_idle()
 
     def _mark_idle(self) -> None:
-        idle = _idle(self.server_state)
-        idle[self] = self.loop.time()
-        idle.move_to_end(self)
+        self._idle[self] = self.loop.time()
+        self._idle.move_to_end(self)
 
     def _header_timed_out(self) -> None:
         self._header_timer = None
-        if self._in_headers and self.scope is not None:
+        if self._in_headers and self._message_begun:
             self._reject(HEADER_TIMEOUT)
         else:
             self.transport.close()  # it sent no request, so there is nothing to answer
@@ -320,11 +553,10 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
 
     def _evict_idle(self) -> bool:
         """Close the connection that has been idle for longest, and return whether there was one."""
-        idle = _idle(self.server_state)
-        oldest, since = next(iter(idle.items()), (None, 0.0))
+        oldest, since = next(iter(self._idle.items()), (None, 0.0))
         if oldest is None or self.loop.time() - since < self.min_idle_s:
             return False
-        del idle[oldest]
+        del self._idle[oldest]
         self.connections.discard(oldest)
         oldest.transport.close()
         return True
@@ -333,7 +565,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
-        _idle(self.server_state).pop(self, None)
+        self._idle.pop(self, None)
 
     def _stop_timers(self) -> None:
         self._stop_header_timer()

@@ -6,7 +6,6 @@ import logging
 import time
 from binascii import b2a_base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from proxy.storage.usage import (
     usage_of,
 )
 from router_core.decision import RoutingDecision
-from router_core.types import Doubles, Indices
+from router_core.types import Doubles, Indices, frozen
 
 log = logging.getLogger("uniroute.request")
 
@@ -174,9 +173,8 @@ class RequestRecord:
         if entry.first_token_s is not None:
             metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
-            counts = self._plausible_counts()
-            self._observe_traffic(counts.output_tokens)
-            self.affinity.commit(self.model, counts.total)
+            self._observe_traffic(entry.output_tokens)
+            self.affinity.commit(self.model, entry.total_tokens)
         if self.trace is not None:
             self.trace.finish(self._ctx, self.model, entry, self._facts)
         self._log(entry)
@@ -264,7 +262,8 @@ class RequestRecord:
         """
         app = self._ctx.app
         price = app.snapshots.current.prices.get(self.model)
-        counts, observed = self._plausible_counts(), self._observed()
+        observed = self._observed()
+        counts = plausible_usage(self._counts, observed)
         billed = self._may_be_billed(ending)
         cost = cost_of(counts, price.price if price else None, observed, billed=billed)
         first_content_at, received_at = self._first_content_at, self._ctx.received_at
@@ -291,13 +290,12 @@ class RequestRecord:
         )
         detail = ""
         if is_last:
-            baseline = baseline_of(self._ctx)
-            other = app.snapshots.current.prices.get(baseline) if baseline else None
-            baseline_usd = cost_of(counts, other.price, observed, billed=billed).usd if other else None
-            self._costs = Costs(cost.usd, self._failed_usd, baseline, baseline_usd)
-            self._count_savings(self._costs)
-            if app.usage.takes_decision():
-                detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
+            keep = app.usage.takes_decision()
+            if keep or self.trace is not None or self._ctx.request.options.metadata:
+                self._costs = self._compare(cost.usd, counts, observed, billed=billed)
+                self._count_savings(self._costs)
+                if keep:
+                    detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
         app.usage.record(entry, detail)
         if reservation:
             self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
@@ -306,15 +304,18 @@ class RequestRecord:
             self.trace.end_attempt(entry, self._attempts[-1], first_content_at, self._fault)
         return entry
 
+    def _compare(self, usd: float | None, counts: TokenCounts, observed: ObservedTraffic, *, billed: bool) -> Costs:
+        """Set what the answer cost against what the same tokens would have cost at the baseline."""
+        baseline = baseline_of(self._ctx)
+        price = self._ctx.app.snapshots.current.prices.get(baseline) if baseline else None
+        baseline_usd = cost_of(counts, price.price, observed, billed=billed).usd if price else None
+        return Costs(usd, self._failed_usd, baseline, baseline_usd)
+
     def _observed(self) -> ObservedTraffic:
         size, prompt = self._output_bytes, self.selection.requirements.prompt_tokens
         if self.native_document is not None and self._counts.prompt_tokens is None:
             prompt = max(prompt, estimate_document_tokens(self.native_document))
         return ObservedTraffic(prompt, size, size - self._reported_bytes, self.has_content)
-
-    def _plausible_counts(self) -> TokenCounts:
-        """Return the reported usage as far as it agrees with what this process saw."""
-        return plausible_usage(self._counts, self._observed())
 
     def _may_be_billed(self, ending: str) -> bool:
         """Whether the model of the last attempt may have begun to answer, and so may bill for it."""
@@ -414,7 +415,7 @@ class RequestLine:
         return fields
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Costs:
     """What a request cost in USD, and would have cost. None: not known."""
 

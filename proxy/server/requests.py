@@ -1,26 +1,18 @@
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
-from starlette.requests import Request
+from starlette._utils import get_route_path
 from starlette.types import Scope
 
-from proxy.errors import (
-    BadRequest,
-    BodyTimeout,
-    ClientDisconnected,
-    ContentTooLarge,
-    LoopDetected,
-    UnsupportedMediaType,
-)
+from proxy.errors import LoopDetected
+from router_core.types import frozen
 
 # Keys of the ASGI scope.
 APP_STATE = "uniroute.app"
@@ -34,8 +26,6 @@ BODY_COMPLETE = "uniroute.whole"
 DISCONNECT = "uniroute.leaving"
 # The connection is one more than this process has room for.
 OVERLOADED = "uniroute.crowded"
-# The RequestTrace of a request that is traced.
-TRACE = "uniroute.span"
 
 
 class Headers(Protocol):
@@ -61,9 +51,29 @@ class RequestHeaders:
         value = self._by_name.get(name)
         return [] if value is None else [value.decode("latin-1")]
 
-    def items_for(self, names: Sequence[str]) -> list[tuple[str, str]]:
+    def has_any(self, names: frozenset[bytes]) -> bool:
+        """Return whether any of these headers was sent."""
+        return not names.isdisjoint(self._by_name)
+
+    def value(self, name: bytes) -> bytes | None:
+        """Return the one value of a header; None if it was not sent, or any header was sent more than once."""
+        return None if self._repeats else self._by_name.get(name)
+
+    def items_for(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
         """Return the headers of these names that were sent; a repeated one is repeated."""
-        return [(name, value) for name in names if name.encode() in self._by_name for value in self.getlist(name)]
+        if not self.has_any(_encoded(names)):
+            return []
+        return [(name, value) for name in names for value in self.getlist(name)]
+
+
+@lru_cache(maxsize=16)
+def _encoded(names: tuple[str, ...]) -> frozenset[bytes]:
+    return frozenset(name.encode() for name in names)
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path as the router matches it: without the prefix that the server is mounted under."""
+    return get_route_path(scope)
 
 
 def headers_of(scope: Scope) -> RequestHeaders:
@@ -99,7 +109,7 @@ def _random_ids() -> Iterator[str]:
 random_ids = _random_ids()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RequestIds:
     """What identifies a request: to its client, in traces, and to routers that it passes."""
 
@@ -126,8 +136,13 @@ class RequestIds:
         return raw
 
 
-def request_ids_from(headers: Headers) -> RequestIds:
+_ID_HEADERS = frozenset({b"x-request-id", b"traceparent", HOPS.encode()})
+
+
+def request_ids_from(headers: RequestHeaders) -> RequestIds:
     """Take the client's own ids if they are well formed, else a new request id."""
+    if not headers.has_any(_ID_HEADERS):
+        return RequestIds(f"req-{next(random_ids)}")
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
     request_id = stated[0] if len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0]) else f"req-{next(random_ids)}"
     parent = parents[0] if len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0]) else None
@@ -162,84 +177,3 @@ def check_hops(hops: tuple[str, ...], own: str) -> None:
             " to providers and not to one another",
             param=HOPS,
         )
-
-
-# How long a client may send nothing in the middle of its body.
-BODY_READ_TIMEOUT_S = 30.0
-
-# How long it may take over all of it: a byte now and then is not enough.
-BODY_TOTAL_TIMEOUT_S = 300.0
-
-
-JSON = "application/json"
-
-
-async def read_body(
-    request: Request,
-    limit: int,
-    *,
-    read_timeout_s: float = BODY_READ_TIMEOUT_S,
-    total_timeout_s: float = BODY_TOTAL_TIMEOUT_S,
-    content_type: str = JSON,
-) -> bytes:
-    """Read a request's body of at most `limit` bytes, which must be of this content type.
-
-    Raises:
-        UnsupportedMediaType, ContentTooLarge, BodyTimeout, ClientDisconnected.
-    """
-    _check_headers(headers_of(request.scope), limit, content_type)
-    pieces: list[bytes] = []
-    size = 0
-    if request.scope.get(BODY_COMPLETE):
-        piece, more = await _body_message(request)
-        if not more:
-            if len(piece) > limit:
-                raise _too_large(limit)
-            return piece
-        pieces, size = [piece], len(piece)
-    now = asyncio.get_running_loop().time
-    deadline = now() + total_timeout_s
-    try:
-        async with asyncio.timeout(min(read_timeout_s, total_timeout_s)) as timeout:
-            more = True
-            while more:
-                piece, more = await _body_message(request)
-                size += len(piece)
-                if size > limit:
-                    raise _too_large(limit)
-                pieces.append(piece)
-                if piece:
-                    timeout.reschedule(min(now() + read_timeout_s, deadline))
-    except TimeoutError:
-        raise BodyTimeout(f"the body came too slowly: {size} bytes, and then nothing in time") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def _body_message(request: Request) -> tuple[bytes, bool]:
-    """Return the next piece of the body, and whether more follow."""
-    message = await request.receive()
-    if message["type"] == "http.disconnect":
-        raise ClientDisconnected("the client left before its body was complete")
-    return message.get("body", b""), message.get("more_body", False)
-
-
-def _check_headers(headers: Headers, limit: int, content_type: str) -> None:
-    kinds = headers.getlist("content-type")
-    kind = kinds[0].partition(";")[0].strip().lower() if kinds else JSON
-    if len(kinds) > 1 or not (kind == content_type or (content_type == JSON and kind.endswith("+json"))):
-        raise UnsupportedMediaType(f"the content type must be {content_type}; got {', '.join(kinds)[:100]!r}")
-    encoding = ",".join(headers.getlist("content-encoding")[:1]).strip().lower()
-    if encoding not in ("", "identity"):
-        raise UnsupportedMediaType(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")
-    lengths = headers.getlist("content-length")
-    if not lengths:
-        return
-    length = lengths[0]
-    if not (length.isascii() and length.isdigit()):
-        raise BadRequest("content-length must be a number", param="content-length")
-    if int(length) > limit:
-        raise _too_large(limit)
-
-
-def _too_large(limit: int) -> ContentTooLarge:
-    return ContentTooLarge(f"the body is larger than {limit} bytes (max_body_bytes)")

@@ -26,6 +26,7 @@ from proxy.errors import (
     LoopDetected,
     ModelAtCapacity,
     ModelNotFound,
+    ModelPaused,
     NoEligibleModelError,
     PreviousResponseNotFound,
     RateLimited,
@@ -82,6 +83,7 @@ RESPONSES: Mapping[type[Exception], tuple[int, str, str | None]] = {
     StoreUnavailable: (503, "server_error", "unavailable"),
     Starting: (503, "server_error", "starting"),
     ShuttingDown: (503, "server_error", "shutting_down"),
+    ModelPaused: (503, "server_error", "model_paused"),
 }
 
 HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ClientDisconnected, *RESPONSES)

@@ -5,9 +5,6 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
 from proxy.concurrency import cancel_until_done
 from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
@@ -23,6 +20,7 @@ from proxy.server.api.translation import RelayedEvents, StreamTranslation, Trans
 from proxy.server.attempts import UpstreamStream
 from proxy.server.dependencies import RequestContext
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
+from proxy.server.exchange import Exchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
 from proxy.storage.usage import usage_of
@@ -38,6 +36,7 @@ from proxy.upstream.payload import (
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 from proxy.upstream.sse import DONE, KEEP_ALIVE, decode_json, encode_json, format_event
+from proxy.upstream.text_frame import TextChunk
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -50,7 +49,7 @@ PendingStream = asyncio.Task[UpstreamStream]
 Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
 
 
-class CompletionStream(Response):
+class CompletionStream:
     """Relay a stream until the upstream ends or breaks it, the client leaves, or the server shuts down.
 
     The upstream's connection is closed in every case.
@@ -61,9 +60,7 @@ class CompletionStream(Response):
     """
 
     def __init__(self, ctx: RequestContext, pending: PendingStream, record: RequestRecord, keep: Keep) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers({**HEADERS, **record.headers()})
+        self._headers = {**HEADERS, **record.headers()}
         self._pending = pending
         self._record = record
         self._keep = keep
@@ -76,9 +73,9 @@ class CompletionStream(Response):
             else TranslatedEventWriter(record, ctx.translation, ctx.app.upstream.memory)
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, exchange: Exchange) -> None:
         try:
-            await cancel_on_disconnect(scope, receive, self._relay(send))
+            await cancel_on_disconnect(exchange, self._relay(exchange))
         except ClientDisconnected:
             return
         finally:
@@ -92,22 +89,22 @@ class CompletionStream(Response):
         self._record.finish("client_gone")
         await cancel_or_close(self._pending)
 
-    async def _relay(self, send: Send) -> None:
+    async def _relay(self, exchange: Exchange) -> None:
         ending = "client_gone"
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            keep_alive = SSEKeepAlive(send, self._keep_alive_s, sent=self._pending.done())
+            await exchange.begin(200, self._headers)
+            keep_alive = SSEKeepAlive(exchange, self._keep_alive_s, sent=self._pending.done())
             try:
-                await self._send_events(send, keep_alive)
+                await self._send_events(exchange, keep_alive)
                 ending = "complete"
             except (UpstreamError, ModelAtCapacity) as failure:
                 ending = "broken" if self._record.has_content else "failed"
-                await _send(send, self._events.fail(failure))
+                await exchange.write(self._events.fail(failure))
             except asyncio.CancelledError:
                 ending = cancelled_ending()
                 self._record.finish(ending)
                 if ending == "shutdown":
-                    await self._send_shutting_down(send)
+                    await self._send_shutting_down(exchange)
                 raise
             finally:
                 keep_alive.stop()
@@ -123,9 +120,9 @@ class CompletionStream(Response):
             await self._keep(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
         await self._record.wait_until_settled()
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+        await exchange.end(end)
 
-    async def _send_events(self, send: Send, keep_alive: SSEKeepAlive) -> None:
+    async def _send_events(self, exchange: Exchange, keep_alive: SSEKeepAlive) -> None:
         """Send all events but those that end the answer."""
         stream = await self._pending
         if stream.is_native and self._translation is not None:
@@ -134,18 +131,13 @@ class CompletionStream(Response):
         async for block in stream:
             if data := events.write(block):
                 keep_alive.reset(events.keep_alive)
-                await _send(send, data)
+                await exchange.write(data)
 
-    async def _send_shutting_down(self, send: Send) -> None:
+    async def _send_shutting_down(self, exchange: Exchange) -> None:
         """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-                await _send(send, self._events.fail(ShuttingDown(SHUTTING_DOWN_MESSAGE)))
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _send(send: Send, data: bytes) -> None:
-    await send({"type": "http.response.body", "body": data, "more_body": True})
+                await exchange.end(self._events.fail(ShuttingDown(SHUTTING_DOWN_MESSAGE)))
 
 
 async def cancel_or_close(pending: PendingStream) -> None:
@@ -204,13 +196,17 @@ class ChatEventWriter:
         self._include_usage = include_usage
         self._usage: object = None
         self._usage_sent = False
-        self._last: dict[str, Any] = {}
+        self._last: JSONPayload = JSONPayload({})
 
     def write(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
         for chunk in block:
+            if type(chunk) is TextChunk:  # text alone: no usage, no fingerprint, no end
+                size += len(chunk.text)
+                pieces += (b"data: ", chunk.with_model(model), b"\n\n")
+                continue
             body = chunk.body
             record.affinity.observe(body, model)
             size += content_bytes(body)
@@ -225,7 +221,7 @@ class ChatEventWriter:
             if sent is not None:
                 pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if block:
-            self._last = block[-1].body
+            self._last = block[-1]
         record.add_output(size)
         return b"".join(pieces)
 
@@ -233,10 +229,10 @@ class ChatEventWriter:
         """Return [DONE], after the usage that the caller asked for if the upstream reported it in other chunks only."""
         if not self._include_usage or self._usage is None or self._usage_sent:
             return DONE
-        return format_event(usage_chunk({**self._last, "model": self._record.model}, self._usage)) + DONE
+        return format_event(usage_chunk({**self._last.body, "model": self._record.model}, self._usage)) + DONE
 
     def with_metadata(self, end: bytes) -> bytes:
-        return _before_done(end, {**self._last, "model": self._record.model}, self._record.metadata())
+        return _before_done(end, {**self._last.body, "model": self._record.model}, self._record.metadata())
 
     def fail(self, failure: APIError) -> bytes:
         return format_event({"error": _error_of(failure)[1]})
@@ -414,8 +410,8 @@ class SSEKeepAlive:
         sent: whether something is sent just now; otherwise the first comment is sent at once.
     """
 
-    def __init__(self, send: Send, interval_s: float, *, sent: bool) -> None:
-        self._send = send
+    def __init__(self, exchange: Exchange, interval_s: float, *, sent: bool) -> None:
+        self._exchange = exchange
         self._interval_s = interval_s
         self._loop = asyncio.get_running_loop()
         self._sent_at = self._loop.time() if sent else float("-inf")
@@ -440,5 +436,5 @@ class SSEKeepAlive:
             self.reset(self._data)
             # If the last one is still being sent, the client reads nothing: do not send another.
             if self._sending is None or self._sending.done():
-                self._sending = asyncio.create_task(_send(self._send, self._data), name="uniroute-keep-alive")
+                self._sending = asyncio.create_task(self._exchange.write(self._data), name="uniroute-keep-alive")
         self._timer = self._loop.call_later(self._interval_s - waited, self._tick)

@@ -18,7 +18,8 @@ from starlette.datastructures import Headers, MutableHeaders
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import parse_object
-from proxy.server.requests import APP_STATE, read_body
+from proxy.server.exchange import ASGIExchange, read_body
+from proxy.server.requests import APP_STATE
 from proxy.server.responses import error_response
 from router_core.text import closest_name
 
@@ -33,7 +34,7 @@ class StrictJSONRoute(APIRoute):
         required = self.body_field.field_info.is_required()
 
         async def handle_parsed(request: Request) -> Response:
-            raw = await read_body(request, request.scope[APP_STATE].settings.max_body_bytes)
+            raw = await read_body(ASGIExchange.of(request), request.scope[APP_STATE].settings.max_body_bytes)
             document = parse_object(raw) if raw or required else {}
             return await handle(ParsedRequest(request, raw, document))
 
@@ -78,9 +79,10 @@ class StrictBody(BaseModel):
     def _refuse_unknown_fields(cls, document: Any) -> Any:
         if not isinstance(document, Mapping):
             return document
-        reject_unknown_keys(document, cls.model_fields, cls.prefix)
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        reject_unknown_keys(document, fields, cls.prefix)
         # a missing field is refused in the same words as null
-        required = [name for name, field in cls.model_fields.items() if field.is_required()]
+        required = [name for name, field in fields.items() if field.is_required()]
         return {**dict.fromkeys(required), **document}
 
 

@@ -178,6 +178,10 @@ class ProfileSettings(FrozenModel):
         default=True, description="Measure the configured models that have no profile when the server starts."
     )
     timeout_s: Seconds = Field(default=120, description="Seconds that one validation answer may take.")
+    keep_answers: bool = Field(
+        default=True,
+        description="Keep the beginning of each validation answer with its grade, to be read on the page.",
+    )
 
 
 class Preset(FrozenModel):
@@ -252,6 +256,13 @@ class Settings(FrozenModel):
         description=(
             "How labels become error rates: `pooled` (all models together), `shrunk` (towards the model's mean), "
             "`raw` (the paper's), or `laplace`."
+        ),
+    )
+    compiled: bool = Field(
+        default=True,
+        description=(
+            "Whether routing computes with its compiled kernels, where they were built (`uniroute --version` says so). "
+            "NumPy computes the same without them, in two to three times the time."
         ),
     )
     profile: ProfileSettings = Field(default=ProfileSettings(), description="How new models are measured.")

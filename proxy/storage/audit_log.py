@@ -28,6 +28,10 @@ CREATE_KEY, CHANGE_KEY, ROTATE_KEY, REVOKE_KEY = "keys.create", "keys.change", "
 
 ADD_MODEL, CHANGE_MODEL, REMOVE_MODEL = "models.add", "models.change", "models.remove"
 
+PAUSE_MODEL, RESUME_MODEL = "models.pause", "models.resume"
+
+CHANGE_SETTINGS, RESET_SETTINGS = "settings.change", "settings.reset"
+
 PROFILE_MODEL, PRICE_MODEL, CANCEL_JOB = "models.profile", "models.price", "jobs.cancel"
 
 _ACTIONS = tuple(
@@ -43,6 +47,8 @@ _ACTIONS = tuple(
         ("PATCH", r"/admin/models/(.+)", CHANGE_MODEL),
         ("DELETE", r"/admin/models/(.+)", REMOVE_MODEL),
         ("DELETE", r"/admin/jobs/(.+)", CANCEL_JOB),
+        ("PUT", r"/admin/settings()", CHANGE_SETTINGS),
+        ("DELETE", r"/admin/settings()", RESET_SETTINGS),
     )
 )
 
@@ -156,6 +162,11 @@ class AuditedScript:
     def __init__(self, store: Store, actor: Actor | None = None) -> None:
         self.store = store
         self._actor = actor
+
+    @property
+    def who(self) -> str | None:
+        """Return the id of the actor."""
+        return self._actor.id if self._actor else None
 
     async def run(self, what: str, script: str, keys: list[str], arguments: list[str], act: tuple[str, str]) -> int:
         """Run a script; return the new version, or the negative number that says why nothing was changed.

@@ -43,6 +43,12 @@ PREVIOUS_PROFILES: Final = f"{PROFILES}:earlier"
 
 KEYS: Final = "uniroute:keys"
 
+# Settings that are made while the server runs, in place of the configuration's.
+SETTINGS: Final = "uniroute:settings"
+
+# Model → since when it is paused.
+PAUSED: Final = "uniroute:paused"
+
 # The channel on which the writer of a price publishes the model's name; with `:<model>` the hash itself.
 PRICING: Final = "uniroute:pricing"
 

@@ -10,10 +10,14 @@ from proxy.storage.audit_log import (
     ADD_MODEL,
     CHANGE_KEY,
     CHANGE_MODEL,
+    CHANGE_SETTINGS,
     CREATE_KEY,
+    PAUSE_MODEL,
     PRICE_MODEL,
     PROFILE_MODEL,
     REMOVE_MODEL,
+    RESET_SETTINGS,
+    RESUME_MODEL,
     REVOKE_KEY,
     ROTATE_KEY,
     Actor,
@@ -21,8 +25,21 @@ from proxy.storage.audit_log import (
     Step,
 )
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey, KeyChange, digest_of, new_secret
+from proxy.storage.controls import LAMBDA, LambdaOverride, Pause
+from proxy.storage.profile_history import REMEMBER, ProfileEntry, history_key
 from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
-from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, Store, load_script, price_key
+from proxy.storage.redis import (
+    KEYS,
+    MODELS,
+    PAUSED,
+    PREVIOUS_PROFILES,
+    PRICING,
+    PROFILES,
+    SETTINGS,
+    Store,
+    load_script,
+    price_key,
+)
 from router_core.profiles import Profile
 from router_core.types import Price
 
@@ -157,11 +174,13 @@ def _readable_keys(stored: dict[str, str]) -> list[ClientKey]:
     return keys
 
 
-_ADD_MODEL = load_script(__package__, "add_model")
+_ADD_MODEL = REMEMBER + load_script(__package__, "add_model")
 _UPDATE_MODEL = load_script(__package__, "update_model")
 _REMOVE_MODEL = load_script(__package__, "remove_model")
 _PUT_PRICE = load_script(__package__, "put_price", PRICING=PRICING)
-_PUT_PROFILE = load_script(__package__, "put_profile")
+_PUT_PROFILE = REMEMBER + load_script(__package__, "put_profile")
+_PAUSE_MODEL = load_script(__package__, "pause_model")
+_PUT_SETTINGS = load_script(__package__, "put_settings")
 
 
 class Registry:
@@ -183,22 +202,28 @@ class Registry:
         """Return a registry that writes an audit line of `actor` for each change."""
         return Registry(self._store, self._configured, self._latch, actor)
 
-    async def add_model(self, record: ModelRecord, profile: Profile | None = None) -> int:
-        """Add a model, with its profile or neither; the same record again is harmless. Raise ModelExists."""
-        entry = "" if profile is None else StoredProfile(record.fingerprint, profile).to_json()
-        version = await self._writer.run("add a model", *self._addition(record, entry))
+    async def add_model(self, record: ModelRecord, profile: Profile | None = None, recipe: str | None = None) -> int:
+        """Add a model, with its profile or neither; the same record again is harmless. Raise ModelExists.
+
+        Args:
+            recipe: the one in use, which the history of profiles tells.
+        """
+        version = await self._writer.run("add a model", *self._addition(record, profile, recipe))
         return self._added(record, version)
 
     async def add_model_with(self, record: ModelRecord, step: Step) -> tuple[int, str]:
         """Add a model and run a step, both or neither; return also what the step answers. Raise ModelExists."""
-        version, answer = await self._writer.run_with(step, "add a model", *self._addition(record, ""))
+        version, answer = await self._writer.run_with(step, "add a model", *self._addition(record))
         return self._added(record, version), answer
 
-    def _addition(self, record: ModelRecord, entry: str) -> tuple[str, list[str], list[str], tuple[str, str]]:
+    def _addition(
+        self, record: ModelRecord, profile: Profile | None = None, recipe: str | None = None
+    ) -> tuple[str, list[str], list[str], tuple[str, str]]:
         if record.name in self._configured:
             raise ModelExists(f"the model {record.name!r} is defined in the configuration file")
-        arguments = [record.name, _readable(record), entry]
-        return _ADD_MODEL, [MODELS, PROFILES, PREVIOUS_PROFILES], arguments, (ADD_MODEL, record.name)
+        entries = ["", ""] if profile is None else _handed_over(record, profile, recipe)
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, PAUSED, history_key(record.name)]
+        return _ADD_MODEL, keys, [record.name, _readable(record), *entries], (ADD_MODEL, record.name)
 
     def _added(self, record: ModelRecord, version: int) -> int:
         if version < 0:
@@ -225,9 +250,9 @@ class Registry:
         return self._known(record.name, version)
 
     async def remove_model(self, name: str) -> int:
-        """Remove a model, its profile and its price. Raise UnknownModel or ConfiguredModel."""
+        """Remove a model, its profiles, its price and its pause. Raise UnknownModel or ConfiguredModel."""
         self._not_configured(name)
-        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name)]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED, history_key(name)]
         version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, [name], (REMOVE_MODEL, name))
         return self._known(name, version)
 
@@ -240,13 +265,35 @@ class Registry:
         version = await self._writer.run("store a price", _PUT_PRICE, keys, arguments, (PRICE_MODEL, name))
         return None if version == -2 else self._known(name, version)
 
-    async def put_profile(self, record: ModelRecord, profile: Profile) -> int:
-        """Store a profile of this model as it is now. Raise UnknownModel."""
-        entry = StoredProfile(record.fingerprint, profile).to_json()
-        arguments = [record.name, self._flag(record.name), entry]
-        keys, act = [MODELS, PROFILES, PREVIOUS_PROFILES], (PROFILE_MODEL, record.name)
+    async def put_profile(self, record: ModelRecord, profile: Profile, recipe: str | None = None) -> int:
+        """Store a profile of this model as it is now. Raise UnknownModel.
+
+        Args:
+            recipe: as of `add_model`.
+        """
+        arguments = [record.name, self._flag(record.name), *_handed_over(record, profile, recipe)]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, history_key(record.name)]
+        act = PROFILE_MODEL, record.name
         version = await self._writer.run("store a profile", _PUT_PROFILE, keys, arguments, act)
         return self._known(record.name, version)
+
+    async def pause_model(self, name: str, *, paused: bool) -> int:
+        """Leave a model out of traffic, or let it go on; what it is already changes nothing. Raise UnknownModel."""
+        pause = Pause(time.time(), self._writer.who).to_json() if paused else ""
+        what, action = ("pause a model", PAUSE_MODEL) if paused else ("resume a model", RESUME_MODEL)
+        arguments = [name, self._flag(name), pause]
+        version = await self._writer.run(what, _PAUSE_MODEL, [MODELS, PAUSED], arguments, (action, name))
+        return self._known(name, version)
+
+    async def set_lambda(self, value: float) -> int:
+        """Set the default λ in place of the configuration's."""
+        override = LambdaOverride(value, time.time(), self._writer.who)
+        arguments, act = [LAMBDA, override.to_json()], (CHANGE_SETTINGS, f"{LAMBDA}={value:g}")
+        return await self._writer.run("store the settings", _PUT_SETTINGS, [SETTINGS], arguments, act)
+
+    async def reset_settings(self) -> int:
+        """Let the configuration hold in all that was set while the server runs."""
+        return await self._writer.run("store the settings", _PUT_SETTINGS, [SETTINGS], [], (RESET_SETTINGS, ""))
 
     def _flag(self, name: str) -> str:
         return "1" if name in self._configured else "0"
@@ -259,6 +306,12 @@ class Registry:
         if version < 0:
             raise UnknownModel(f"no model named {name!r} is registered")
         return version
+
+
+def _handed_over(record: ModelRecord, profile: Profile, recipe: str | None) -> list[str]:
+    """Return what is stored of a profile that no job has measured: the profile, and its entry in the history."""
+    entry = ProfileEntry.of(record, profile, time.time(), recipe=recipe)
+    return [StoredProfile(record.fingerprint, profile).to_json(), entry.to_text()]
 
 
 def _readable(record: ModelRecord) -> str:

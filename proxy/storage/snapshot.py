@@ -17,7 +17,9 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import BackgroundTasks
 from proxy.settings.model_config import EMBEDDING, ModelInfo
+from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
+from proxy.storage.controls import LambdaOverride, Pause, why_paused
 from proxy.storage.feedback import ObservedProfiles
 from proxy.storage.price_map import PriceMap, PriceMapEntry
 from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile
@@ -171,6 +173,14 @@ class RoutingSnapshot:
     keys_required: bool
     embeddings: Mapping[str, Capabilities] = field(default_factory=dict)
     """The models that are asked for embeddings. They are not in the pool."""
+    paused: Mapping[str, Pause] = field(default_factory=dict)
+    """Registered models that are left out of traffic."""
+    lambda_override: LambdaOverride | None = None
+    """The default λ that was set while the server runs."""
+
+    def default_lambda(self, settings: Settings) -> float:
+        """Return the λ of requests for which nothing else states one."""
+        return settings.lambda_ if self.lambda_override is None else self.lambda_override.value
 
     @property
     def is_loaded(self) -> bool:
@@ -236,6 +246,7 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
             profile=expected.get(name),
             price=prices[name].price if name in prices else None,
             capabilities=capabilities_of(record.info, listed[name]),
+            excluded=why_paused(name) if name in stored.paused else None,
         )
         for name, record in sorted(models.items())
         if not embeds(record.info, listed[name])
@@ -259,6 +270,8 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
         keys=_by_digest([key for key in stored.keys.values() if not key.revoked]),
         keys_required=keys_latched or stored.keys_exist,
         embeddings=embeddings,
+        paused={name: pause for name, pause in stored.paused.items() if name in models},
+        lambda_override=stored.lambda_override,
     )
 
 

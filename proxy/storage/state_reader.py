@@ -8,8 +8,19 @@ from typing import Any, TypeVar
 from redis.exceptions import RedisError
 
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.controls import LAMBDA, LambdaOverride, Pause
 from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile, WarnOnce, whole_number
-from proxy.storage.redis import KEYS, MODELS, PREVIOUS_PROFILES, PROFILES, VERSION, Store, price_key
+from proxy.storage.redis import (
+    KEYS,
+    MODELS,
+    PAUSED,
+    PREVIOUS_PROFILES,
+    PROFILES,
+    SETTINGS,
+    VERSION,
+    Store,
+    price_key,
+)
 from router_core.errors import InvalidInput
 
 log = logging.getLogger("uniroute.state")
@@ -35,6 +46,9 @@ class StoredState:
     keys_exist: bool = True
     """Also true if they cannot be read: no key is needed only where it is known that none was made."""
     prices: Mapping[str, CurrentPrice] = field(default_factory=dict)
+    paused: Mapping[str, Pause] = field(default_factory=dict)
+    """By model."""
+    lambda_override: LambdaOverride | None = None
 
 
 class StateReader:
@@ -77,8 +91,9 @@ class StateReader:
             return await pipe.execute(raise_on_error=False)
 
     async def _read_all(self) -> StoredState:
-        commands = [("GET", VERSION), *(("HGETALL", key) for key in (MODELS, PROFILES, PREVIOUS_PROFILES, KEYS))]
-        version, models, profiles, previous, keys = await self._pipeline(commands, transaction=True)
+        hashes = (MODELS, PROFILES, PREVIOUS_PROFILES, KEYS, PAUSED, SETTINGS)
+        commands = [("GET", VERSION), *(("HGETALL", key) for key in hashes)]
+        version, models, profiles, previous, keys, paused, settings = await self._pipeline(commands, transaction=True)
         return StoredState(
             version=self._version(version),
             models=self._entries(MODELS, models, self.last.models, ModelRecord.from_json),
@@ -87,7 +102,16 @@ class StateReader:
             keys=self._entries(KEYS, keys, self.last.keys, ClientKey.from_json, keep_last=False),
             keys_exist=not isinstance(keys, dict) or bool(keys),
             prices=self.last.prices,
+            paused=self._entries(PAUSED, paused, self.last.paused, lambda _, text: Pause.from_json(text)),
+            lambda_override=self._lambda_override(settings),
         )
+
+    def _lambda_override(self, raw: object) -> LambdaOverride | None:
+        """Return the default λ that was set. Settings that this version does not know are left alone."""
+        override = self.last.lambda_override
+        last = {} if override is None else {LAMBDA: override}
+        known = {name: text for name, text in raw.items() if name == LAMBDA} if isinstance(raw, dict) else raw
+        return self._entries(SETTINGS, known, last, lambda _, text: LambdaOverride.from_json(text)).get(LAMBDA)
 
     def _version(self, raw: object) -> int:
         """Return the version; 0 if it is none of ours. The next change makes it a number again (audit.lua)."""

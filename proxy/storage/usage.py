@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -11,10 +11,10 @@ import orjson
 
 from router_core.pricing import TokenUsage, bill_usd, picousd
 from router_core.text import BYTES_PER_TOKEN
-from router_core.types import Price
+from router_core.types import Price, frozen
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TokenCounts:
     """The usage that an upstream reported, in OpenAI's convention. None: it did not say."""
 
@@ -61,7 +61,7 @@ _OF_PROMPT = (
 _OF_ANSWER = ("output_tokens", "reasoning_tokens", "audio_output_tokens", "image_output_tokens")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UsageRecord:
     """One answered, failed or abandoned request."""
 
@@ -90,6 +90,13 @@ class UsageRecord:
     audio_input_tokens: int | None = None
     audio_output_tokens: int | None = None
     tags: tuple[str, ...] = ()
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Return the tokens of prompt and answer together."""
+        if self.prompt_tokens is None or self.output_tokens is None:
+            return None
+        return self.prompt_tokens + self.output_tokens
 
     @property
     def cost_picousd(self) -> int | None:
@@ -353,7 +360,7 @@ def cost_usd(counts: TokenCounts, price: Price | None) -> float | None:
     return bill_usd(price, buckets_of(counts))
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ObservedTraffic:
     """What this process saw of a request, whatever its model reported."""
 
@@ -371,7 +378,7 @@ class ObservedTraffic:
         return -(-self.output_bytes // BYTES_PER_TOKEN)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Cost:
     usd: float | None
     """None: the price is not known."""

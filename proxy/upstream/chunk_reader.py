@@ -10,6 +10,7 @@ from proxy.upstream.errors import ERROR_MEMBERS, MAX_MESSAGE_CHARS, error_from_b
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
 from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder
+from proxy.upstream.text_frame import TextFrame, learn_frame
 
 JSONObject = dict[str, Any]
 
@@ -24,6 +25,9 @@ MAX_TAIL_S = 5.0
 
 # How much is kept of a body that is neither events nor a completion.
 MAX_OTHER_BYTES = 16 * 2**10
+
+# Chunks of one stream from which a frame is learned. Where they are all different, none fits for long.
+MAX_FRAMES = 8
 
 _DONE = b"[DONE]"
 
@@ -139,6 +143,9 @@ class ChunkReader:
         # The start of a body that is neither JSON nor events.
         self._other: bytes | None = None
         self._seen_done = False
+        # What most chunks have around their text, and how many more are looked at to learn it.
+        self._frame: TextFrame | None = None
+        self._frames_left = MAX_FRAMES
         # A chunk has come.
         self.started = False
         # Nothing more is to be read.
@@ -290,6 +297,9 @@ class ChunkReader:
 
     def _read_event(self, event: bytes, block: list[JSONPayload]) -> None:
         """Append the chunk of an event to the block. Raises UpstreamError."""
+        if self._frame is not None and type(event) is bytes and (framed := self._frame.match(event)) is not None:
+            block.append(framed)
+            return
         data = event.strip()
         if type(event) is ErrorData:
             raise error_from_body(REPORTED, parse_error(data), self._headers)
@@ -308,6 +318,9 @@ class ChunkReader:
         chunk = _make_chunk(value, raw, data, self._headers)
         self._append(chunk, len(data), block)
         self._tracker.observe(chunk.body["choices"])
+        if self._frames_left and chunk.raw is not None:
+            self._frames_left -= 1
+            self._frame = learn_frame(chunk.raw, chunk.body) or self._frame
 
     def _append(self, chunk: JSONPayload, size: int, block: list[JSONPayload]) -> None:
         if size > SMALL_BYTES:

@@ -255,9 +255,9 @@ class CircuitBreaker:
         if permit is not self._confirming and permit.epoch != self.epoch:
             return
         self.abandoned(permit)
-        if self.cooldown_s(now) > 0:
-            return
         if not self.closed:
+            if self.cooldown_s(now) > 0:
+                return
             self._close()
         self._confirming = None  # another success has confirmed it too
         self._last_cooldown_s = 0.0

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.concurrency import LRU, FairQueue
+from proxy.concurrency import FairQueue
 from proxy.errors import ModelAtCapacity
 from proxy.settings.model_config import ModelInfo
 
@@ -18,6 +18,7 @@ MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 60.0
 # Weight of the newest holding time in the moving average.
 NEWEST_WEIGHT = 0.2
 
+# Models of which the holding times are remembered while they have no request.
 MAX_REMEMBERED = 1000
 
 
@@ -46,11 +47,17 @@ class ConcurrencyLimits:
 class _Queue:
     limits: ConcurrencyLimits
     slots: FairQueue
+    held_s: float | None = None
+    """The moving average of how long a slot is held; None: none was released yet."""
 
     @property
     def is_full(self) -> bool:
         """Whether there is neither a slot nor room to wait for one."""
         return not self.slots.has_free_slot and self.slots.waiting >= self.limits.max_queued
+
+    @property
+    def is_unused(self) -> bool:
+        return not self.slots.taken and not self.slots.waiting
 
     def change_limits(self, limits: ConcurrencyLimits) -> None:
         """Apply the newest limits to all requests: those that fit now are admitted."""
@@ -63,7 +70,7 @@ class _Queue:
 class ConcurrencyLimiter:
     """Cap concurrent requests per model, with a bounded FIFO queue.
 
-    One per process, used on one event loop. A model with no request takes no memory.
+    One per process, used on one event loop. Beyond MAX_REMEMBERED, models with no request take no memory.
 
     Args:
         on_wait: is told of each wait for a slot: model, seconds.
@@ -81,7 +88,6 @@ class ConcurrencyLimiter:
         self._on_wait = on_wait
         self._on_full = on_full
         self._queues: dict[str, _Queue] = {}
-        self._held_s: LRU[str, float] = LRU(MAX_REMEMBERED)
 
     async def acquire(self, model: str, limits: ConcurrencyLimits, max_wait_s: float = 5.0) -> float:
         """Take a slot, at once or after waiting for one.
@@ -108,13 +114,19 @@ class ConcurrencyLimiter:
     def release(self, model: str, acquired_at: float) -> None:
         """Give back a slot, once, when the response has ended in whatever way."""
         queue = self._queues[model]
-        self._remember(model, self._clock() - acquired_at)
+        held_s, before = self._clock() - acquired_at, queue.held_s
+        queue.held_s = held_s if before is None else before + NEWEST_WEIGHT * (held_s - before)
         queue.slots.release()
-        self._forget_unused(model, queue)
+        if len(self._queues) > MAX_REMEMBERED and queue.is_unused:
+            del self._queues[model]
 
     def loads(self) -> dict[str, tuple[int, int]]:
         """Return how many requests each model that has any is answering, and how many wait for it."""
-        return {model: (queue.slots.taken, queue.slots.waiting) for model, queue in self._queues.items()}
+        return {
+            model: (queue.slots.taken, queue.slots.waiting)
+            for model, queue in self._queues.items()
+            if not queue.is_unused
+        }
 
     async def _wait(self, model: str, queue: _Queue, max_wait_s: float) -> None:
         started_at = self._clock()
@@ -125,22 +137,13 @@ class ConcurrencyLimiter:
             raise self._at_capacity(model, queue, queue.slots.waiting + 1) from None
         finally:
             self._on_wait(model, self._clock() - started_at)
-            self._forget_unused(model, queue)
-
-    def _forget_unused(self, model: str, queue: _Queue) -> None:
-        if not queue.slots.taken and not queue.slots.waiting:
-            self._queues.pop(model, None)
-
-    def _remember(self, model: str, held_s: float) -> None:
-        before = self._held_s.get(model)
-        self._held_s[model] = held_s if before is None else before + NEWEST_WEIGHT * (held_s - before)
 
     def _at_capacity(self, model: str, queue: _Queue, waiting: int) -> ModelAtCapacity:
         """Say when a slot is free: all who wait, and then the caller, take them as they are released."""
         self._on_full(model)
         slots = queue.limits.max_parallel or 1
-        held_s = self._held_s.get(model)
-        wait_s = (DEFAULT_HELD_S if held_s is None else held_s) * (waiting + 1) / slots
+        held_s = DEFAULT_HELD_S if queue.held_s is None else queue.held_s
+        wait_s = held_s * (waiting + 1) / slots
         return ModelAtCapacity(
             f"{model} answers {slots} requests at once, and is busy with them",
             min(max(wait_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),

@@ -131,7 +131,7 @@ def simple_text(body: Mapping[str, Any]) -> str | None:
     if type(part) is not dict:
         return None
     text = part.get("content")
-    if type(text) is not str or (len(part) > 1 and _has_other_fields(part)):
+    if type(text) is not str or not (part.keys() <= _PLAIN_FIELDS or not _has_other_fields(part)):
         return None
     return text
 

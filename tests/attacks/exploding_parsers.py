@@ -17,7 +17,7 @@ from proxy.routing.chat_request import parse_chat
 from proxy.routing.requirements import requirements_of, routing_text
 from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from
-from proxy.server.requests import request_ids_from
+from proxy.server.requests import RequestHeaders, request_ids_from
 from proxy.server.responses import render_error
 from proxy.settings.litellm_params import is_model_info_of_litellm, reject_control_fields
 from proxy.settings.schema import Settings
@@ -40,6 +40,11 @@ class _Headers:
 
     def getlist(self, key: str, /) -> list[str]:
         return [self._value]
+
+
+def _with_ids(value: str) -> RequestHeaders:
+    raw = value.encode("utf-8", "replace")
+    return RequestHeaders([(name, raw) for name in (b"x-request-id", b"traceparent", b"x-uniroute-hops")])
 
 
 def _allowing_refusals(read: Callable[[str], object]) -> Callable[[str], object]:
@@ -85,7 +90,7 @@ def readers() -> dict[str, Callable[[str], object]]:
         "routing text": lambda text: truncate_middle(routing_text([{"role": "user", "content": [{"text": text}]}])),
         "needs": lambda text: requirements_of({"messages": [{"role": text, "content": text}], "tools": [{text: text}]}),
         "call id": looks_random,
-        "headers": lambda text: (request_ids_from(_Headers(text)), credentials_from(_Headers(f"Bearer {text}"))),
+        "headers": lambda text: (request_ids_from(_with_ids(text)), credentials_from(_Headers(f"Bearer {text}"))),
         "host": lambda text: check_host(_Headers(text), Settings()),
         "retry-after": lambda text: parse_retry_after({"retry-after": text, "retry-after-ms": text}, 0.0),
         "error of an upstream": _upstream_error,

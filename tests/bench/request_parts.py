@@ -38,7 +38,7 @@ from proxy.upstream.health import HealthRegistry
 from proxy.upstream.payload import JSONPayload
 from router_core.artifact import builtin_map
 from router_core.eligibility import Eligibility, eligible
-from router_core.embedding import StaticEmbedder
+from router_core.embedding import StaticEmbedder, Tokenizer
 from router_core.scoring import rank
 from router_core.types import Assignment
 from tests.support.makers import a_record, snapshot_inputs
@@ -47,6 +47,7 @@ HEADERS = [("host", "127.0.0.1:8000"), ("content-type", "application/json"), ("u
 ANSWER: Mapping[str, Any] = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
+    "model": "scripted",
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
     "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
 }
@@ -212,6 +213,7 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
     """Map each stage to what it gets of a request, and what it does. Their sum leaves out the glue between them."""
     state, settings = services.snapshots.current, services.settings
     embedder, cluster_map = services.assigner.embedder, state.cluster_map
+    tokenizer: Tokenizer = embedder._tokenizer  # type: ignore[attr-defined]
 
     def context(request: ChatRequest) -> SelectionContext:
         return SelectionContext("dec-1", request, None, state, settings)
@@ -225,7 +227,7 @@ def stage_functions(services: AppState) -> dict[str, tuple[Prepare, Callable[[An
         "past of the conversation": (lambda request: request.body["messages"], inspect_history),
         "context, requirements too": (lambda request: request, context),
         "routing text": (lambda request: request.body["messages"], routing_text),
-        "tokens of the text": (lambda request: routing_text(request.body["messages"]), embedder.tokens),  # type: ignore[attr-defined]
+        "tokens of the text": (lambda request: routing_text(request.body["messages"]).encode(), tokenizer.ids),
         "embedding, tokens too": (lambda request: [routing_text(request.body["messages"])], embedder.embed),
         "clusters": (lambda request: embedder.embed([routing_text(request.body["messages"])]), cluster_map.assign),
         "eligibility": (context, lambda one: eligible(state.pool, one.requirements)),

@@ -24,7 +24,9 @@ from proxy.cli import console
 from proxy.observability.otlp import open_telemetry
 from proxy.observability.tracing import Tracing
 from proxy.routing.affinity import NO_AFFINITY
+from proxy.server.api.client_apis import CHAT
 from proxy.server.dependencies import RequestContext
+from proxy.server.exchange import ASGIExchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import REQUEST_IDS, RequestIds
 from proxy.upstream.payload import JSONPayload
@@ -57,13 +59,8 @@ ANSWER = JSONPayload(
         "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes."}}],
     }
 )
-SCOPE: dict[str, Any] = {
-    "type": "http",
-    "method": "POST",
-    "path": "/v1/chat/completions",
-    "headers": [(b"user-agent", b"bench")],
-    REQUEST_IDS: RequestIds("req-1"),
-}
+IDS = RequestIds("req-1")
+ASKED: dict[str, Any] = {"path": CHAT.path, "headers": [(b"user-agent", b"bench")], REQUEST_IDS: IDS}
 SETTLE_S = 1.0
 
 
@@ -114,9 +111,13 @@ async def _round(parts: AccountingParts, tracing: Tracing | None, times: int) ->
     return thread_s / times * 1e6, (time.process_time() - process_s) / times * 1e6
 
 
+async def never() -> Any:
+    raise NotImplementedError
+
+
 def _request(parts: AccountingParts, tracing: Tracing | None) -> None:
-    trace = None if tracing is None else tracing.begin(SCOPE, "chat")
-    ctx = RequestContext(parts.app, parts.routing, REQUEST, None, SCOPE[REQUEST_IDS], time.monotonic(), trace=trace)
+    trace = None if tracing is None else tracing.begin(ASGIExchange(ASKED, never))
+    ctx = RequestContext(parts.app, parts.routing, REQUEST, None, IDS, time.monotonic(), trace=trace)
     record = RequestRecord(ctx, parts.selection, NO_AFFINITY)
     record.start_attempt(parts.selection.model)
     if trace is not None:
@@ -125,8 +126,7 @@ def _request(parts: AccountingParts, tracing: Tracing | None) -> None:
     record.set_usage(USAGE)
     record.finish("complete")
     if trace is not None:
-        trace.status = 200
-        trace.end(None)
+        trace.end(200)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from proxy.cli.calibrate import sample
-from router_core.artifact import save_map
+from proxy.cli.client import ServerClient
+from proxy.cli.deployed import deployed_pool
+from router_core.artifact import builtin_map, save_map
 from router_core.clustering import ClusterMap
 from router_core.validation.families.registry import builtin_validation_set
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
@@ -106,6 +108,7 @@ def test_a_person_is_told_what_to_set_and_that_it_is_only_expected(served: tuple
     ended = run_command("calibrate", "--quality", "0.97", environ=served[1])
     lambda_ = calibrated(served[1], "--quality", "0.97")["lambda"]
     assert f"`lambda: {lambda_:g}` in the uniroute section" in ended.stdout
+    assert f"`uniroute lambda set {lambda_:g}`" in ended.stdout
     assert "always dear" in ended.stdout
     low, high = calibrated(served[1], "--quality", "0.97")["relative_interval"]
     assert f"it may be {low:.1%} to {high:.1%} of the best" in ended.stdout
@@ -142,3 +145,36 @@ def test_a_sample_keeps_repeats_and_every_part_of_the_file() -> None:
     drawn = sample(("often" if number % 4 else "seldom" for number in range(4000)), 400)
     assert len(drawn) == 400
     assert 250 < Counter(drawn)["often"] < 350
+
+
+def test_a_lambda_is_set_shown_and_taken_back(served: tuple[ServeCommand, Environ]) -> None:
+    environ = served[1]
+    set_, shown = (run_command("lambda", *each, environ=environ) for each in (["set", "0.491"], ["show", "--json"]))
+    reset = run_command("lambda", "reset", environ=environ)
+
+    assert set_.stdout.startswith("λ = 0.491, set by root at ")
+    assert set_.stdout.endswith("; the configuration has 0.1\n")
+    assert json.loads(shown.stdout)["value"] == 0.491
+    assert reset.stdout == run_command("lambda", "show", environ=environ).stdout == "λ = 0.1, of the configuration\n"
+    for wrong in ("-1", "nan", "much"):
+        assert run_command("lambda", "set", "--", wrong, environ=environ).returncode == 2
+
+
+def test_a_paused_model_is_listed_as_such_and_is_no_choice_of_a_calibration(
+    served: tuple[ServeCommand, Environ],
+) -> None:
+    server, environ = served
+    try:
+        paused = run_command("models", "pause", "cheap", environ=environ)
+        listed = run_command("models", "list", environ=environ).stdout
+        with ServerClient(server.url, ADMIN_KEY) as client:
+            pool = deployed_pool(client, builtin_map())
+    finally:
+        resumed = run_command("models", "resume", "cheap", environ=environ)
+
+    expected = "cheap is paused; `uniroute models resume cheap` lets it go on\n"
+    assert (paused.returncode, paused.stderr) == (0, expected)
+    assert [line.split()[:3] for line in listed.splitlines() if "paused" in line] == [["cheap", "ready,", "paused"]]
+    assert [pool.names[row] for row in pool.routable_rows] == ["dear"]
+    assert (resumed.returncode, resumed.stderr) == (0, "cheap takes traffic again\n")
+    assert run_command("models", "pause", "nobody", environ=environ).returncode == 1

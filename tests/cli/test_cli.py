@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from proxy.cli.models import litellm_params_from
+from router_core.kernels import compiled
 from tests.support.command import ROOT, environment, run_command
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")
@@ -31,9 +32,13 @@ def test_help_lists_the_commands_and_loads_nothing_heavy(tmp_path: Path) -> None
     assert [name for name in commands if not re.search(rf"^ +{name} ", listed, re.MULTILINE)] == []
 
 
-def test_the_version_is_that_of_the_installed_package(tmp_path: Path) -> None:
+def test_the_version_is_that_of_the_installed_package_and_names_the_kernels(tmp_path: Path) -> None:
     ended = run_command("--version", environ=environment(tmp_path))
-    assert (ended.returncode, ended.stdout) == (0, f"uniroute {version('uniroute')}\n")
+    built = compiled() is not None
+    kernels = "compiled" if built else "NumPy, as none of this version were compiled"
+    assert (ended.returncode, ended.stdout) == (0, f"uniroute {version('uniroute')} (routing kernels: {kernels})\n")
+    without = run_command("--version", environ=environment(tmp_path) | {"UNIROUTE_COMPILED": "0"})
+    assert without.stdout.endswith("(routing kernels: NumPy, as UNIROUTE_COMPILED says)\n") is built
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 
 from tests.conftest import CACHE
-from tests.dashboard.site import Site, open_site
-from tests.support.proxy_process import ADMIN_KEY
+from tests.dashboard.site import Site, open_site, varied_profile
+from tests.support.proxy_process import ADMIN_KEY, model_entry
+from tests.support.waiting import wait_until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -32,6 +33,7 @@ PAGES = {
     "model": "/model?name=large",
     "cluster": "/cluster?id=3",
     "curve": "/curve?lambda=0.3",
+    "change": "/curve/change?lambda=0.3",
     "keys": "/keys",
 }
 
@@ -95,6 +97,29 @@ def open_view(page: Any, site: Site, path: str) -> None:
     page.wait_for_function("() => document.querySelector('h1').textContent !== 'One moment'")
 
 
+# Mean errors of the profiles of a model whose provider has changed it.
+COURSE = (0.21, 0.2, 0.23, 0.19, 0.22, 0.2, 0.34, 0.36)
+
+
+def measured_model(site: Site, name: str, prompts: int = 24) -> int:
+    """Add a model, measure it, and return the cluster that one of its prompts is nearest to."""
+    body = {**model_entry(name, site.upstream.url), "profile": {"prompts": prompts, "max_usd": 1}}
+    job = site.proxy.admin("POST", "/admin/models", body).json()["job"]
+    assert wait_until(lambda: site.proxy.admin("GET", f"/admin/jobs/{job}").json()["state"] == "ready")
+    line = site.proxy.admin("GET", f"/admin/jobs/{job}/outcomes").json()["outcomes"][0]
+    asked = {"model": "auto", "messages": [{"role": "user", "content": line["prompt"]}]}
+    return int(site.proxy.admin("POST", "/v1/route", asked).json()["clusters"][0]["id"])
+
+
+def model_with_history(site: Site, name: str) -> None:
+    """Add a model with a profile for each mean error of COURSE."""
+    first, *later = (varied_profile(name, mean, seed=7, labels=2.0) for mean in COURSE)
+    body = {**model_entry(name, site.upstream.url), "profile": first}
+    assert site.proxy.admin("POST", "/admin/models", body).status_code == 201
+    for profile in later:
+        assert site.proxy.admin("POST", f"/admin/models/{name}/profile", profile).status_code == 200
+
+
 def explain(page: Any, site: Site) -> None:
     page.goto(f"{site.url}/explain")
     page.get_by_label("A prompt").fill(PROMPT)
@@ -104,6 +129,14 @@ def explain(page: Any, site: Site) -> None:
 
 def take_all(site: Site, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    cluster = measured_model(site, "measured-here")
+    model_with_history(site, "changed-lately")
+    site.proxy.admin("PATCH", "/admin/models/changed-lately", {"paused": True})
+    site.proxy.admin("PUT", "/admin/settings", {"lambda": 0.05})
+    parts = {
+        "history": ("/model?name=changed-lately", "#history"),
+        "answers": (f"/cluster?id={cluster}", "details[open]"),
+    }
     with open_browser() as browser:
         for width in WIDTHS:
             for scheme in SCHEMES:
@@ -118,6 +151,12 @@ def take_all(site: Site, folder: Path) -> None:
                         open_view(page, site, path)
                         page.wait_for_timeout(400)
                         page.screenshot(path=folder / f"{name}-{width}-{scheme}.png", full_page=True)
+                    for name, (path, part) in parts.items():
+                        open_view(page, site, path)
+                        if name == "answers":
+                            page.get_by_text("Answers of 1 model").first.click()
+                        page.evaluate("part => document.querySelector(part).scrollIntoView()", part)
+                        page.screenshot(path=folder / f"{name}-{width}-{scheme}.png")
                     explain(page, site)
                     page.screenshot(path=folder / f"explain-{width}-{scheme}.png", full_page=True)
 

@@ -9,16 +9,21 @@ from html.parser import HTMLParser
 import httpx
 import pytest
 
+from proxy.dashboard.answers import shown_prompts
 from proxy.dashboard.page import environment
 from proxy.dashboard.pictures import RateInterval, heat_map
 from proxy.dashboard.sessions import Session
+from proxy.profiling.job_store import AnswerText, PromptAnswer
 from proxy.server.auth import Principal
 from proxy.settings.schema import Settings
 from router_core.validation.graders.text import ExactGrader
 from router_core.validation.validation_set import ValidationPrompt
 from tests.dashboard.site import Site
 
-VIEWS = ("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/explain", "/keys")
+VIEWS = (
+    *("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/curve/change?lambda=0.5"),
+    *("/explain", "/keys"),
+)
 OTHERS = ("/login", "/nothing", "/", "/static/page.css", "/static/page.js", "/static/nothing", "/curve/point?lambda=1")
 
 CELL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -129,9 +134,11 @@ def test_a_request_that_is_explained_is_shown_and_not_run(site: Site) -> None:
     assert (Markup(reply.text).inline, Markup(reply.text).tags.count("img")) == ([], 0)
 
 
-def test_words_of_a_map_and_of_a_validation_set_are_shown_and_not_run() -> None:
+def test_words_of_a_map_of_a_validation_set_and_of_answers_are_shown_and_not_run() -> None:
     rate = RateInterval(0.2, 0.1, 0.3, 4.0)
-    prompt = ValidationPrompt("p", CELL, ({"role": "user", "content": CELL},), ExactGrader((CELL,)), 10)
+    asked = ({"role": "user", "content": CELL},)
+    prompt = ValidationPrompt("p", CELL, asked, ExactGrader((CELL,)), 10, reference=CELL)
+    answer = PromptAnswer(score=1.0, finish_reason=CELL, text=AnswerText.of(CELL))
     common = {
         "base": "/dashboard",
         "here": "",
@@ -146,9 +153,9 @@ def test_words_of_a_map_and_of_a_validation_set_are_shown_and_not_run() -> None:
             number=0,
             name=CELL,
             rates={CELL: rate},
-            prompts=[(prompt, 0.5)],
+            prompts=shown_prompts([(prompt, 0.5)], {CELL: {"p": answer}}),
             in_all=1,
-            scores={CELL: {"p": 1.0}},
+            answered_by=[CELL],
         ),
         models.render(
             **common,

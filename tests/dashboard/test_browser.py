@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.dashboard.screenshots import (
+    COURSE,
     INSTALL,
     PAGES,
     PROMPT,
@@ -19,6 +20,8 @@ from tests.dashboard.screenshots import (
     browser_path,
     explain,
     log_in,
+    measured_model,
+    model_with_history,
     open_browser,
     open_view,
 )
@@ -54,6 +57,17 @@ def visit(browser: Any, site: Site, width: int = 1280, scheme: str = "light") ->
 def wait_for_change(page: Any, selector: str, before: str) -> None:
     changed = "([selector, before]) => document.querySelector(selector).innerText !== before"
     page.wait_for_function(changed, arg=[selector, before])
+
+
+def press(page: Any, what: str, key: str = "Enter") -> None:
+    """Press what has this text by the keyboard, after it was reached by it."""
+    reached = "text => (document.activeElement.textContent || '').trim().startsWith(text)"
+    for _ in range(200):
+        if page.evaluate(reached, what):
+            page.keyboard.press(key)
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{what!r} is not reached by the keyboard")
 
 
 def serious(page: Any) -> list[str]:
@@ -143,11 +157,7 @@ def test_everything_is_reached_by_keyboard_alone(browser: Any, site: Site) -> No
     with visit(browser, site) as page:
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-        for _ in range(5):
-            page.keyboard.press("Tab")
-            if page.evaluate("document.activeElement.textContent") == "Explain":
-                break
-        page.keyboard.press("Enter")
+        press(page, "Explain")
         page.wait_for_url("**/explain")
         page.get_by_label("A prompt").focus()
         page.keyboard.type(PROMPT)
@@ -155,3 +165,83 @@ def test_everything_is_reached_by_keyboard_alone(browser: Any, site: Site) -> No
         page.keyboard.press("Tab")
         page.keyboard.press("Enter")
         page.get_by_role("heading", name="What the prompt is like").wait_for()
+
+
+@pytest.fixture(scope="module")
+def prepared(site: Site) -> Iterator[int]:
+    """Add a model with a history and one with answers; return the cluster of one of these."""
+    model_with_history(site, "course")
+    yield measured_model(site, "answered")
+    for name in ("course", "answered"):
+        site.proxy.admin("DELETE", f"/admin/models/{name}")
+    site.proxy.admin("DELETE", "/admin/settings")
+
+
+def test_another_lambda_is_looked_at_set_and_taken_back_by_keyboard(browser: Any, site: Site, prepared: int) -> None:
+    with visit(browser, site) as page:
+        open_view(page, site, "/curve")
+        page.get_by_role("slider").focus()
+        page.keyboard.press("End")
+        chosen = page.get_by_label("λ", exact=True).input_value()
+        page.get_by_label("λ", exact=True).focus()
+        press(page, "Use this λ")
+        page.get_by_role("heading", name=f"Use λ = {chosen}?").wait_for()
+        assert serious(page) == []
+        press(page, f"Use λ = {chosen}")
+        page.get_by_text(f"The default λ is {chosen}, set by root").wait_for()
+        assert serious(page) == []
+        press(page, "Back to the configuration")
+        page.get_by_role("heading", name="Go back to the configuration").wait_for()
+        press(page, "Go back to λ = 0.1")
+        page.get_by_text("The default λ is 0.1, of the configuration.").wait_for()
+
+
+def test_a_model_is_paused_and_resumed_by_keyboard(browser: Any, site: Site, prepared: int) -> None:
+    with visit(browser, site) as page:
+        page.goto(f"{site.url}/model?name=course")
+        press(page, "Pause the model")
+        press(page, "Pause course")
+        page.get_by_text("This model is paused by root since").wait_for()
+        assert serious(page) == []
+        page.goto(f"{site.url}/models")
+        page.get_by_role("row", name="course").first.get_by_text("paused").wait_for()
+        page.goto(f"{site.url}/model?name=course")
+        press(page, "Resume course")
+        page.get_by_text("Pause the model").wait_for()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_history_and_the_answers_are_read_by_keyboard_at_every_width(
+    browser: Any, site: Site, prepared: int, width: int, scheme: str
+) -> None:
+    with visit(browser, site, width, scheme) as page:
+        page.goto(f"{site.url}/model?name=course")
+        mark = page.locator("svg[data-marks=history-readout] .mark[tabindex='0']")
+        mark.focus()
+        newest = page.locator("#history-readout").inner_text()
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        before = page.locator("#history-readout").inner_text()
+        found = serious(page)
+        fits = [page.evaluate("document.documentElement.scrollWidth <= innerWidth")]
+        open_view(page, site, f"/cluster?id={prepared}")
+        press(page, "Answers of 1 model")
+        page.get_by_text("An answer of the scripted model.").first.wait_for()
+        found += serious(page)
+        fits += [page.evaluate("document.documentElement.scrollWidth <= innerWidth")]
+
+    assert f"mean error {COURSE[-1]:.2f}"[:-1] in newest
+    assert "differs from the one before" not in newest
+    assert len({newest, before}) == 2
+    assert (found, fits) == ([], [True, True])
+
+
+def test_a_viewer_has_no_button_of_these(browser: Any, site: Site, prepared: int) -> None:
+    key = site.make_key("viewer")["key"]
+    with browser.new_context(viewport={"width": 1280, "height": 800}) as context:
+        page = context.new_page()
+        log_in(page, site, key)
+        for path in ("/curve", "/curve/change?lambda=5", "/model?name=course"):
+            open_view(page, site, path)
+            assert page.get_by_role("button").all_inner_texts() in (["Log out"], ["Log out", "Show"])

@@ -62,7 +62,7 @@ class Scratch:
         assert instruction.word in {"EXPOSE", "VOLUME"}, f"{instruction.word} is not known to this test"
 
     def _from(self, instruction: Instruction) -> None:
-        assert re.match(r"python:3\.\d+\.\d+-slim-\w+( AS \w+)?$", instruction.text)
+        assert re.match(r"python:3\.\d+\.\d+(-slim)?-\w+( AS \w+)?$", instruction.text)
         base = self.root / "base"
         base.mkdir(exist_ok=True)
         python = base / "python"

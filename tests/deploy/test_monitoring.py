@@ -104,6 +104,9 @@ SERIES = {
     'up{job="uniroute",instance="a"}': "0x30",
     'uniroute_store_available{instance="a"}': "0x30",
     'uniroute_model_ready{instance="a",model="m"}': "0x30",
+    'uniroute_model_paused{instance="a",model="m"}': "0x30",
+    'uniroute_model_ready{instance="a",model="paused"}': "1x30",
+    'uniroute_model_paused{instance="a",model="paused"}': "1x30",
     'uniroute_tasks{instance="a"}': "20x30",
     'uniroute_worker_deaths_total{instance="a",cause="SIGKILL"}': "_x14 1x15",
     'uniroute_requests_total{model="m",reason="scored",ending="complete"}': "0+90x30",
@@ -115,7 +118,10 @@ SERIES = {
 # Minute, alert, labels, and what it says; None: it does not fire.
 EXPECTED: list[tuple[int, str, dict[str, str], str | None]] = [
     (15, "UniRouteDown", {"job": "uniroute", "instance": "a"}, "a does not answer."),
-    (15, "UniRouteNoModelReady", {"instance": "a"}, "a has no model with a profile and a price."),
+    (
+        *(15, "UniRouteNoModelReady", {"instance": "a"}),
+        "a has no model with a profile and a price that is not paused.",
+    ),
     (15, "UniRouteRequestsFail", {}, "10% of the requests fail."),
     (25, "UniRouteModelFails", {"model": "m"}, "m fails 30% of its attempts."),
     (13, "UniRouteWorkerDied", {}, None),

@@ -12,8 +12,9 @@ import pytest
 
 from proxy.app import from_settings
 from proxy.observability.otlp import is_enabled, open_telemetry
-from proxy.observability.tracing import TracingMiddleware
+from proxy.observability.tracing import TracedEndpoints
 from proxy.server.metrics import Metrics
+from proxy.server.model_endpoints import ModelEndpoints
 from proxy.settings.schema import Settings
 from tests.observability.conftest import Observed, observed_proxy
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
@@ -201,12 +202,12 @@ def test_a_collector_that_takes_nothing_changes_nothing_for_clients(
         with observed_proxy(tmp_path, embedder_cache, receiver, environ) as observed:
             assert {observed.ask(stream=bool(number % 2))[1].text for number in range(40)} == {"The fair answer."}
             assert failing == "is not there" or receiver.requests > 0
-            log = observed.proxy
+            assert observed.proxy.stop() == 0
+            log = observed.proxy.log
         assert receiver.spans == []
         if failing == "refuses":
-            assert log.log.count("the OpenTelemetry collector does not take traces") == 1
-        assert "Traceback" not in log.log
-        assert "Application shutdown complete" in log.log
+            assert log.count("the OpenTelemetry collector does not take traces") == 1
+        assert "Traceback" not in log
 
 
 @pytest.mark.slow
@@ -259,21 +260,13 @@ def test_the_environment_says_whether_anything_is_sent(environ: dict[str, str], 
     assert is_enabled(environ) is expected
 
 
-async def test_without_a_collector_nothing_is_opened_and_no_layer_is_added() -> None:
+async def test_without_a_collector_nothing_is_opened_and_nothing_stands_around_the_endpoints() -> None:
     """That nothing of it is imported then, tests/test_house.py says."""
-
-    def layers(environ: dict[str, str]) -> list[type]:
-        at: Any = from_settings(Settings(), environ).outermost  # type: ignore[attr-defined]
-        found = []
-        while hasattr(at, "app"):
-            found.append(type(at))
-            at = at.app
-        return found
-
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
     async with open_telemetry(Settings(), {}, Metrics()) as tracing:
         assert tracing is None
-    assert TracingMiddleware not in layers({})
-    assert TracingMiddleware in layers({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"})
+    apps: list[Any] = [from_settings(Settings(), each) for each in ({}, environ)]
+    assert [type(app.serve_exchange.__self__) for app in apps] == [ModelEndpoints, TracedEndpoints]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from proxy.profiling.worker import STREAM
+from proxy.storage.profile_history import read_history
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.registry import UnknownModel
 from tests.support.makers import a_profile, a_record
@@ -39,6 +40,35 @@ async def test_a_model_is_measured_on_prompts_of_every_cluster_and_is_routable_w
             assert errors[2:].min() > 0.75
     prompts = [request.body["messages"][0]["content"].split(" ")[0] for request in upstream.history]
     assert {word: prompts.count(word) for word in set(prompts)} == dict.fromkeys(("north", "east", "south", "west"), 6)
+
+
+async def test_a_paused_model_is_measured_all_the_same(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            await bench.registry.pause_model("small", paused=True)
+            job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
+            await until(lambda: bench.state.current.model_state("small") == "ready")
+            assert set(bench.state.current.paused) == {"small"}
+            assert bench.state.current.pool.routable_rows.size == 0
+    assert (job.state, len(upstream.history)) == ("ready", 20)
+
+
+async def test_each_measurement_joins_the_history_of_the_model_with_what_it_cost(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north", "east")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url), recipe="shrunk") as bench:
+            first = await ended(bench.jobs, await bench.jobs.submit("small", 24, 1.0))
+            upstream.skill = knows()
+            second = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
+            upstream.always = Step(status=401)
+            await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
+    newest, oldest = await read_history(store, "small")
+    assert [(each.source, each.job, each.recipe) for each in (oldest, newest)] == [
+        ("job", first.id, "shrunk"),
+        ("job", second.id, "shrunk"),
+    ]
+    assert (oldest.spent_usd, newest.spent_usd) == (first.spent_usd, second.spent_usd)
+    assert [oldest.total_labels, newest.total_labels] == pytest.approx([24, 20])
+    assert [oldest.error_sums.sum(), newest.error_sums.sum()] == pytest.approx([12, 20], rel=1e-5)
 
 
 async def test_the_json_of_a_job_has_the_fields_of_the_contract(store: Store, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from proxy.profiling.grading import ValidationPrompts
 from proxy.profiling.job_store import JOBS, JobStore, answers_key, job_key
+from proxy.storage.profile_history import read_history
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
 from tests.support.makers import CORNERS, a_profile, a_record
@@ -38,6 +39,10 @@ async def test_answers_on_the_old_map_make_a_profile_on_the_new_one(store: Store
     assert len(upstream.history) == len(lines) == 24
     assert (job.state, job.done, job.total, job.spent_usd) == ("ready", 24, 24, 0)
     assert (profile.map_id, profile.measured_at) == (HALVES.id, before.measured_at)
+    history = [(each.source, each.map_id, each.measured_at) for each in await read_history(store, "small")]
+    assert history == [
+        (source, id_, before.measured_at) for source, id_ in (("carried_over", HALVES.id), ("job", before.map_id))
+    ]
     assert profile.total_labels == pytest.approx(before.total_labels)
     assert (profile.error_sums[0], profile.error_sums[1]) == (0, profile.labels[1])
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.decision import argmin_with_ties, lambda_thresholds, wilson_interval
+from router_core.decision import lambda_thresholds, wilson_interval
 from router_core.eligibility import eligible
+from router_core.kernels import argmin_with_ties
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Requirements
 from tests.router_core.makers import a_candidate, a_pool, a_profile, an_assignment, priced_pool

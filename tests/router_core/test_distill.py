@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from router_core import embedding
-from router_core.distill import TABLE, TOKENIZER, distill, model_folder
+from router_core.distill import TABLE, TOKENIZER, distill, embedder_id, model_folder, token_weights
 from router_core.errors import Interrupted, InvalidArtifact
 
 
@@ -60,14 +60,14 @@ def test_a_second_process_reports_the_progress_of_the_first(tmp_path: Path) -> N
     assert progress == [(3, 4)]
 
 
-def test_the_table_has_a_centred_unit_row_for_every_token(embedder_cache: Path) -> None:
-    table = np.load(embedder_cache / "static-1" / TABLE)
+def test_the_table_has_a_centred_row_as_long_as_its_weight_for_every_token(embedder_cache: Path) -> None:
+    table, weights = np.load(embedder_cache / embedder_id() / TABLE), token_weights()
     vocabulary = (model_folder() / "vocab.txt").read_text(encoding="utf-8").splitlines()
     assert table.shape == (len(vocabulary), 384)
-    assert np.linalg.norm(table, axis=1) == pytest.approx(np.ones(len(table)), abs=1e-5)
-    assert np.linalg.norm(table.mean(axis=0)) < 0.1
+    assert np.linalg.norm(table, axis=1) == pytest.approx(weights, rel=1e-5)
+    assert np.linalg.norm((table / weights[:, None]).mean(axis=0)) < 0.1
 
 
 def test_the_cache_holds_the_table_and_nothing_half_made(embedder_cache: Path) -> None:
-    assert {path.name for path in (embedder_cache / "static-1").iterdir()} == {TABLE, TOKENIZER}
+    assert {path.name for path in (embedder_cache / embedder_id()).iterdir()} == {TABLE, TOKENIZER}
     assert list(embedder_cache.glob(".distilling-*")) == []

@@ -30,6 +30,16 @@ def test_unprofiled_and_cooling_models_are_left_out_with_their_own_reason() -> N
     assert left.reasons == {"new": "not profiled on this cluster map", "down": "resting after failures"}
 
 
+def test_an_excluded_model_is_left_out_of_every_choice_with_its_reason() -> None:
+    pool = a_pool(replace(a_candidate("away"), excluded="on leave"), a_candidate("up"))
+    assert [pool.names[row] for row in pool.routable_rows] == ["up"]
+    for found in (eligible(pool, Requirements()), eligible(pool, Requirements(), ["away", "up"])):
+        assert found.names == ("up",)
+        assert (found.reasons, found.why_ruled_out(9)) == ({"away": "on leave"}, {"away": "on leave"})
+    assert eligible(pool, Requirements(), require_profile=False).names == ("up",)
+    assert pool.best_on_average() == "up"
+
+
 def test_an_allow_list_leaves_only_its_models_and_ignores_unknown_names() -> None:
     left = eligible(a_pool(a_candidate("a"), a_candidate("b")), Requirements(), allowed=["b", "stranger"])
     assert left.names == ("b",)

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from router_core.embedding import StaticEmbedder, TransformerEmbedder, open_embedder
+from router_core import embedding
+from router_core.distill import TABLE, TOKENIZER, embedder_id, token_weights, weighted
+from router_core.embedding import StaticEmbedder, TransformerEmbedder, open_embedder, static_embedder
 from router_core.errors import InvalidArtifact
+from router_core.types import Floats
 
 TEXTS = [
     "How do I sort a list in Python?",
@@ -45,10 +49,51 @@ def test_long_texts_are_not_truncated(embedder: StaticEmbedder) -> None:
     assert not np.array_equal(long, longer)
 
 
-def test_a_table_and_weights_of_two_vocabularies_are_refused(embedder_cache: Path, tmp_path: Path) -> None:
-    np.save(tmp_path / "weights.npy", np.ones(3, dtype=np.float32))
-    with pytest.raises(InvalidArtifact, match="3 weights"):
-        StaticEmbedder.load(embedder_cache / "static-1", tmp_path / "weights.npy")
+def test_a_table_and_weights_of_two_vocabularies_are_refused() -> None:
+    with pytest.raises(InvalidArtifact, match="4 rows but there are 3 weights"):
+        weighted(np.ones((4, 2), dtype=np.float32), np.ones(3, dtype=np.float32))
+
+
+def an_earlier_table(cache: Path, tokenizer: Path) -> Floats:
+    """Write a table as earlier versions did, whose rows are not weighted."""
+    folder = cache / "static-1"
+    folder.mkdir(parents=True)
+    rows = np.random.default_rng(0).normal(size=(len(token_weights()), 3)).astype(np.float32)
+    np.save(folder / TABLE, rows)
+    shutil.copy(tokenizer, folder / TOKENIZER)
+    return rows
+
+
+def test_a_table_of_an_earlier_version_is_weighted_and_not_made_anew(embedder_cache: Path, tmp_path: Path) -> None:
+    rows, announced = an_earlier_table(tmp_path, embedder_cache / embedder_id() / TOKENIZER), list[str]()
+    embedder = static_embedder(tmp_path, announced.append)
+    made = np.load(tmp_path / embedder.id / TABLE)
+
+    assert (embedder.dimension, announced) == (3, [])
+    assert np.array_equal(made, rows * token_weights()[:, None])
+    assert np.array_equal(np.load(tmp_path / "static-1" / TABLE), rows)  # for processes of that version
+    assert list(tmp_path.glob(".distilling-*")) == []
+
+
+def test_a_damaged_table_of_an_earlier_version_is_distilled_anew(
+    embedder_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    an_earlier_table(tmp_path, embedder_cache / embedder_id() / TOKENIZER)
+    (tmp_path / "static-1" / TABLE).write_bytes(b"cut off")
+    monkeypatch.setattr(embedding, "DISTILL_COMMAND", "raise SystemExit('there is no model here')")
+    announced = list[str]()
+    with pytest.raises(InvalidArtifact, match="there is no model here"):
+        static_embedder(tmp_path, announced.append)
+    assert ["distilling" in message for message in announced] == [True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+def test_processes_share_the_pages_of_the_table(embedder: StaticEmbedder, embedder_cache: Path) -> None:
+    embedder.embed(TEXTS)
+    maps = Path("/proc/self/maps").read_text("utf-8").splitlines()
+    mapped = [line.split()[1] for line in maps if line.endswith(str(embedder_cache / embedder.id / TABLE))]
+    assert mapped
+    assert {permissions[3] for permissions in mapped} == {"s"}
 
 
 def test_serving_loads_no_torch(embedder_cache: Path) -> None:

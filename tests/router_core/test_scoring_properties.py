@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Capabilities, Price, Requirements
+from tests.support.compiled_kernels import BOTH, kernels_named, using
 
 CLUSTERS = 5
 MAP = ClusterMap(np.eye(CLUSTERS, dtype=np.float32), embedder_id="axes", top=3)
@@ -84,12 +86,14 @@ def by_hand(pool: Pool, placed: Assignment, needs: Requirements, terms: ScoringP
     return found
 
 
-@given(POOLS, NEEDS, PLACED, TERMS)
-@settings(max_examples=300, deadline=None)
+@pytest.mark.parametrize("name", BOTH)
+@given(models=POOLS, needs=NEEDS, placed=PLACED, terms=TERMS)
+@settings(max_examples=200, deadline=None)
 def test_every_score_is_the_formula(
-    models: list[Candidate], needs: Requirements, placed: Assignment, terms: ScoringParams
+    name: str, models: list[Candidate], needs: Requirements, placed: Assignment, terms: ScoringParams
 ) -> None:
-    pool = Pool.build(models, MAP)
+    with using(kernels_named(name)):
+        pool = Pool.build(models, MAP)
     left = eligible(pool, needs)
     if not len(left.names):
         return
@@ -107,12 +111,14 @@ def test_every_score_is_the_formula(
     assert (decision.ranking[0], len(decision.ranking)) == (decision.chosen, len(order))
 
 
-@given(candidates(), st.integers(2, 40), NEEDS, PLACED, TERMS)
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", BOTH)
+@given(model=candidates(), count=st.integers(2, 40), needs=NEEDS, placed=PLACED, terms=TERMS)
+@settings(max_examples=60, deadline=None)
 def test_equal_models_have_equal_scores_in_any_place(
-    model: Candidate, count: int, needs: Requirements, placed: Assignment, terms: ScoringParams
+    name: str, model: Candidate, count: int, needs: Requirements, placed: Assignment, terms: ScoringParams
 ) -> None:
-    pool = Pool.build([Candidate(f"m{at:02}", model.profile, model.price) for at in range(count)], MAP)
+    with using(kernels_named(name)):
+        pool = Pool.build([Candidate(f"m{at:02}", model.profile, model.price) for at in range(count)], MAP)
     left = eligible(pool, needs)
     if not len(left.names):
         return

@@ -7,17 +7,16 @@ import pytest
 from proxy.errors import BadRequest, Forbidden
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
-from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 
 
 def weight(name: str = "auto", requested: float | None = None, **bounds: Any) -> float:
     key = ClientKey("k", "team", "0a", 0.0, **bounds) if bounds else None
     request = ChatRequest({}, name, False, False, RoutingOptions(lambda_=requested))
-    return cost_weight(request, ALIASES.get(name, RoutingMode.PINNED), Settings.model_validate({"lambda": 0.1}), key)
+    return cost_weight(request, ALIASES.get(name, RoutingMode.PINNED), 0.1, key)
 
 
-def test_the_request_comes_before_the_key_and_the_key_before_the_settings() -> None:
+def test_the_request_comes_before_the_key_and_the_key_before_the_default() -> None:
     assert weight() == 0.1
     assert weight(lambda_default=0.3) == 0.3
     assert weight(requested=0.7, lambda_default=0.3) == 0.7

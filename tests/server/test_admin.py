@@ -46,6 +46,34 @@ def test_its_card_shows_price_state_and_profile_but_no_key(fleet: Fleet, added: 
     assert added in {listed["model_name"] for listed in fleet.proxy.admin("GET", "/admin/models").json()["models"]}
 
 
+def test_its_last_profiles_are_listed_with_how_each_differs_from_the_one_before(fleet: Fleet, added: str) -> None:
+    path = f"/admin/models/{added}/profile"
+    assert fleet.proxy.admin("POST", path, uniform_profile(0.5)).status_code == 200
+    listed = fleet.proxy.admin("GET", f"{path}s").json()
+    newest, first = listed["profiles"]
+
+    assert listed["model"] == added
+    assert [newest["source"], newest["recipe"], newest["map"]] == ["upload", "pooled", uniform_profile(0.5)["map"]]
+    assert newest["total_labels"] == 50 * len(newest["labels"])
+    assert newest["error_low"] < newest["mean_error"] < newest["error_high"]
+    assert (newest["change"]["p"], newest["change"]["differs"]) == (pytest.approx(0), True)
+    assert (newest["change"]["mean_error"], newest["change"]["same_parameters"]) == (pytest.approx(0.5, abs=0.01), True)
+    assert newest["change"]["clusters"][0]["name"]
+    assert first["change"] is None
+    assert fleet.proxy.admin("GET", "/admin/models/nobody/profiles").status_code == 404
+
+
+def test_a_model_whose_name_ends_as_an_address_does_is_shown_itself(fleet: Fleet, added: str) -> None:
+    name = f"{added}/profiles"
+    assert fleet.proxy.admin("POST", "/admin/models", addition(fleet, name)).status_code == 201
+    try:
+        assert fleet.proxy.admin("GET", f"/admin/models/{name}").json()["model_name"] == name
+        assert fleet.proxy.admin("GET", f"/admin/models/{name}/profiles").json()["model"] == name
+    finally:
+        fleet.proxy.admin("DELETE", f"/admin/models/{name}")
+    assert fleet.proxy.admin("GET", f"/admin/models/{name}").json()["model"] == added
+
+
 def test_a_taken_name_is_refused(fleet: Fleet, added: str) -> None:
     for name in (added, "fair"):
         reply = fleet.proxy.admin("POST", "/admin/models", addition(fleet, name))
@@ -109,6 +137,13 @@ def test_a_model_of_the_configuration_file_cannot_be_changed_over_http(fleet: Fl
 
     assert reply.status_code == 409
     assert "configuration file" in reply.json()["error"]["message"]
+
+
+def test_a_change_without_a_body_is_answered_by_whether_the_model_can_be_changed(fleet: Fleet, added: str) -> None:
+    headers = {"authorization": "Bearer admin-key-of-the-tests"}
+    found = [httpx.patch(f"{fleet.url}/admin/models/{name}", headers=headers) for name in ("nobody", "fair", added)]
+
+    assert [reply.status_code for reply in found] == [404, 409, 200]
 
 
 def test_a_refused_addition_stores_nothing(fleet: Fleet) -> None:

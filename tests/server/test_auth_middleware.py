@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from starlette.responses import PlainTextResponse
 from starlette.types import Message
 
-from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL, AuthMiddleware
+from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL, AuthMiddleware, RequestAuthorizer
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey, digest_of
 from proxy.storage.snapshot import build_state
@@ -44,7 +44,7 @@ class Server:
         )
         state = build_state(stored, snapshot_inputs(), keys_latched=latched)
         self.now = now
-        self._auth = AuthMiddleware(self._app, settings, lambda: state, lambda: self.now)
+        self._auth = AuthMiddleware(self._app, RequestAuthorizer(settings, lambda: state, lambda: self.now))
 
     def __call__(
         self, path: str = "/v1/models", method: str = "GET", *headers: tuple[bytes, bytes], **more: Any

@@ -8,6 +8,7 @@ import pytest
 from proxy.app import _open_routing
 from proxy.server.startup import load_cluster_map
 from proxy.settings.schema import Settings
+from router_core import kernels
 from router_core.clustering import ClusterMap
 
 
@@ -27,3 +28,14 @@ async def test_a_hard_recipe_assigns_a_prompt_to_its_nearest_cluster_alone(
 
 def test_the_default_recipe_assigns_a_prompt_to_several_clusters(cluster_map: ClusterMap) -> None:
     assert load_cluster_map(Settings()).id == cluster_map.id
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_setting_decides_whether_compiled_kernels_are_used(allowed: bool, embedder_cache: Path) -> None:
+    try:
+        _, assigner = _open_routing(Settings(compiled=allowed, data_dir=embedder_cache))
+        assigner.close()
+        in_use = kernels.current()
+    finally:
+        kernels.use(None)
+    assert in_use == ((allowed and kernels.compiled()) or kernels.NUMPY)

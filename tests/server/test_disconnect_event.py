@@ -5,11 +5,9 @@ import contextlib
 from typing import Any
 
 import pytest
-from starlette.types import Message, Scope
 
 from proxy.errors import ClientDisconnected
 from proxy.server.disconnects import DisconnectEvent, cancel_on_disconnect
-from proxy.server.requests import DISCONNECT
 
 
 class Client:
@@ -18,18 +16,17 @@ class Client:
     def __init__(self, *, announces: bool) -> None:
         self._leaves = asyncio.Event()
         self._leaving = DisconnectEvent()
-        self.scope: Scope = {DISCONNECT: self._leaving} if announces else {}
+        self.disconnect = self._leaving if announces else None
 
     def leave(self) -> None:
         self._leaves.set()
         asyncio.get_running_loop().call_soon(self._leaving.set)  # as a connection is lost: between two steps of tasks
 
-    async def receive(self) -> Message:
+    async def wait_for_disconnect(self) -> None:
         await self._leaves.wait()
-        return {"type": "http.disconnect"}
 
     async def during(self, work: Any) -> Any:
-        return await cancel_on_disconnect(self.scope, self.receive, work)
+        return await cancel_on_disconnect(self, work)
 
 
 @pytest.fixture(params=[True, False], ids=["told", "received"])
@@ -106,7 +103,7 @@ async def test_a_result_that_nobody_will_see_is_disposed_of(client: Client) -> N
         dropped.append(result)
 
     with pytest.raises(ClientDisconnected):
-        await cancel_on_disconnect(client.scope, client.receive, work(), dispose)
+        await cancel_on_disconnect(client, work(), dispose)
     assert dropped == ["a stream"]
 
 
@@ -139,7 +136,7 @@ async def test_a_client_that_leaves_as_the_work_ends_cancels_nothing_that_follow
             await asyncio.sleep(0)
 
     for turns in range(6):  # noqa: B007  # the work reads it
-        client = Client(announces=bool(client.scope))
+        client = Client(announces=client.disconnect is not None)
         with contextlib.suppress(ClientDisconnected):
             await client.during(work())
         for _ in range(3):

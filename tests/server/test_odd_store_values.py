@@ -13,13 +13,26 @@ import httpx
 import pytest
 import redis
 
-from proxy.profiling.job_store import LATEST, OPEN, PromptAnswer, answers_key, job_key
+from proxy.profiling.job_store import LATEST, OPEN, AnswerText, PromptAnswer, answers_key, job_key
 from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.controls import LambdaOverride, Pause
+from proxy.storage.profile_history import ProfileEntry, history_key
 from proxy.storage.records import ModelRecord, StoredProfile
-from proxy.storage.redis import CHANGED, KEYS, MODELS, PREVIOUS_PROFILES, PRICING, PROFILES, VERSION, price_key
+from proxy.storage.redis import (
+    CHANGED,
+    KEYS,
+    MODELS,
+    PAUSED,
+    PREVIOUS_PROFILES,
+    PRICING,
+    PROFILES,
+    SETTINGS,
+    VERSION,
+    price_key,
+)
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
 from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
@@ -110,6 +123,22 @@ JOB: dict[Any, Any] = {
     "measured_at": "2026-01-01T00:00:00Z",
     "map": "",
 }
+PAST_PROFILE: dict[str, Any] = {
+    "stored_at": 1.0,
+    "source": "job",
+    "map_id": "m",
+    "fingerprint": "f",
+    "recipe": "pooled",
+    "job": "j",
+    "measured_at": "2026-01-01T00:00:00Z",
+    "spent_usd": 0.1,
+    "mean_output_tokens": 5.0,
+    "mean_seconds": 0.5,
+    "error_sums": [1.0, 0.5],
+    "labels": [2.0, 1.0],
+}
+PAUSE = {"at": 1.0, "who": "root"}
+LAMBDA = {"value": 0.5, **PAUSE}
 ANSWER = {"score": 1.0, "output_tokens": 3, "seconds": 0.1, "cost_usd": 0.1, "finish_reason": "stop", "failed": False}
 
 
@@ -132,9 +161,9 @@ class Served:
 
     def reads(self) -> dict[str, int]:
         """Read everything that can be read, and return the responses."""
-        admin = ("models", "models/kept", "keys", "audit?limit=1000", "jobs/odd", "jobs/odd/outcomes")
-        paths = (*(f"/admin/{path}" for path in admin), "/v1/models", "/metrics", "/readyz")
-        return {path: self.proxy.admin("GET", path).status_code for path in paths}
+        admin = ("models", "models/kept", "models/kept/profiles", "keys", "audit?limit=1000", "settings")
+        paths = (*(f"/admin/{path}" for path in (*admin, "jobs/odd", "jobs/odd/outcomes")), "/v1/models", "/metrics")
+        return {path: self.proxy.admin("GET", path).status_code for path in (*paths, "/readyz")}
 
     def changes(self) -> dict[str, int]:
         """Make a change of each kind. They follow each other, so that none is left behind."""
@@ -145,6 +174,8 @@ class Served:
         prices = {"input_cost_per_token": 1e-6, "output_cost_per_token": 1e-6}
         made["price"] = call("PUT", "/admin/models/new/pricing", prices).status_code
         made["profile"] = call("POST", "/admin/models/new/profile", uniform_profile(0.2)).status_code
+        made["pause"] = call("PATCH", "/admin/models/new", {"paused": True}).status_code
+        made["lambda"] = call("PUT", "/admin/settings", {"lambda": 0.1}).status_code
         made["remove"] = call("DELETE", "/admin/models/new").status_code
         key = call("POST", "/admin/keys", {"name": "k"})
         made["key"] = key.status_code
@@ -152,7 +183,8 @@ class Served:
         return made
 
 
-DONE = {"add": 201, "change": 200, "price": 200, "profile": 200, "remove": 204, "key": 201, "revoke": 204}
+DONE = dict.fromkeys(("change", "price", "profile", "pause", "lambda"), 200)
+DONE |= {"add": 201, "key": 201, "remove": 204, "revoke": 204}
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +220,17 @@ PROFILE = {
 def fill(client: redis.Redis) -> None:
     """Fill every hash of entries with every odd entry."""
     with client.pipeline(transaction=False) as pipe:
-        for key, good in ((MODELS, RECORD), (PROFILES, PROFILE), (PREVIOUS_PROFILES, PROFILE), (KEYS, KEY)):
+        entries = ((MODELS, RECORD), (PROFILES, PROFILE), (PREVIOUS_PROFILES, PROFILE), (KEYS, KEY))
+        for key, good in (*entries, (PAUSED, PAUSE), (SETTINGS, LAMBDA)):
             for number, text in enumerate([*TEXTS, *islice(map(stored, variants(good)), 0, None, 10)]):
                 pipe.hset(key, f"odd-{number}", text)
             pipe.hset(key, "\x1b[31mred\n", stored(good))
+        for text in islice(map(stored, variants(PAST_PROFILE)), 0, None, 10):
+            pipe.rpush(history_key("kept"), text)
         pipe.hset(MODELS, "huge", "x" * 4_100_000)
         for number, text in enumerate(TEXTS):
             pipe.xadd(AUDIT, {"line": text})
+            pipe.rpush(history_key("kept"), text)
             pipe.xadd(STREAM, {"data": text})
             pipe.hset(LATEST, f"odd-{number}", text)
             pipe.sadd(OPEN, text)
@@ -212,6 +248,10 @@ READERS: dict[str, tuple[Any, Callable[[str], object]]] = {
     "model": (RECORD, lambda text: ModelRecord.from_json("odd", text).to_json()),
     "profile": (PROFILE, lambda text: StoredProfile.from_json(text).to_json()),
     "key": (KEY, lambda text: ClientKey.from_json("odd", text).to_json()),
+    "past profile": (PAST_PROFILE, lambda text: ProfileEntry.from_text(text).to_text()),
+    "pause": (PAUSE, lambda text: Pause.from_json(text).to_json()),
+    "lambda": (LAMBDA, lambda text: LambdaOverride.from_json(text).to_json()),
+    "text of an answer": ({"text": "a", "chars": 1}, lambda text: AnswerText.from_json(text).to_json()),
     "answer": (ANSWER, lambda text: PromptAnswer.from_json(text).to_json()),
 }
 
@@ -257,6 +297,8 @@ def test_an_odd_value_in_any_single_place_stops_nothing(emptied: Served, odd: st
     client.publish(CHANGED, odd)
     client.publish(CHANNEL, odd)
     client.publish(PRICING, odd)
+    client.hset(SETTINGS, "lambda", odd)
+    client.rpush(history_key("kept"), odd)
     client.set(health_key("kept"), odd)
     for field in ("input_cost_per_token", "output_cost_per_token", "source", "updated_at"):
         client.hset(price_key("kept"), field, odd)
@@ -295,7 +337,8 @@ WRONG_KINDS = {
 
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_a_redis_key_of_another_type_fails_no_request_and_no_read(emptied: Served, kind: str) -> None:
-    keys = (VERSION, MODELS, PROFILES, PREVIOUS_PROFILES, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
+    hashes = (MODELS, PROFILES, PREVIOUS_PROFILES, PAUSED, SETTINGS)
+    keys = (VERSION, *hashes, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
     emptied.client.delete(*keys)
     for key in keys:
         WRONG_KINDS[kind](emptied.client, key)

@@ -3,11 +3,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from starlette.requests import Request
 from starlette.types import Message
 
 from proxy.errors import BodyTimeout
-from proxy.server.requests import read_body
+from proxy.server.exchange import ASGIExchange, read_body
 
 
 async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:
@@ -19,9 +18,9 @@ async def test_a_body_that_stops_in_its_middle_is_given_up() -> None:
         await asyncio.Event().wait()
         raise AssertionError
 
-    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    exchange = ASGIExchange({"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}, receive)
     with pytest.raises(BodyTimeout, match="8 bytes, and then nothing"):
-        await read_body(request, 1000, read_timeout_s=0.05)
+        await read_body(exchange, 1000, read_timeout_s=0.05)
 
 
 async def test_a_body_that_drips_is_given_up_all_the_same() -> None:
@@ -29,6 +28,6 @@ async def test_a_body_that_drips_is_given_up_all_the_same() -> None:
         await asyncio.sleep(0)
         return {"type": "http.request", "body": b" ", "more_body": True}
 
-    request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+    exchange = ASGIExchange({"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}, receive)
     with pytest.raises(BodyTimeout):
-        await read_body(request, 10**9, read_timeout_s=5, total_timeout_s=0.05)
+        await read_body(exchange, 10**9, read_timeout_s=5, total_timeout_s=0.05)

@@ -65,11 +65,8 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            # uvicorn takes a descriptor for a Unix socket, and would leave each second write waiting for 40 ms.
-            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            command = [sys.executable, "-m", "uvicorn", "proxy.app:from_environment", "--factory", "--no-access-log"]
             self._process = subprocess.Popen(
-                [*command, "--fd", str(bound.fileno())],
+                [sys.executable, "-m", "tests.support.serve", str(bound.fileno())],
                 pass_fds=[bound.fileno()],
                 env=self._environ,
                 cwd=ROOT,
@@ -83,13 +80,16 @@ class ProxyProcess:
             raise
         return self
 
-    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> int | None:
+        """End it, and return its exit status; None: it does not run."""
+        status = None
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal_)
-            self._process.wait(60)
+            status = self._process.wait(60)
             self._process = None
         self._log.close()
+        return status
 
     def __enter__(self) -> Self:
         return self.start()

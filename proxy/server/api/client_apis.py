@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from proxy.server.api import messages_request, responses_request, text_completions
 from proxy.server.api.translation import APIName, Translation
+from proxy.server.requests import Headers
 
 
 class Translator(Protocol):
@@ -51,3 +52,13 @@ CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, FEEDBACK, MODE
 
 # Headers of a client that only an upstream of the client's own API can read.
 NATIVE_HEADERS = ("anthropic-version", "anthropic-beta")
+
+# Paths that no client of Anthropic's API asks for, whatever headers it sends.
+_OF_OTHER_APIS = frozenset({CHAT.path, RESPONSES.path, TEXT_COMPLETIONS.path, EMBEDDINGS, ROUTE})
+
+
+def speaks_messages(path: str, headers: Headers) -> bool:
+    """Return whether a client expects what it is sent in the shapes of Anthropic's API, also at unknown paths."""
+    if path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/"):
+        return True
+    return path not in _OF_OTHER_APIS and bool(headers.getlist("anthropic-version"))

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.decision import argmin_with_ties
 from router_core.errors import InvalidInput
 from router_core.evaluation.outcomes import Outcomes
 from router_core.evaluation.trials import (
@@ -28,6 +27,7 @@ from router_core.evaluation.trials import (
     deferral_curve,
     draw_trial,
 )
+from router_core.kernels import argmin_with_ties
 from router_core.scoring import TIE_TOLERANCE
 from router_core.types import Doubles, Floats, Indices
 from tests.router_core.evaluation.toys import CHEAP, EXPENSIVE, SIX, a_plan, two_kinds

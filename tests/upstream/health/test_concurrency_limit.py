@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from proxy.errors import ModelAtCapacity
 from proxy.server.responses import render_error
 from proxy.settings.model_config import ModelInfo
+from proxy.upstream import concurrency_limit
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from tests.upstream.health.makers import Clock
 
@@ -47,7 +48,16 @@ async def settle() -> None:
 
 
 def is_idle(limiter: ConcurrencyLimiter) -> bool:
-    return limiter._queues == {}
+    return all(queue.is_unused for queue in limiter._queues.values())
+
+
+async def test_beyond_a_bound_models_without_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency_limit, "MAX_REMEMBERED", 3)
+    limiter = ConcurrencyLimiter()
+    for number in range(10):
+        limiter.release(str(number), await limiter.acquire(str(number), ONE))
+
+    assert len(limiter._queues) == 3
 
 
 async def test_without_a_cap_nobody_waits() -> None:

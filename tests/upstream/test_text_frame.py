@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proxy.upstream import chunk_reader
+from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.text_frame import TextChunk
+
+PLAIN = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12)
+ANY = st.text(max_size=12)
+ODD = st.sampled_from(
+    [
+        '","content":"x',
+        '"model":"gpt"',
+        "\\",
+        "\u2028",
+        "é",
+        "模型",
+        "👩\u200d🔬",
+        "\x00",
+        "\n\n",
+        "<0>",
+        "<1>",
+        "null",
+        "",
+        "x" * 5000,
+    ]
+)
+TEXTS = st.lists(st.one_of(PLAIN, PLAIN, ANY, ODD), min_size=1, max_size=14)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> bytes:
+    """Draw a stream of chunks, most of them alike, as encoders write them, and some spoilt."""
+    compact = draw(st.booleans())
+    ascii_only = draw(st.booleans())
+    separators = (",", ":") if compact else (", ", ": ")
+    has_padding, has_model = draw(st.booleans()), draw(st.booleans())
+    choices = draw(st.sampled_from([1, 1, 1, 2]))
+    extra: dict[str, Any] = draw(
+        st.sampled_from([{}, {"usage": None}, {"logprobs": None}, {"content": "twice"}, {"x_groq": {"id": "r"}}])
+    )
+    model_first = draw(st.booleans())
+    events = []
+    for number, text in enumerate(draw(TEXTS)):
+        index = number % choices
+        delta: dict[str, Any] = {"content": text}
+        if draw(st.integers(0, 9)) == 0:
+            delta = draw(st.sampled_from([{"role": "assistant", "content": text}, {"reasoning": text}, {}]))
+        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
+        chunk: dict[str, Any] = {"id": "c1", **({"model": "up"} if has_model and model_first else {})}
+        chunk |= {"choices": [choice], **extra, **({"model": "up"} if has_model else {})}
+        if has_padding:
+            chunk["obfuscation"] = draw(st.one_of(PLAIN, ODD))
+        data = json.dumps(chunk, ensure_ascii=ascii_only, separators=separators).encode("utf-8", "replace")
+        if draw(st.integers(0, 11)) == 0:
+            data = draw(spoilt(data))
+        events.append(data)
+    ends = [
+        {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}], "model": "up"} for index in range(choices)
+    ]
+    events += [json.dumps(end).encode() for end in ends]
+    return b"".join(b"data: " + event + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+
+
+def spoilt(data: bytes) -> st.SearchStrategy[bytes]:
+    half = len(data) // 2
+    return st.sampled_from(
+        [
+            data.replace(b'"content"', b'"content":"first","content"', 1),
+            data[:half] + b"\xff" + data[half:],
+            data[:half] + b"\xed\xa0\x80" + data[half:],
+            data[:half],
+            data + b" ",
+            b" " + data,
+            data.replace(b"null", b"NaN"),
+            data.replace(b"null", b'"stop"', 1),
+            data.replace(b'"index": 0', b'"index": 0, "error": {"message": "no"}'),
+            data.replace(b"}", b',"usage":{"prompt_tokens":1,"completion_tokens":1}}', 1),
+        ]
+    )
+
+
+def read(stream: bytes, cuts: list[int], frames: int) -> tuple[list[tuple[Any, bytes, bytes]], str, int]:
+    """Return each chunk as it is, and as it is sent under two names; how the stream ended; how many were framed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunk_reader, "MAX_FRAMES", frames)
+        reader = ChunkReader()
+    chunks, framed = [], 0
+    places = sorted({0, len(stream), *(cut % len(stream) for cut in cuts)})
+    for start, end in pairwise(places):
+        if not reader.done:
+            for chunk in reader.feed(stream[start:end]):
+                framed += type(chunk) is TextChunk
+                chunks.append((chunk.body, chunk.with_model("small"), chunk.with_model("模型-2")))
+    error = reader.final_error
+    return chunks, repr(error) if error is None else str(error), framed
+
+
+@settings(max_examples=300)
+@given(streams(), st.lists(st.integers(0, 10**6), max_size=6))
+def test_chunks_recognised_by_their_frame_are_those_that_are_parsed(stream: bytes, cuts: list[int]) -> None:
+    exact, by_frame = read(stream, cuts, 0), read(stream, cuts, 8)
+
+    assert by_frame[:2] == exact[:2]
+    assert exact[2] == 0
+
+
+def chunk_of(text: str, **more: Any) -> bytes:
+    chunk = {"id": "c", "model": "up", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+    return b"data: " + json.dumps({**chunk, **more}, ensure_ascii=False).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("more", [{}, {"obfuscation": "aBc"}])
+def test_plain_text_of_a_stream_is_parsed_once(more: dict[str, Any]) -> None:
+    texts = ["The", " capital", " of", " 法国", " is", " Paris", "."]
+    stream = b"".join(chunk_of(text, **more) for text in texts)
+
+    chunks, _, framed = read(stream, [], 8)
+
+    assert framed == len(texts) - 1
+    assert [body["choices"][0]["delta"]["content"] for body, _, _ in chunks] == texts
+    assert json.loads(chunks[3][1])["model"] == "small"
+
+
+@pytest.mark.parametrize("text", ['say "x"', "a\\b", "two\nlines", "tab\t"])
+def test_text_with_escapes_is_parsed(text: str) -> None:
+    chunks, _, framed = read(chunk_of("a") + chunk_of(text) + chunk_of("b"), [], 8)
+
+    assert framed == 1
+    assert chunks[1][0]["choices"][0]["delta"]["content"] == text
