@@ -319,7 +319,7 @@ async def test_the_connection_is_used_again_though_reading_ends_with_the_answer(
     async with RawUpstream(Reply(late)) as server:
         for _ in range(3):
             assert relayed(await read(upstream, native_model(server), api)) == renamed(api, STREAMS[api])
-            await until(lambda: not upstream._openai._draining)
+            await until(lambda: not upstream._pool._draining)
 
     assert (server.connections, len(server.bodies)) == (1, 3)
 
