@@ -13,6 +13,7 @@ from proxy.concurrency import (
     BackgroundTasks,
     DeadlineWheel,
     FairQueue,
+    await_cancellable,
     background,
     cancel_and_wait,
     child_process,
@@ -51,6 +52,32 @@ async def test_uncancelled_work_is_completed_when_its_caller_is_cancelled() -> N
     await asyncio.wait({task})
     assert closed.is_set()
     assert task.cancelled()
+
+
+async def test_a_cancellation_that_a_library_swallows_is_raised_all_the_same() -> None:
+    async def swallow(outcome: Exception | None) -> str:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if outcome is not None:
+                raise outcome from None
+        return "as if nothing had happened"
+
+    for outcome in (None, ValueError("it went wrong")):
+        working = asyncio.create_task(await_cancellable(swallow(outcome)))
+        await asyncio.sleep(0)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+
+
+async def test_what_a_library_returns_and_raises_is_passed_on() -> None:
+    async def fail() -> None:
+        raise ValueError("it went wrong")
+
+    assert await await_cancellable(asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(ValueError, match="it went wrong"):
+        await await_cancellable(fail())
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.5])

@@ -40,7 +40,7 @@ FOLDER_ORDER = (
 )
 MAX_TOP_ENTRIES = 14
 # Beside server/api, which grows with the APIs that clients speak. Nine of them are the page.
-MAX_PROXY_FILES = 141
+MAX_PROXY_FILES = 142
 MAX_CORE_FILES = 42
 MIN_LINES_OF_ONE_FUNCTION = 40
 
