@@ -201,7 +201,7 @@ class DeadlineWheel:
         now = loop.time()
         if not self._running:
             self._running, self._ticks = True, int(now / self._tick_s)
-            loop.call_later(self._tick_s, self._tick, loop)
+            self._start_timer(loop)
         tick = max(int((now + seconds) / self._tick_s), self._ticks) + 1
         self._due.setdefault(tick, set()).add(deadline)
         return tick
@@ -219,7 +219,11 @@ class DeadlineWheel:
                 deadline.expire()
         self._running = bool(self._due)
         if self._running:
-            loop.call_later(self._tick_s, self._tick, loop)
+            self._start_timer(loop)
+
+    def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A loop that counts whole milliseconds may be early by one.
+        loop.call_at((self._ticks + 1) * self._tick_s + 0.001, self._tick, loop)
 
 
 class Deadline:

@@ -5,8 +5,11 @@ import contextlib
 import gc
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import uvloop
 
 from proxy.concurrency import (
     LRU,
@@ -281,6 +284,34 @@ async def test_a_wait_is_never_ended_early() -> None:
         with pytest.raises(TimeoutError), wheel.within(seconds):
             await asyncio.Event().wait()
         assert loop.time() - started >= seconds - 0.001  # the loop counts milliseconds
+
+
+class CountedWheel(DeadlineWheel):
+    ticks = 0
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.ticks += 1
+        super()._tick(loop)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_one_timer_a_tick_serves_all_waits_that_are_limited(run: Callable[[Any], float]) -> None:
+    wheel = CountedWheel(0.05)
+
+    async def wait(place: int) -> None:
+        await asyncio.sleep(place / 1000)
+        with pytest.raises(TimeoutError), wheel.within(place / 1000):
+            await asyncio.Event().wait()
+
+    async def wait_many() -> float:
+        started = asyncio.get_running_loop().time()
+        await asyncio.gather(*map(wait, range(-20, 120)))
+        return asyncio.get_running_loop().time() - started
+
+    seconds = run(wait_many())
+
+    assert 1 <= wheel.ticks <= seconds / 0.05 + 2
+    assert wheel._due == {}
 
 
 async def test_a_cancellation_is_not_taken_for_the_end_of_the_time() -> None:
