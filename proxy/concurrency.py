@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -114,21 +114,20 @@ async def end_process(child: asyncio.subprocess.Process) -> None:
     await child.communicate()
 
 
-async def iterate_uncancelled(source: AsyncIterator[T]) -> AsyncGenerator[T]:
-    """Iterate over `source`, and cancel a pending read only once.
-
-    On the first cancellation most libraries close what they hold; a second one would interrupt that.
-    """
-    while True:
-        try:
-            item = await run_uncancelled(_next(source), cancelled_again_s=GRACE_PERIOD_S)
-        except StopAsyncIteration:
-            return
-        yield item
-
-
-async def _next(source: AsyncIterator[T]) -> T:
-    return await anext(source)
+async def await_cancellable(work: Awaitable[T]) -> T:
+    """Await work of a library that may take a cancellation for a failure of its own, and raise that all the same."""
+    task = asyncio.current_task()
+    assert task is not None  # a coroutine always runs in a task
+    cancels_before = task.cancelling()
+    try:
+        result = await work
+    except Exception:
+        if task.cancelling() > cancels_before:
+            raise asyncio.CancelledError from None
+        raise
+    if task.cancelling() > cancels_before:
+        raise asyncio.CancelledError
+    return result
 
 
 class BackgroundTasks:
@@ -202,7 +201,7 @@ class DeadlineWheel:
         now = loop.time()
         if not self._running:
             self._running, self._ticks = True, int(now / self._tick_s)
-            loop.call_later(self._tick_s, self._tick, loop)
+            self._start_timer(loop)
         tick = max(int((now + seconds) / self._tick_s), self._ticks) + 1
         self._due.setdefault(tick, set()).add(deadline)
         return tick
@@ -220,7 +219,11 @@ class DeadlineWheel:
                 deadline.expire()
         self._running = bool(self._due)
         if self._running:
-            loop.call_later(self._tick_s, self._tick, loop)
+            self._start_timer(loop)
+
+    def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        # A loop that counts whole milliseconds may be early by one.
+        loop.call_at((self._ticks + 1) * self._tick_s + 0.001, self._tick, loop)
 
 
 class Deadline:

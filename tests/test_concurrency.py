@@ -5,14 +5,18 @@ import contextlib
 import gc
 import signal
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import uvloop
 
 from proxy.concurrency import (
     LRU,
     BackgroundTasks,
     DeadlineWheel,
     FairQueue,
+    await_cancellable,
     background,
     cancel_and_wait,
     child_process,
@@ -51,6 +55,32 @@ async def test_uncancelled_work_is_completed_when_its_caller_is_cancelled() -> N
     await asyncio.wait({task})
     assert closed.is_set()
     assert task.cancelled()
+
+
+async def test_a_cancellation_that_a_library_swallows_is_raised_all_the_same() -> None:
+    async def swallow(outcome: Exception | None) -> str:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            if outcome is not None:
+                raise outcome from None
+        return "as if nothing had happened"
+
+    for outcome in (None, ValueError("it went wrong")):
+        working = asyncio.create_task(await_cancellable(swallow(outcome)))
+        await asyncio.sleep(0)
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+
+
+async def test_what_a_library_returns_and_raises_is_passed_on() -> None:
+    async def fail() -> None:
+        raise ValueError("it went wrong")
+
+    assert await await_cancellable(asyncio.sleep(0, "done")) == "done"
+    with pytest.raises(ValueError, match="it went wrong"):
+        await await_cancellable(fail())
 
 
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.5])
@@ -254,6 +284,34 @@ async def test_a_wait_is_never_ended_early() -> None:
         with pytest.raises(TimeoutError), wheel.within(seconds):
             await asyncio.Event().wait()
         assert loop.time() - started >= seconds - 0.001  # the loop counts milliseconds
+
+
+class CountedWheel(DeadlineWheel):
+    ticks = 0
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.ticks += 1
+        super()._tick(loop)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_one_timer_a_tick_serves_all_waits_that_are_limited(run: Callable[[Any], float]) -> None:
+    wheel = CountedWheel(0.05)
+
+    async def wait(place: int) -> None:
+        await asyncio.sleep(place / 1000)
+        with pytest.raises(TimeoutError), wheel.within(place / 1000):
+            await asyncio.Event().wait()
+
+    async def wait_many() -> float:
+        started = asyncio.get_running_loop().time()
+        await asyncio.gather(*map(wait, range(-20, 120)))
+        return asyncio.get_running_loop().time() - started
+
+    seconds = run(wait_many())
+
+    assert 1 <= wheel.ticks <= seconds / 0.05 + 2
+    assert wheel._due == {}
 
 
 async def test_a_cancellation_is_not_taken_for_the_end_of_the_time() -> None:

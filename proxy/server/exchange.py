@@ -167,9 +167,9 @@ class ASGIExchange(Exchange):
             pass
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status = status
         sent = {**headers, **self.id_headers()}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in sent.items()]
+        self.status = status
         await self._message({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes) -> None:

@@ -79,6 +79,7 @@ class ModelEndpoints:
         try:
             return await self._endpoints[exchange.path](exchange, app, caller.key)
         except ClientDisconnected:
+            self._count(499)
             await exchange.send(499, {}, b"")  # for servers that do not notice
         except HANDLED_EXCEPTIONS as error:
             await self._refuse(exchange, *render_error(error))
@@ -88,12 +89,15 @@ class ModelEndpoints:
         self, exchange: Exchange, status: int, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
         """Send an error, in the shape of the client's API."""
-        if (app := self.startup.app_state) is not None:
-            app.metrics.errors.labels(str(status)).inc()
+        self._count(status)
         if exchange.in_messages and (error := body.get("error")) is not None:
             body = anthropic_error(error, status, exchange.ids.request_id)
             status = anthropic_status(status)
         await exchange.send(status, {"content-type": JSON, **(headers or {})}, encode_json(body))
+
+    def _count(self, status: int) -> None:
+        if (app := self.startup.app_state) is not None:
+            app.metrics.errors.labels(str(status)).inc()
 
     async def _say_shutting_down(self, exchange: Exchange) -> None:
         headers = {"retry-after": RETRY_AFTER_S, "connection": "close"}

@@ -138,7 +138,9 @@ class HTTPExchange(Exchange):
         self.keep_alive = protocol.parser.should_keep_alive()
         self.body = bytearray()
         self.more_body = True
-        self.disconnected = self.response_complete = False
+        self.response_complete = False
+        # Set by uvicorn, which does not for every request of a connection: `disconnect` tells.
+        self.disconnected = False
         self._chunked = False
         # The head, until it is written together with the first of the body, or at the end of this turn of the loop.
         self._head: bytes | None = None
@@ -150,7 +152,7 @@ class HTTPExchange(Exchange):
         try:
             await serve(self)
         finally:
-            if not (self.response_complete or self.disconnected):
+            if not (self.response_complete or self.disconnect.is_set):
                 self._flush()
                 self._transport.close()  # the client must not wait for the rest
 
@@ -180,14 +182,14 @@ class HTTPExchange(Exchange):
         return not self.more_body
 
     async def next_piece(self) -> tuple[bytes, bool]:
-        while self.more_body and not self.body and not self.disconnected:
+        while self.more_body and not self.body and not self.disconnect.is_set:
             self._protocol.flow.resume_reading()
             self._waiter = self._protocol.loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        if self.disconnected:
+        if self.disconnect.is_set:
             raise ClientDisconnected("the client left before its body was complete")
         piece, self.body = bytes(self.body), bytearray()
         return piece, self.more_body
@@ -202,8 +204,8 @@ class HTTPExchange(Exchange):
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         if await self._can_write():
-            self.status, self._chunked = status, "content-length" not in headers
             self._head = self._head_bytes(status, headers)
+            self.status, self._chunked = status, "content-length" not in headers
             self._flushing = self._protocol.loop.call_soon(self._flush)
 
     async def write(self, data: bytes) -> None:
@@ -222,23 +224,24 @@ class HTTPExchange(Exchange):
         if len(body) > MAX_JOINED_BYTES:
             await super().send(status, headers, body)
         elif await self._can_write():
+            head = self._head_bytes(status, {**headers, "content-length": str(len(body))})
             self.status = status
-            self._transport.write(self._head_bytes(status, {**headers, "content-length": str(len(body))}) + body)
+            self._transport.write(head + body)
             self._complete()
 
     async def _can_write(self) -> bool:
-        """Wait while the client reads too slowly. Return whether it is still there."""
+        """Wait while the client reads too slowly. Return whether it is still there, and the answer not complete."""
         flow = self._protocol.flow
-        if flow.write_paused and not self.disconnected:
+        if flow.write_paused and not self.disconnect.is_set:
             await flow.drain()
-        return not self.disconnected
+        return not (self.disconnect.is_set or self.response_complete)
 
     def _head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
         if headers.get("connection") == "close":
             self.keep_alive = False
         elif not self.keep_alive:
             headers = {**headers, "connection": "close"}
-        if self._chunked:
+        if "content-length" not in headers:
             headers = {**headers, "transfer-encoding": "chunked"}
         lines = [f"{name}: {value}\r\n" for name, value in {**headers, **self.id_headers()}.items()]
         raw = "".join(lines).encode("latin-1")
@@ -472,6 +475,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._parser_progressed = True
+        if self.flow.read_paused and not self.pipeline:
+            self.flow.resume_reading()  # what a long body had paused: only who reads notices that the client leaves
         exchange: Any = self.cycle
         if type(exchange) is HTTPExchange:
             exchange.more_body = False
@@ -504,11 +509,18 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def _reject(self, why: ProtocolRejection) -> None:
-        """Answer with an error and close. Only close where another request could take the error for its response."""
+        """Answer with an error and close. Only close where another request could take the error for its response.
+
+        A request before that was sent whole is answered all the same, and nothing after it.
+        """
         if self._rejected or self.transport.is_closing():
             return
+        answered = self.cycle is None or self.cycle.response_complete
+        if not answered and not self.cycle.more_body:  # the request before was sent whole: its answer is the last
+            self.cycle.keep_alive, self._rejected = False, True
+            return
         self._stop_timers()
-        if self.cycle is not None and not self.cycle.response_complete:
+        if not answered:
             if self.pipeline or self.cycle.response_started:
                 self.transport.abort()
                 return

@@ -8,7 +8,7 @@ from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.upstream.errors import ERROR_MEMBERS, MAX_MESSAGE_CHARS, error_from_body, find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse
-from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
+from proxy.upstream.response_memory import HeldMemory, JSONBody, ResponseBounds, ResponseMemory
 from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder
 from proxy.upstream.text_frame import TextFrame, learn_frame
 
@@ -213,7 +213,7 @@ class ChunkReader:
             return []
         self._undecided = None
         if form == "json":
-            self._json = JSONBody(self._memory)
+            self._json = JSONBody(ResponseBounds(self._memory, MAX_VALUES_AT_ONCE))
             return self._add_json(self._json, start.removeprefix(codecs.BOM_UTF8).lstrip())
         if form == "other":
             self._other = b""
@@ -222,7 +222,7 @@ class ChunkReader:
     def _add_json(self, body: JSONBody, piece: bytes) -> list[JSONPayload]:
         was_small = body.size < MAX_OTHER_BYTES
         try:
-            body.add(piece)
+            body.feed(piece)
         except UpstreamError as error:
             return self._fail(error)
         if was_small and b"\n" in piece:
@@ -340,24 +340,6 @@ class ChunkReader:
         self.error, self.done = error, True
         self.release()
         return []
-
-
-class JSONBody:
-    """All that came of a body that is JSON."""
-
-    def __init__(self, memory: ResponseMemory) -> None:
-        self.bounds = ResponseBounds(memory, MAX_VALUES_AT_ONCE)
-        self.size = 0
-        self._pieces: list[bytes] = []
-
-    def add(self, piece: bytes) -> None:
-        """Raises ResponseTooLarge, ResponseMemoryFull."""
-        self.bounds.add(piece)
-        self._pieces.append(piece)
-        self.size += len(piece)
-
-    def join(self) -> bytes:
-        return b"".join(self._pieces)
 
 
 def is_stream_line(line: bytes) -> bool:

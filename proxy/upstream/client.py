@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
 
-from proxy.concurrency import cancel_and_wait
+from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import LiteLLMUnavailable, UpstreamError
 from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
@@ -20,6 +19,7 @@ from proxy.upstream.native_api import native_provider
 from proxy.upstream.native_body import native_body
 from proxy.upstream.openai_client import OpenAIClient, UpstreamRequest
 from proxy.upstream.payload import JSONPayload, NativePayload
+from proxy.upstream.pool import ConnectionPool
 from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.response_memory import ResponseMemory
 from proxy.upstream.sse import encode_json
@@ -62,9 +62,13 @@ class UpstreamClient:
         for problem in outbound.problems():
             log.warning("environment: %s", problem)
         self.memory = ResponseMemory(settings.max_answer_bytes, settings.max_answers_in_flight_bytes)
-        self._openai = OpenAIClient(settings, environ, outbound, self.memory)
-        self._litellm = LiteLLMClient(settings, environ, self.memory, outbound)
+        # One for both, so that its bound holds for all connections of this process to models.
+        self._pool = ConnectionPool(connection_budget().upstreams, outbound.context)
+        self._openai = OpenAIClient(settings, environ, outbound, self._pool, self.memory)
+        self._litellm = LiteLLMClient(settings, environ, outbound, self._pool, self.memory)
         self._stream_options = StreamOptions()
+        # By name, each with the record that it was found for.
+        self._direct: dict[str, tuple[ModelRecord, ResolvedProvider | None]] = {}
         self._import: asyncio.Task[None] | None = None
         # Set once an attempt to import litellm has ended, either way.
         self._import_tried = asyncio.Event()
@@ -91,13 +95,13 @@ class UpstreamClient:
         Raises:
             UpstreamError: there is none.
         """
-        resolved = is_direct(record)
+        resolved = self._resolved(record)
         if resolved is not None:
             return await self._openai.complete(
                 UpstreamRequest(record, resolved, body, headers or {}, raw, connect_timeout_s)
             )
         await self.ensure_litellm()
-        return JSONPayload(await self._litellm.complete(record, body, headers, connect_timeout_s=connect_timeout_s))
+        return await self._litellm.complete(record, body, headers, connect_timeout_s=connect_timeout_s)
 
     async def stream(
         self,
@@ -155,15 +159,13 @@ class UpstreamClient:
         without_options: bool = False,
     ) -> Blocks:
         include_usage = not without_options and self._stream_options.are_accepted_by(record)
-        resolved = is_direct(record)
+        resolved = self._resolved(record)
         if resolved is not None:
             request = UpstreamRequest(record, resolved, body, headers, raw, connect_timeout_s, include_usage)
             return await self._openai.stream(request)
         await self.ensure_litellm()
-        return _as_blocks(
-            await self._litellm.stream(
-                record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
-            )
+        return await self._litellm.stream(
+            record, body, headers, connect_timeout_s=connect_timeout_s, include_usage=include_usage
         )
 
     async def embed(
@@ -175,12 +177,19 @@ class UpstreamClient:
         connect_timeout_s: float | None = None,
     ) -> JSONPayload:
         """Return embeddings in OpenAI's format. Raises UpstreamError."""
-        resolved = is_direct(record)
+        resolved = self._resolved(record)
         if resolved is not None:
             request = UpstreamRequest(record, resolved, asked.body, headers, asked.raw, connect_timeout_s)
             return await self._openai.embed(request, asked)
         await self.ensure_litellm()
         return await self._litellm.embed(record, asked, headers, connect_timeout_s=connect_timeout_s)
+
+    def _resolved(self, record: ModelRecord) -> ResolvedProvider | None:
+        """Return `is_direct(record)`, found out once."""
+        found = self._direct.get(record.name)
+        if found is None or found[0] is not record:
+            found = self._direct[record.name] = record, is_direct(record)
+        return found[1]
 
     async def warm_up(self) -> None:
         """Do what the first request would wait for otherwise: import litellm if a model needs it."""
@@ -190,8 +199,10 @@ class UpstreamClient:
     def set_models(self, models: Mapping[str, ModelRecord]) -> None:
         """Replace the models. Forget what is known of those that are gone or changed."""
         self._openai.endpoints.retain(models)
+        self._litellm.retain(models)
         self._stream_options.retain(models)
-        through_litellm = frozenset(name for name, record in models.items() if is_direct(record) is None)
+        self._direct = {name: (record, is_direct(record)) for name, record in models.items()}
+        through_litellm = frozenset(name for name, (_, resolved) in self._direct.items() if resolved is None)
         self.not_ready = frozenset() if self._litellm.ready else through_litellm
         if self._import is None and through_litellm:
             log.info("loading litellm, for models of other formats than OpenAI's")
@@ -234,8 +245,8 @@ class UpstreamClient:
 
     async def aclose(self) -> None:
         await cancel_and_wait(self._import)
-        await self._openai.aclose()
         await self._litellm.aclose()
+        await self._pool.aclose()
 
 
 def is_direct(record: ModelRecord) -> ResolvedProvider | None:
@@ -252,12 +263,6 @@ def _native_request(record: ModelRecord, request: NativeRequest, connect_timeout
     resolved = replace(resolved, model=resolved.model.removeprefix(f"{request.api}/"))
     body = native_body(request.api, request.document, record, max_output_tokens=request.max_output_tokens)
     return UpstreamRequest(record, resolved, body, request.headers, None, connect_timeout_s, api=request.api)
-
-
-async def _as_blocks(chunks: AsyncGenerator[dict[str, Any]]) -> AsyncGenerator[list[JSONPayload]]:
-    async with aclosing(chunks):
-        async for chunk in chunks:
-            yield [JSONPayload(chunk)]
 
 
 class StreamOptions:

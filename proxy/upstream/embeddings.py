@@ -12,7 +12,7 @@ from proxy.errors import UpstreamError
 from proxy.upstream.endpoint import encode
 from proxy.upstream.errors import find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, replace_model
-from proxy.upstream.response_memory import ResponseBounds
+from proxy.upstream.response_memory import JSONBody, ResponseBounds
 
 EncodingFormat = Literal["float", "base64"]
 
@@ -34,42 +34,24 @@ class EmbeddingsRequest:
     """How the vectors of the answer are written, whatever the upstream makes of the request for it."""
 
 
-class EmbeddingsReader:
-    """Turn the bytes of a response into embeddings.
-
-    Args:
-        bounds: of the body; the embeddings then hold its memory.
-        headers: of the response.
-    """
-
-    # All of the body is read, however far it has come.
-    finished = done = False
+class EmbeddingsReader(JSONBody):
+    """Turn the bytes of a response into embeddings."""
 
     def __init__(self, model: str, bounds: ResponseBounds, headers: Mapping[str, str]) -> None:
+        super().__init__(bounds)
         self._model = model
-        self._bounds = bounds
         self._headers = headers
-        self._pieces: list[bytes] = []
-
-    def feed(self, piece: bytes) -> None:
-        """Raises ResponseTooLarge, ResponseMemoryFull."""
-        self._bounds.add(piece)
-        self._pieces.append(piece)
-
-    def break_off(self) -> bool:
-        """Note that the connection broke, and return whether the answer was complete."""
-        return False
 
     def embeddings(self, encoding: EncodingFormat) -> JSONPayload:
         """Return the embeddings, once all of the body has come. Raises UpstreamError."""
-        data = b"".join(self._pieces)
+        data = self.take()
         try:
             value, raw = parse(data, checked=True)
         except ValueError:
             raise not_embeddings(self._model, data, self._headers) from None
         check_embeddings(self._model, value, self._headers)
         payload = with_encoding(self._model, JSONPayload(value, raw), encoding)
-        payload.held = self._bounds.held
+        payload.held = self.bounds.held
         return payload
 
 

@@ -16,6 +16,8 @@ from proxy.errors import MAX_ERROR_BYTES, RETRY_AFTER_HEADERS, UpstreamError
 from proxy.json_limits import check_limits
 from proxy.settings.outbound import OutboundError
 from proxy.storage.usage import usage_of
+from proxy.upstream.httpx_transport import ConnectionLost
+from proxy.upstream.pool import ProxyError, RemoteProtocolError
 from proxy.upstream.sse import decode_json, encode_json
 
 # How OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
@@ -88,7 +90,7 @@ def error_from_exception(error: Exception, response: httpx.Response | None, mode
     """Turn an exception of litellm or httpx into an UpstreamError.
 
     Args:
-        response: the last one that the connection pool saw for this call.
+        response: the last one that our client saw for this call.
     """
     if response is not None and response.is_error:
         return error_from_response(response.status_code, _content(response), response.headers, model)
@@ -100,6 +102,8 @@ def error_from_exception(error: Exception, response: httpx.Response | None, mode
         return UpstreamError(f"{model} did not answer in time", timed_out=True)
     if response is None and _is_connection_lost(error):
         return connection_lost(model)
+    if response is None and any(isinstance(cause, RemoteProtocolError) for cause in _causes(error)):
+        return not_http(model)
     if response is not None and _is_connection(error):
         return UpstreamError(f"{model} broke off its answer: {_transport_error_name(error)}")
     if _is_connection(error) or isinstance(error, httpx.HTTPError):
@@ -322,6 +326,11 @@ def connection_lost(model: str) -> UpstreamError:
     return UpstreamError(f"{model} closed the connection without an answer", connection_lost=True)
 
 
+def not_http(model: str) -> UpstreamError:
+    """Make an error of a response that is none. The model may have done its work already, so it is not asked again."""
+    return UpstreamError(f"{model} answered with something that is not HTTP")
+
+
 def unreachable(error: BaseException, model: str, address: str = "") -> UpstreamError:
     """Make an error of a failed connection. `address`: host and port, if the exception may not know them."""
     where = address or _address_of(error)
@@ -332,8 +341,10 @@ def _why_unreachable(error: BaseException) -> str:
     if _is_out_of_descriptors(error):
         return "this server has no file descriptor left for it"
     for each in _causes(error):
-        if isinstance(each, OutboundError):
+        if isinstance(each, OutboundError | ProxyError):
             return str(each)
+        if isinstance(each, ssl.SSLCertVerificationError):
+            return "its certificate is not trusted (ssl_verify, SSL_CERT_FILE)"
     cause = next((each for each in reversed(_causes(error)) if isinstance(each, OSError)), None)
     if cause is None:
         return type(error).__name__
@@ -386,7 +397,7 @@ def _is_timeout(error: BaseException) -> bool:
 
 
 def _is_connection_lost(error: BaseException) -> bool:
-    connection_lost = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
+    connection_lost = (httpx.ReadError, httpx.WriteError, ConnectionLost)
     return any(isinstance(cause, connection_lost) for cause in _causes(error))
 
 

@@ -1,17 +1,16 @@
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from proxy.concurrency import GRACE_PERIOD_S, cancel_and_wait, in_own_thread, iterate_uncancelled, run_uncancelled
+from proxy.concurrency import GRACE_PERIOD_S, await_cancellable, in_own_thread, run_uncancelled
 from proxy.errors import UpstreamError
 from proxy.json_limits import MAX_VALUES
 from proxy.settings.litellm_params import (
@@ -28,22 +27,25 @@ from proxy.settings.model_config import SettingsError, resolve_secret
 from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
-from proxy.upstream.chunk_reader import FinishTracker, is_finished, requested_choices
+from proxy.upstream.chunk_reader import ChunkReader, FinishTracker, is_finished, requested_choices
 from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
 from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
+from proxy.upstream.httpx_transport import PooledTransport
 from proxy.upstream.litellm_transport import (
     CapturedResponse,
+    ResponseTaken,
     capture,
+    client_over,
     disable_request_logging,
     http_handler,
     import_litellm,
-    open_pool,
-    read_chunks,
-    reap_connections,
+    in_call,
     warm_up,
 )
+from proxy.upstream.openai_client import UpstreamChunks, read_completion
 from proxy.upstream.payload import JSONPayload
+from proxy.upstream.pool import ConnectionPool
 from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
@@ -52,8 +54,6 @@ MAX_CLIENTS = 256
 
 # What litellm raises over JSON of another shape than it expects, a caller's or a model's.
 LITELLM_PARSE_ERRORS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-Chunks = AsyncGenerator[dict[str, Any]]
 
 
 class LiteLLMClient:
@@ -66,20 +66,23 @@ class LiteLLMClient:
         self,
         settings: Settings,
         environ: Mapping[str, str],
-        memory: ResponseMemory | None = None,
-        outbound: Outbound | None = None,
+        outbound: Outbound,
+        pool: ConnectionPool,
+        memory: ResponseMemory,
     ) -> None:
         self._settings = settings
-        self._memory = memory or ResponseMemory()
-        self._outbound = outbound or Outbound(environ)
+        self._memory = memory
+        self._outbound = outbound
         self._environ = environ
         self._litellm: Any = None
         # Shorter timeouts are those of the attempts, in server/attempts.py.
         self._max_timeout_s = max(settings.request_timeout_s, settings.stream_timeout_s)
-        self._pool = open_pool(self._max_timeout_s, self._outbound)
+        self._transport = PooledTransport(pool, outbound)
+        self._http = client_over(self._transport, self._max_timeout_s)
         self._handler: Any = None
-        self._reaper: asyncio.Task[None] | None = None
         self._openai_clients: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+        # By the model's name.
+        self._models: dict[str, LiteLLMModel] = {}
 
     @property
     def ready(self) -> bool:
@@ -90,9 +93,8 @@ class LiteLLMClient:
         if self._litellm is None:
             litellm = await in_own_thread(import_litellm)
             await warm_up(litellm)
-            litellm.aclient_session = self._pool  # for azure, which otherwise gets a client without our limits
-            self._handler = http_handler(self._pool)
-            self._reaper = asyncio.create_task(reap_connections(self._pool), name="uniroute-tidying")
+            litellm.aclient_session = self._http  # for azure, which otherwise gets a client without our limits
+            self._handler = http_handler(self._http)
             self._litellm = litellm
 
     async def complete(
@@ -102,7 +104,7 @@ class LiteLLMClient:
         headers: Mapping[str, str] | None = None,
         *,
         connect_timeout_s: float | None = None,
-    ) -> dict[str, Any]:
+    ) -> JSONPayload:
         """Return a whole completion in OpenAI's format, unchanged if that is the upstream's own.
 
         Raises:
@@ -113,16 +115,15 @@ class LiteLLMClient:
             target, arguments = self._prepare_call(record, body, headers, captured)
             disable_request_logging()
             try:
-                response = await self._call(arguments)
+                return JSONPayload(_to_json(await self._call(arguments)))
+            except ResponseTaken:
+                pass
             except self._call_errors as error:
-                if not target.openai_format or captured.completion is None:
-                    raise redact(target.secrets, captured.error_from(error)) from error
-                return captured.completion
-            if not (target.openai_format and captured.is_chat_format):
-                return _to_json(response)
-            if captured.completion is None:
-                raise redact(target.secrets, captured.error_from(None))
-            return captured.completion
+                raise redact(target.secrets, captured.error_from(error)) from error
+            try:
+                return await read_completion(captured.hand_over(), record.name, self._memory, captured.choices)
+            except UpstreamError as error:
+                raise redact(target.secrets, error) from error.__cause__
 
     async def stream(
         self,
@@ -132,7 +133,7 @@ class LiteLLMClient:
         *,
         connect_timeout_s: float | None = None,
         include_usage: bool = True,
-    ) -> Chunks:
+    ) -> AsyncIterator[list[JSONPayload]]:
         """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
 
         Close it to close the upstream's connection.
@@ -143,20 +144,17 @@ class LiteLLMClient:
         await self.prepare()
         with self._capture(record, body, connect_timeout_s, stream=True) as captured:
             target, arguments = self._prepare_call(record, body, headers, captured, include_usage=include_usage)
-            captured.openai_format = target.openai_format
             disable_request_logging()
             try:
                 response = await self._call(arguments)
+            except ResponseTaken:
+                taken = captured.hand_over()
+                reader = ChunkReader(memory=self._memory, choices=captured.choices, headers=taken.headers)
+                return UpstreamChunks(taken, reader, target.secrets)
             except self._call_errors as error:
                 raise redact(target.secrets, captured.error_from(error)) from error
-            except BaseException:
-                await captured.aclose()
-                raise
-            if captured.response is not None and captured.is_read_here:
-                chunks = read_chunks(captured.response, self._memory, captured.choices)
-            else:
-                chunks = self._convert(response, captured)
-            return _finish_stream(chunks, captured, target.secrets)
+            captured.openai_format = False  # litellm reads it
+            return TranslatedChunks(response, captured, target.secrets, self._call_errors)
 
     async def embed(
         self,
@@ -186,7 +184,7 @@ class LiteLLMClient:
                 raise redact(target.secrets, captured.error_from(error)) from error
 
     def _embeddings_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
-        """Return a client of the class that litellm calls this provider's embeddings with, over our pool."""
+        """Return a client of the class that litellm calls this provider's embeddings with, over our connections."""
         if target.name == "azure":
             return None
         return self._openai_client(target, params) if target.name in _EMBEDS_WITH_OPENAI_SDK else self._handler
@@ -205,31 +203,11 @@ class LiteLLMClient:
     async def _call(self, arguments: Mapping[str, Any]) -> Any:
         return await run_uncancelled(self._litellm.acompletion(**arguments), cancelled_again_s=GRACE_PERIOD_S)
 
-    async def _convert(self, response: Any, captured: CapturedResponse) -> AsyncGenerator[dict[str, Any]]:
-        """Yield the chunks that litellm made of another format. Its usage chunk has a choice; ours has none."""
-        tracker, first_id = FinishTracker(), None
-        try:
-            async for converted in iterate_uncancelled(response):
-                chunk = _to_json(converted)
-                first_id = chunk["id"] = first_id or chunk.get("id")  # litellm gives some formats an id per chunk
-                if chunk.get("usage") and tracker.all_finished():
-                    chunk["choices"] = []
-                if is_finished(chunk) and _has_fabricated_end(response):
-                    break
-                tracker.observe(chunk["choices"])
-                yield chunk
-        except self._call_errors as error:
-            if not tracker.all_finished(captured.choices):
-                raise captured.error_from(error) from error
-        if not tracker.all_finished():
-            raise UpstreamError("the model's stream ended before its answer did")
-
     async def aclose(self) -> None:
-        await cancel_and_wait(self._reaper)
-        if self._litellm is not None and self._litellm.aclient_session is self._pool:
+        if self._litellm is not None and self._litellm.aclient_session is self._http:
             self._litellm.aclient_session = None
-            self._litellm.in_memory_llm_clients_cache.flush_cache()  # its clients use the pool
-        await self._pool.aclose()
+            self._litellm.in_memory_llm_clients_cache.flush_cache()  # its clients use ours
+        await self._http.aclose()
 
     @property
     def _call_errors(self) -> tuple[type[Exception], ...]:
@@ -260,23 +238,36 @@ class LiteLLMClient:
         self, record: ModelRecord, headers: Mapping[str, str] | None, captured: CapturedResponse
     ) -> tuple[LiteLLMTarget, dict[str, Any]]:
         """Return who serves the model, and the arguments of any call of it."""
-        params = self._provider_params(record)
-        captured.transport, captured.trust = self._pool._transport, self._trust(record, params.pop("ssl_verify", None))
-        target = self._target(record, params)
-        if target.api_key == PLACEHOLDER_KEY:
-            params["api_key"] = PLACEHOLDER_KEY
-        own_headers = {**(params.pop("extra_headers", None) or {}), **(headers or {})}
-        return target, {
-            **params,
+        model = self._models.get(record.name)
+        if model is None or model.record is not record:
+            model = self._models[record.name] = self._read_model(record)
+        captured.transport, captured.trust = self._transport, model.trust
+        captured.openai_format = model.target.openai_format
+        return model.target, {
+            **{name: _copied(value) for name, value in model.params.items()},
             "model": record.litellm_params["model"],
-            "extra_headers": own_headers or None,
+            "extra_headers": {**model.headers, **(headers or {})} or None,
             "timeout": self._max_timeout_s,
             "max_retries": 0,
             "no-log": True,
         }
 
+    def retain(self, models: Mapping[str, ModelRecord]) -> None:
+        """Forget what is known of models that are gone or changed."""
+        self._models = {name: model for name, model in self._models.items() if models.get(name) is model.record}
+
+    def _read_model(self, record: ModelRecord) -> LiteLLMModel:
+        """Find out what is the same for all calls of a model. Raises UpstreamError."""
+        params = self._provider_params(record)
+        trust = self._trust(record, params.pop("ssl_verify", None))
+        target = self._target(record, params)
+        if target.api_key == PLACEHOLDER_KEY:
+            params["api_key"] = PLACEHOLDER_KEY
+        headers = params.pop("extra_headers", None) or {}
+        return LiteLLMModel(record, target, params, headers, trust)
+
     def _provider_params(self, record: ModelRecord) -> dict[str, Any]:
-        """Return addresses, keys and the like, with os.environ/NAME resolved now, so that nothing else holds a key."""
+        """Return addresses, keys and the like, with os.environ/NAME resolved."""
         params = {name: value for name, value in record.litellm_params.items() if is_provider_param(name)}
         if "base_url" in params:
             params["api_base"] = params.pop("base_url")
@@ -329,7 +320,7 @@ class LiteLLMClient:
         return base
 
     def _client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
-        """Return a client of the class that this provider needs, over our pool.
+        """Return a client of the class that this provider needs, over our connections.
 
         For azure, litellm makes one over the pool itself.
         """
@@ -340,8 +331,11 @@ class LiteLLMClient:
         return self._handler
 
     def _needs_openai_sdk(self, target: LiteLLMTarget) -> bool:
-        compatible = target.name in self._litellm.openai_compatible_providers and target.name not in _OWN_HANDLER
-        return compatible or target.name in _OPENAI_SDK
+        from litellm.llms.openai_like.json_loader import JSONProviderRegistry
+
+        name = target.name
+        compatible = name in self._litellm.openai_compatible_providers and name not in _OWN_HANDLER
+        return compatible or name in _OPENAI_SDK or JSONProviderRegistry.exists(name)
 
     def _openai_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
         import openai
@@ -351,7 +345,7 @@ class LiteLLMClient:
         base, organization = target.api_base or "https://api.openai.com/v1", params.get("organization")
         cache_key = (base, key, str(organization))
         if cache_key not in self._openai_clients:
-            client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._pool, max_retries=0)
+            client = openai.AsyncOpenAI(api_key=key, base_url=base, http_client=self._http, max_retries=0)
             if organization or not at_openai:
                 # it reads OPENAI_ORG_ID and OPENAI_PROJECT_ID by itself, and would send them to any address
                 client.organization, client.project = organization, None
@@ -378,18 +372,69 @@ _EMBEDS_WITH_OPENAI_SDK = frozenset(
 )
 
 
-async def _finish_stream(chunks: Chunks, captured: CapturedResponse, secrets: Collection[str]) -> Chunks:
-    """Yield the chunks, then close the upstream's connection. Redact the provider's keys in an error."""
-    try:
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
+class TranslatedChunks:
+    """An iterator over blocks of chunks that litellm makes of another format. Close it, however it ended."""
+
+    def __init__(
+        self,
+        response: Any,
+        captured: CapturedResponse,
+        secrets: frozenset[str],
+        call_errors: tuple[type[Exception], ...],
+    ) -> None:
+        """
+        Args:
+            response: an iterator over litellm's own objects.
+            secrets: to be cut out of errors.
+            call_errors: what litellm raises.
+        """
+        self._response = response
+        self._captured = captured
+        self._secrets = secrets
+        self._call_errors = call_errors
+        self._chunks = self._convert()
+
+    def __aiter__(self) -> TranslatedChunks:
+        return self
+
+    async def __anext__(self) -> list[JSONPayload]:
+        """Raises UpstreamError if the stream breaks, or ends before its answer does."""
+        captured = self._captured
+        try:
+            with in_call(captured):
+                return [JSONPayload(await anext(self._chunks))]
+        except StopAsyncIteration:
+            captured.end()
+            if captured.error is not None:  # in some formats litellm takes a body that breaks off for its end
+                raise redact(self._secrets, captured.error) from captured.error.__cause__
+            raise
+        except UpstreamError as error:
+            captured.end()
+            raise redact(self._secrets, captured.error or error) from error.__cause__
+
+    async def aclose(self) -> None:
+        self._captured.end()
+        await self._chunks.aclose()
+
+    async def _convert(self) -> AsyncGenerator[dict[str, Any]]:
+        """Yield litellm's chunks as JSON. Its usage chunk has a choice; ours has none."""
+        response, captured = aiter(self._response), self._captured
+        tracker, first_id = FinishTracker(), None
+        try:
+            while (converted := await await_cancellable(anext(response, None))) is not None:
+                chunk = _to_json(converted)
+                first_id = chunk["id"] = first_id or chunk.get("id")  # litellm gives some formats an id per chunk
+                if chunk.get("usage") and tracker.all_finished():
+                    chunk["choices"] = []
+                if is_finished(chunk) and _has_fabricated_end(self._response):
+                    break
+                tracker.observe(chunk["choices"])
                 yield chunk
-        if captured.error is not None:  # in some formats litellm takes a body that breaks off for its end
-            raise captured.error
-    except UpstreamError as error:
-        raise redact(secrets, captured.error or error) from error.__cause__
-    finally:
-        await captured.aclose()
+        except self._call_errors as error:
+            if not tracker.all_finished(captured.choices):
+                raise captured.error_from(error) from error
+        if not tracker.all_finished():
+            raise UpstreamError("the model's stream ended before its answer did")
 
 
 def _has_fabricated_end(response: Any) -> bool:
@@ -429,6 +474,24 @@ class LiteLLMTarget:
     @property
     def openai_format(self) -> bool:
         return self.name in PASSTHROUGH or self.name == "azure"
+
+
+@dataclass(frozen=True)
+class LiteLLMModel:
+    """What is the same for all calls of a model."""
+
+    record: ModelRecord = field(repr=False)
+    target: LiteLLMTarget
+    params: Mapping[str, Any] = field(repr=False)
+    """Arguments of litellm."""
+    headers: Mapping[str, str] = field(repr=False)
+    trust: Trust | None
+    """Which certificates are trusted. None: the default."""
+
+
+def _copied(value: Any) -> Any:
+    """Copy what litellm might change in place."""
+    return copy.deepcopy(value) if isinstance(value, dict | list) else value
 
 
 def call_arguments(

@@ -7,24 +7,22 @@ import os
 import sys
 import warnings
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from http.cookiejar import CookieJar, DefaultCookiePolicy
-from time import monotonic
 from typing import Any
 
 import httpx
 
-from proxy.concurrency import connection_budget, iterate_uncancelled, run_uncancelled
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE
 from proxy.settings.outbound import AsyncTransport, Outbound, Trust, http_client
-from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, body_format
+from proxy.upstream.chunk_reader import MAX_TAIL_S, body_format
 from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.errors import error_from_exception, find_error, not_a_completion
-from proxy.upstream.payload import parse_exact
-from proxy.upstream.pool import KEEP_ALIVE_S, Decompressor, decompressor_for
+from proxy.upstream.httpx_transport import CALL, STREAM, ResponseStream
+from proxy.upstream.payload import parse
+from proxy.upstream.pool import DECOMPRESSED_PIECE_BYTES, Decompressor, UpstreamResponse, decompressor_for
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 _WARM_UP_RESPONSE = {
@@ -64,8 +62,10 @@ def _import_and_configure() -> Any:
     litellm.user_url_allowed_hosts = []
     for hooks in ("callbacks", "input_callback", "success_callback", "failure_callback", "service_callback"):
         setattr(litellm, hooks, [])
-    warnings.filterwarnings("ignore", message="Item .* on TypedDict", category=UserWarning)  # of its own models
-    warnings.filterwarnings("ignore", message="coroutine '.*acompletion' was never awaited", category=RuntimeWarning)
+    warnings.filterwarnings("ignore", message="Items? .* on TypedDict", category=UserWarning)  # of its own models
+    # a thread of its makes them, for a task that may be cancelled meanwhile
+    never_awaited = "coroutine '.*(completion|streaming).*' was never awaited"
+    warnings.filterwarnings("ignore", message=never_awaited, category=RuntimeWarning)
     for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # its error lines carry prompts
     _replace_http_clients()
@@ -82,6 +82,7 @@ def _replace_http_clients() -> None:
     from litellm.llms.openai.common_utils import BaseOpenAILLM
 
     AsyncHTTPHandler.create_client = _async_client
+    AsyncHTTPHandler.single_connection_post_request = _not_again
     HTTPHandler.create_client = _client
     BaseOpenAILLM._get_async_http_client = staticmethod(_async_client)
     BaseOpenAILLM._get_sync_http_client = staticmethod(_client)
@@ -91,8 +92,17 @@ def _async_client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: A
     return client_over(CallTransport(), timeout)
 
 
+async def _not_again(*_: Any, **__: Any) -> Any:
+    """Send no request a second time.
+
+    After a broken connection litellm's handler does, through a client of its own: billed twice, recorded once.
+    """
+    raise  # the exception that is being handled by the caller
+
+
 def _client(*_: Any, timeout: float | httpx.Timeout | None = None, **__: Any) -> httpx.Client:
-    return http_client(timeout=timeout)
+    headers = {"accept-encoding": "identity"}
+    return http_client(timeout=timeout, headers=headers, event_hooks={"response": [_bound_in_thread]})
 
 
 def disable_request_logging() -> None:
@@ -129,34 +139,13 @@ def _nowhere(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=_WARM_UP_RESPONSE)
 
 
-def http_handler(pool: httpx.AsyncClient) -> Any:
-    """Make litellm's own client class over our pool, for the providers that do not use OpenAI's SDK."""
+def http_handler(http: httpx.AsyncClient) -> Any:
+    """Make litellm's own client class over our connections, for the providers that do not use OpenAI's SDK."""
     from litellm.llms.custom_httpx.http_handler import AsyncHTTPHandler
 
-    class OnceHandler(AsyncHTTPHandler):  # type: ignore[misc]  # a base that mypy does not follow
-        """A handler that sends a request once.
-
-        After a broken connection litellm's sends it again through a client of its own: billed twice, recorded once.
-        """
-
-        async def single_connection_post_request(self, *_: Any, **__: Any) -> Any:
-            raise  # the exception that is being handled by the caller
-
-    handler = OnceHandler(event_hooks=HOOKS, follow_redirects=False)
-    handler.client = pool
+    handler = AsyncHTTPHandler(event_hooks=HOOKS, follow_redirects=False)
+    handler.client = http
     return handler
-
-
-# The extension of a request that holds its CapturedResponse.
-CAPTURED = "uniroute.exchange"
-
-# A decompressed body is passed on in pieces of this size.
-_PIECE_BYTES = 256 * 2**10
-
-# How long a finished call may take to close its connection itself, as nearly all do.
-GRACE_PERIOD_S = 1.0
-
-REAP_INTERVAL_S = 1.0
 
 
 class OversizedResponse(httpx.TransportError):
@@ -165,6 +154,13 @@ class OversizedResponse(httpx.TransportError):
 
 class UnusableResponse(httpx.TransportError):
     """A response with a success status is no JSON, or not what was asked for."""
+
+
+class ResponseTaken(BaseException):
+    """The response is in OpenAI's format, which needs no litellm any more: the call is over.
+
+    Like a cancellation it is no Exception, so that nothing on its way takes it for a failure.
+    """
 
 
 class CapturedResponse:
@@ -192,47 +188,49 @@ class CapturedResponse:
         self.model = model
         self.stream = stream
         self.choices = choices
-        # Whether a stream is in OpenAI's format.
+        # Whether the upstream answers in OpenAI's format.
         self.openai_format = False
         self.embeds = max_vector_values is not None
         self.bounds = ResponseBounds(memory or ResponseMemory(), max_vector_values or MAX_VALUES_AT_ONCE)
-        # A whole completion in OpenAI's format.
-        self.completion: dict[str, Any] | None = None
         # What was wrong with the response, whatever litellm made of that.
         self.error: UpstreamError | None = None
         # Which certificates are trusted; None: the default.
         self.trust: Trust | None = None
-        # The transport of our pool, for clients that litellm made itself.
+        # The transport of our client, for clients that litellm made itself.
         self.transport: httpx.AsyncBaseTransport | None = None
         self.response: httpx.Response | None = None
-        # Monotonic seconds at which the call ended.
-        self.ended_at: float | None = None
+        # All that hold a connection.
+        self.responses: set[ResponseStream] = set()
+        self._taken: UpstreamResponse | None = None
 
     def end(self) -> None:
-        """Note that the call has ended, whatever it still has open."""
-        if self.ended_at is None:
-            self.ended_at = monotonic()
+        """Close what the call still has open, and give its memory back. May be called again."""
+        for stream in tuple(self.responses):
+            stream.close()
+        if self._taken is not None:
+            self._taken.close()
         self.bounds.held.release()
 
-    async def aclose(self) -> None:
-        """End the call and close the upstream's connection, even if cancelled."""
-        self.end()
-        if self.response is not None and not self.response.is_closed:
-            await run_uncancelled(self.response.aclose())
+    def take(self, response: httpx.Response) -> None:
+        """Take a response in OpenAI's format out of litellm's hands. Raises ResponseTaken."""
+        stream: ResponseStream = response.extensions[STREAM]
+        self._taken = stream.take()
+        raise ResponseTaken
+
+    def hand_over(self) -> UpstreamResponse:
+        """Return the response that was taken, to a caller who closes it."""
+        taken, self._taken = self._taken, None
+        assert taken is not None
+        return taken
 
     @property
     def is_chat_format(self) -> bool:
         return self.response is not None and self.response.request.url.path.endswith("/chat/completions")
 
-    @property
-    def is_read_here(self) -> bool:
-        """Return whether we read and bound the response, and not litellm."""
-        return self.is_chat_format and (self.openai_format or not self.stream)
-
     def start(self, response: httpx.Response) -> None:
-        """Take this response in place of any before."""
+        """Note this response in place of any before."""
         self.response = response
-        self.completion = self.error = None
+        self.error = None
         self.bounds.restart()
 
     async def read(self, response: httpx.Response) -> None:
@@ -243,17 +241,17 @@ class CapturedResponse:
         if not self.is_chat_format:
             await response.aread()
             try:
-                body = parse_exact(response.content)[0]
+                body = parse(response.content)[0]
             except ValueError:
                 body = None
             if not isinstance(body, dict) or find_error(body) is not None:
                 raise UnusableResponse("success, and nothing that could be an answer")
             return
-        reader = CompletionReader(self.model, self.bounds, parse_exact, choices=self.choices, headers=response.headers)
+        reader = CompletionReader(self.model, self.bounds, choices=self.choices, headers=response.headers)
         response.stream = _CompletionStream(response.stream, reader, self)
         await response.aread()
         try:
-            self.completion = reader.completion().body
+            reader.completion()
         except UpstreamError as error:
             self.error = error
             raise UnusableResponse(error.message) from error
@@ -280,9 +278,9 @@ def capture(
     model: str = "the model",
     max_vector_values: int | None = None,
 ) -> Iterator[CapturedResponse]:
-    """Capture what the pool receives in this context, and connect within the timeout.
+    """Capture what our clients receive in this context, and connect within the timeout.
 
-    The call ends with the context, but a stream only when it is closed.
+    The call ends with the context, but a stream only by `CapturedResponse.end`.
     """
     captured = CapturedResponse(
         connect_timeout_s,
@@ -304,29 +302,42 @@ def capture(
         captured.end()
 
 
+@contextmanager
+def in_call(captured: CapturedResponse) -> Iterator[None]:
+    """Capture in this context what a call receives later: some streams send their request when they are first read."""
+    token = _current.set(captured)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 async def _set_connect_timeout(request: httpx.Request) -> None:
     """Set it where all providers' calls pass: litellm gives most of them one timeout for everything."""
     captured = _current.get()
     if captured is not None:
         timeouts = request.extensions.get("timeout") or {}
         request.extensions["timeout"] = {**timeouts, "connect": captured.connect_timeout_s}
-        request.extensions[CAPTURED] = captured
+        request.extensions[CALL] = captured
 
 
 async def _capture_response(response: httpx.Response) -> None:
     captured = _current.get()
     if captured is not None:
         captured.start(response)
-    # httpx would do the same, but for whole bodies, and by the header alone
-    response.stream = _Decompressed(response.stream, response.headers.pop("content-encoding", None))
     if response.is_error:
         response.stream = _ErrorPrefix(response.stream)
         return
+    if captured is None:
+        response.stream = _Bounded(response.stream, CapturedResponse(0.0))
+        return
+    if captured.openai_format and captured.is_chat_format and response.is_success:
+        captured.take(response)
+    is_read_here = captured.is_chat_format and not captured.stream and response.is_success
     # Amazon's frames state their own length.
-    framed = "amazon.eventstream" in response.headers.get("content-type", "")
-    if not framed and (captured is None or not captured.is_read_here):
-        response.stream = _Bounded(response.stream, captured or CapturedResponse(0.0))
-    if captured is not None and not captured.stream and response.is_success:
+    if not is_read_here and "amazon.eventstream" not in response.headers.get("content-type", ""):
+        response.stream = _Bounded(response.stream, captured)
+    if not captured.stream and response.is_success:
         await captured.read(response)
 
 
@@ -377,6 +388,36 @@ class _Bounded(_WrappedStream):
             yield piece
 
 
+def _bound_in_thread(response: httpx.Response) -> None:
+    """Bound what a blocking client reads, by which litellm calls some providers in threads."""
+    captured = _current.get() or CapturedResponse(0.0)
+    if response.headers.get("content-encoding", "identity").lower() != "identity":
+        message = f"{captured.model} sent a compressed answer, where a plain one was asked for"
+        captured.error = error = UpstreamError(message, status=502)
+        raise UnusableResponse(message) from error
+    response.stream = _BoundedInThread(response.stream, captured)
+
+
+class _BoundedInThread(httpx.SyncByteStream):
+    """A body that fails when it is larger than one may be. The memory for all together is of the event loop."""
+
+    def __init__(self, stream: Any, captured: CapturedResponse) -> None:
+        self._stream = stream
+        self._captured = captured
+
+    def __iter__(self) -> Iterator[bytes]:
+        bounds, size = self._captured.bounds, 0
+        for piece in self._stream:
+            size += len(piece)
+            if size > bounds.memory.max_response_bytes:
+                self._captured.error = error = bounds.too_large()
+                raise OversizedResponse(error.message) from error
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
+
+
 class _CompletionStream(_WrappedStream):
     """A body that a CompletionReader reads along. It ends when a stream of events in it has ended."""
 
@@ -399,7 +440,7 @@ class _CompletionStream(_WrappedStream):
                 raise
 
 
-async def _read_next(pieces: AsyncIterator[bytes], reader: ChunkReader | CompletionReader) -> bytes | None:
+async def _read_next(pieces: AsyncIterator[bytes], reader: CompletionReader) -> bytes | None:
     """Return the next piece, or None at the end. TimeoutError if nothing more comes soon after the finished answer."""
     if not reader.finished:
         return await anext(pieces, None)
@@ -430,119 +471,58 @@ class _Decompressed(_WrappedStream):
 def _decompress(decompressor: Decompressor, data: bytes) -> Iterator[bytes]:
     """Decompress in pieces, so that a small body that becomes a large one is never held whole."""
     plain = b""
-    while data or len(plain) == _PIECE_BYTES:
+    while data or len(plain) == DECOMPRESSED_PIECE_BYTES:
         try:
-            plain = decompressor.decompress(data, _PIECE_BYTES)
+            plain = decompressor.decompress(data, DECOMPRESSED_PIECE_BYTES)
         except zlib.error as error:
             raise UnusableResponse(f"the answer cannot be unpacked: {error}") from None
         data = decompressor.unconsumed_tail
         yield plain
 
 
-def open_pool(timeout_s: float, outbound: Outbound) -> httpx.AsyncClient:
-    max_open = connection_budget().upstreams
-    limits = httpx.Limits(
-        max_connections=max_open, max_keepalive_connections=min(200, max_open), keepalive_expiry=KEEP_ALIVE_S
-    )
-    return client_over(AsyncTransport(outbound, limits, _trust_of), timeout_s)
+class _NoCookies(httpx.Cookies):
+    """Keep none. httpx's own looks for them in every response, for a twentieth of the cost of a call."""
+
+    def extract_cookies(self, response: httpx.Response) -> None:
+        pass
+
+
+class _ClientWithoutCookies(httpx.AsyncClient):
+    _none_kept = _NoCookies()
+
+    @property
+    def cookies(self) -> httpx.Cookies:
+        return self._none_kept
+
+    @cookies.setter
+    def cookies(self, cookies: object) -> None:
+        """Keep none."""
 
 
 def client_over(transport: httpx.AsyncBaseTransport, timeout: float | httpx.Timeout | None) -> httpx.AsyncClient:
     """Make a client without redirects and cookies: only the administrator chooses an upstream's address."""
-    return httpx.AsyncClient(
+    return _ClientWithoutCookies(
         transport=transport,
         trust_env=False,
         follow_redirects=False,
         timeout=timeout,
         headers={"accept-encoding": "identity"},
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         event_hooks=dict(HOOKS),
     )
 
 
-def _trust_of(request: httpx.Request) -> Trust | None:
-    captured: CapturedResponse | None = request.extensions.get(CAPTURED)
-    return None if captured is None else captured.trust
-
-
 class CallTransport(httpx.AsyncBaseTransport):
-    """Send each request over the pool of the call that it belongs to. For clients that litellm makes and keeps."""
+    """Send each request over the transport of the call that it belongs to. For clients that litellm makes and keeps."""
 
     def __init__(self) -> None:
+        # Such a client may be of another event loop than ours.
         self._without_call = AsyncTransport(Outbound(os.environ))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        captured: CapturedResponse | None = request.extensions.get(CAPTURED)
-        transport = captured.transport if captured is not None else None
-        return await (transport or self._without_call).handle_async_request(request)
-
-
-async def read_chunks(
-    response: httpx.Response, memory: ResponseMemory | None = None, choices: int = 1
-) -> AsyncGenerator[dict[str, Any]]:
-    """Yield the chunks of a stream in OpenAI's format, unchanged.
-
-    Args:
-        memory: for what is held of the stream.
-        choices: how many were asked for (`n`).
-
-    Raises:
-        UpstreamError: it breaks or ends too early.
-    """
-    reader = ChunkReader(parse_exact, memory=memory, choices=choices, headers=response.headers)
-    pieces = iterate_uncancelled(response.aiter_bytes())
-    try:
-        while not reader.done:
-            piece = await _read_next(pieces, reader)
-            for chunk in reader.close() if piece is None else reader.feed(piece):
-                yield chunk.body
-    except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
-        if not reader.break_off():
-            raise UpstreamError(
-                f"the model's stream broke: {type(error).__name__}",
-                timed_out=isinstance(error, httpx.TimeoutException),
-                connection_lost=not reader.started
-                and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError),
-            ) from error
-    finally:
-        reader.release()
-        await run_uncancelled(response.aclose())
-    if (final_error := reader.final_error) is not None:
-        raise final_error
-
-
-async def reap_connections(
-    pool: httpx.AsyncClient, interval_s: float = REAP_INTERVAL_S, grace_period_s: float = GRACE_PERIOD_S
-) -> None:
-    """Close, for ever, what httpx leaves open.
-
-    httpx looks for idle connections, and for those that their upstream closed, only when a request comes. And if a task
-    is cancelled while it opens or closes a connection, httpcore forgets that connection open, and its slot in the pool.
-    """
-    transport: Any = pool._transport
-    while True:
-        await asyncio.sleep(interval_s)
-        for connection_pool in [each._pool for each in transport.open]:
-            _drop_ended_requests(connection_pool, monotonic() - grace_period_s)
-            for connection in _take_expired(connection_pool):
-                await connection.aclose()
-
-
-def _drop_ended_requests(connection_pool: Any, before: float) -> None:
-    """Take the connections from requests whose call had ended by then."""
-    for request in list(connection_pool._requests):
-        captured: CapturedResponse | None = request.request.extensions.get(CAPTURED)
-        if captured is not None and captured.ended_at is not None and captured.ended_at < before:
-            connection_pool._requests.remove(request)
-
-
-def _take_expired(connection_pool: Any) -> list[Any]:
-    """Take the connections to close out of the pool: idle for too long, or busy without a request that owns them."""
-    in_use = {id(request.connection) for request in connection_pool._requests}
-    kept, expired = list[Any](), list[Any]()
-    for connection in connection_pool.connections:
-        idle = connection.is_idle() or connection.is_closed()
-        gone = connection.has_expired() if idle else id(connection) not in in_use
-        (expired if gone else kept).append(connection)
-    connection_pool._connections = kept
-    return expired
+        captured: CapturedResponse | None = request.extensions.get(CALL)
+        if captured is not None and captured.transport is not None:
+            return await captured.transport.handle_async_request(request)
+        response = await self._without_call.handle_async_request(request)
+        # httpx would do the same, but for whole bodies, and by the header alone
+        response.stream = _Decompressed(response.stream, response.headers.pop("content-encoding", None))
+        return response

@@ -11,15 +11,15 @@ from proxy.upstream.chunk_reader import (
     NOT_JSON,
     REPORTED,
     ChunkReader,
-    JSONBody,
     event_too_large,
     is_stream_line,
     parse_error,
 )
 from proxy.upstream.errors import error_from_body, find_error, not_a_completion
 from proxy.upstream.native_chunks import messages_completion, new_chunks, reported_error, responses_completion
-from proxy.upstream.payload import JSONPayload, NativePayload, parse, parse_in_thread
-from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
+from proxy.upstream.native_events import events_of
+from proxy.upstream.payload import JSONPayload, NativePayload, parse, parse_in_thread, reparse
+from proxy.upstream.response_memory import JSONBody, ResponseBounds, ResponseMemory
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder, TypedData
 
 # Values of `status` of a response that is not complete, and will not be in this body.
@@ -28,19 +28,19 @@ _UNFINISHED = ("failed", "cancelled", "in_progress", "queued")
 # The member of a whole answer that holds what the model wrote.
 _CONTENT: Mapping[NativeAPI, str] = {"messages": "content", "responses": "output"}
 
-_OTHER_FORM = "the model answered with JSON where events were asked for"
-
 
 class NativeReader(ChunkReader):
     """Turn the bytes of a stream of another API into its events, each with a chunk that says the same.
 
-    The stream is over with the event that ends an answer in that API. Whatever comes after it is not read.
+    The stream is over with the event that ends an answer in that API. Whatever comes after it is not read. A whole
+    answer becomes the events of it.
     """
 
     def __init__(
         self, api: NativeAPI, *, memory: ResponseMemory | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(memory=memory, headers=headers)
+        self._api = api
         self._chunks = new_chunks(api, headers)
 
     def _new_decoder(self) -> SSEDecoder:
@@ -53,10 +53,16 @@ class NativeReader(ChunkReader):
     def break_off(self) -> bool:
         return self.finished
 
-    def _read_whole(self, completion: Any, data: bytes, body: JSONBody) -> list[JSONPayload]:  # noqa: ARG002
-        if isinstance(completion, dict) and find_error(completion) is None:
-            return self._fail(UpstreamError(_OTHER_FORM, status=502))
-        return self._fail(not_a_completion("the model", completion, self._headers))
+    def _read_whole(self, completion: Any, data: bytes, body: JSONBody) -> list[JSONPayload]:
+        try:
+            _completion(self._api, "the model", completion, self._headers)
+        except UpstreamError as error:
+            return self._fail(error)
+        self.started, self._json = True, None
+        return [
+            NativePayload(self._chunks.chunk(event), None, body.bounds.held, event, event["type"].encode())
+            for event in events_of(self._api, reparse(data, completion))
+        ]
 
     def _read_event(self, event: bytes, block: list[JSONPayload]) -> None:
         """Append an event to the block. Raises UpstreamError."""
@@ -91,37 +97,22 @@ def _type_of(value: Mapping[str, Any]) -> bytes:
     return stated.encode() if isinstance(stated, str) and stated.isascii() and stated.isprintable() else b""
 
 
-class NativeAnswerReader:
+class NativeAnswerReader(JSONBody):
     """Turn the bytes of a response into one whole answer of another API."""
-
-    done = False
-    finished = False
 
     def __init__(
         self, api: NativeAPI, model: str, bounds: ResponseBounds, headers: Mapping[str, str] | None = None
     ) -> None:
-        """`bounds`: of the body; the answer then holds its memory."""
+        super().__init__(bounds)
         self._api = api
         self._model = model
-        self._bounds = bounds
         self._headers = headers
-        self._pieces: list[bytes] = []
-
-    def feed(self, piece: bytes) -> None:
-        """Raises ResponseTooLarge, ResponseMemoryFull."""
-        self._bounds.add(piece)
-        self._pieces.append(piece)
-
-    def break_off(self) -> bool:
-        """Note that the connection broke, and return whether the answer was complete: that shows at its end alone."""
-        return False
 
     async def answer_in_thread(self) -> NativePayload:
         """Return the answer, once all of the body has come. Parse a large one in a thread. Raises UpstreamError."""
-        data = b"".join(self._pieces).removeprefix(codecs.BOM_UTF8)
-        self._pieces = []
+        data = self.take().removeprefix(codecs.BOM_UTF8)
         try:
-            if self._bounds.values > MAX_VALUES_AT_ONCE:
+            if self.bounds.values > MAX_VALUES_AT_ONCE:
                 value, raw = await parse_in_thread(data)
             else:
                 value, raw = parse(data, checked=len(data) > SMALL_BYTES)
@@ -129,16 +120,19 @@ class NativeAnswerReader:
             raise ResponseTooLarge(f"the model's answer {error}") from error
         except ValueError:
             raise not_a_completion(self._model, data, self._headers) from None
-        return NativePayload(self._completion(value), raw, self._bounds.held, value)
+        completion = _completion(self._api, self._model, value, self._headers)
+        return NativePayload(completion, raw, self.bounds.held, value)
 
-    def _completion(self, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise not_a_completion(self._model, value, self._headers)
-        if self._api == "responses" and value.get("status") in _UNFINISHED:
-            raise reported_error({"response": value}, self._headers)
-        if not isinstance(value.get(_CONTENT[self._api]), list) or _states_error(value):
-            raise not_a_completion(self._model, value, self._headers)
-        return messages_completion(value) if self._api == "messages" else responses_completion(value)
+
+def _completion(api: NativeAPI, model: str, value: Any, headers: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return a parsed body as a completion. Raises UpstreamError if it is no answer in this API, or an error."""
+    if not isinstance(value, dict):
+        raise not_a_completion(model, value, headers)
+    if api == "responses" and value.get("status") in _UNFINISHED:
+        raise reported_error({"response": value}, headers)
+    if not isinstance(value.get(_CONTENT[api]), list) or _states_error(value):
+        raise not_a_completion(model, value, headers)
+    return messages_completion(value) if api == "messages" else responses_completion(value)
 
 
 def _states_error(value: Mapping[str, Any]) -> bool:

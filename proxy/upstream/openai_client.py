@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
 from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
@@ -17,28 +15,20 @@ from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choic
 from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.endpoint import Endpoint, Endpoints, encode
-from proxy.upstream.errors import connection_lost, error_from_response, redact, redirect_refused, unreachable
+from proxy.upstream.errors import connection_lost, error_from_response, not_http, redact, redirect_refused, unreachable
 from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
 from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.pool import (
+    READ_ERRORS,
     ConnectionClosed,
     ConnectionPool,
-    HTTP11Connection,
-    IncompleteResponse,
-    Origin,
     ProxyError,
     RemoteProtocolError,
+    UpstreamResponse,
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
-
-# How long the end of a stream is waited for after its last event, to use the connection again.
-DRAIN_TIMEOUT_S = 1.0
-
-# How a connection may fail in the middle of a response.
-_READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
-
 
 BodyReader = CompletionReader | NativeAnswerReader | EmbeddingsReader
 
@@ -65,28 +55,6 @@ class UpstreamRequest:
         return requested_choices(self.body)
 
 
-class UpstreamResponse:
-    """A response on a connection, until the connection is given back."""
-
-    def __init__(self, pool: ConnectionPool, origin: Origin, connection: HTTP11Connection) -> None:
-        self._pool = pool
-        self._origin = origin
-        self._connection: HTTP11Connection | None = connection
-        self.read = connection.read
-        self.status = connection.status or 0
-        self.headers: Mapping[str, str] = connection.headers
-
-    @property
-    def ended(self) -> bool:
-        return self._connection is None or self._connection.ended
-
-    def close(self) -> None:
-        """Keep the connection if the response has ended, else close it. May be called again."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            self._pool.release(self._origin, connection)
-
-
 class OpenAIClient:
     """Call servers directly: in OpenAI's chat completions, or in another API that their clients speak too.
 
@@ -94,25 +62,26 @@ class OpenAIClient:
     """
 
     def __init__(
-        self, settings: Settings, environ: Mapping[str, str], outbound: Outbound, memory: ResponseMemory | None = None
+        self,
+        settings: Settings,
+        environ: Mapping[str, str],
+        outbound: Outbound,
+        pool: ConnectionPool,
+        memory: ResponseMemory,
     ) -> None:
-        self.memory = memory or ResponseMemory()
         self.endpoints = Endpoints(settings, environ, outbound)
+        self._memory = memory
         self._connect_timeout_s = settings.connect_timeout_s
-        self._pool = ConnectionPool(connection_budget().upstreams, outbound.context)
-        self._draining: set[asyncio.Task[None]] = set()
+        self._pool = pool
 
     async def complete(self, request: UpstreamRequest) -> JSONPayload:
         """Return the whole completion. Raises UpstreamError."""
         endpoint = self.endpoints.get(request.record, request.resolved)
         response = await self._post(endpoint, request, stream=False)
-        with ResponseBounds(self.memory) as bounds:
-            reader = CompletionReader(endpoint.name, bounds, choices=request.choices, headers=response.headers)
-            try:
-                await _read_body(response, endpoint, reader)
-                return await reader.completion_in_thread()
-            except UpstreamError as error:
-                raise redact(endpoint.secrets, error) from error.__cause__
+        try:
+            return await read_completion(response, endpoint.name, self._memory, request.choices)
+        except UpstreamError as error:
+            raise redact(endpoint.secrets, error) from error.__cause__
 
     async def stream(self, request: UpstreamRequest) -> UpstreamChunks:
         """Open a stream of chunks.
@@ -122,18 +91,18 @@ class OpenAIClient:
         """
         endpoint = self.endpoints.get(request.record, request.resolved)
         response = await self._post(endpoint, request, stream=True)
-        reader = ChunkReader(memory=self.memory, choices=request.choices, headers=response.headers)
-        return UpstreamChunks(self, response, reader, endpoint.secrets)
+        reader = ChunkReader(memory=self._memory, choices=request.choices, headers=response.headers)
+        return UpstreamChunks(response, reader, endpoint.secrets)
 
     async def complete_native(self, request: UpstreamRequest) -> NativePayload:
         """Return the whole answer of another API than chat completions. Raises UpstreamError."""
         assert request.api != "chat"
         endpoint = self.endpoints.get(request.record, request.resolved, request.api)
         response = await self._post(endpoint, request, stream=False)
-        with ResponseBounds(self.memory) as bounds:
+        with ResponseBounds(self._memory) as bounds:
             reader = NativeAnswerReader(request.api, endpoint.name, bounds, response.headers)
             try:
-                await _read_body(response, endpoint, reader)
+                await _read_body(response, endpoint.name, reader)
                 return await reader.answer_in_thread()
             except UpstreamError as error:
                 raise redact(endpoint.secrets, error) from error.__cause__
@@ -143,24 +112,20 @@ class OpenAIClient:
         assert request.api != "chat"
         endpoint = self.endpoints.get(request.record, request.resolved, request.api)
         response = await self._post(endpoint, request, stream=True)
-        reader = NativeReader(request.api, memory=self.memory, headers=response.headers)
-        return UpstreamChunks(self, response, reader, endpoint.secrets)
+        reader = NativeReader(request.api, memory=self._memory, headers=response.headers)
+        return UpstreamChunks(response, reader, endpoint.secrets)
 
     async def embed(self, request: UpstreamRequest, asked: EmbeddingsRequest) -> JSONPayload:
         """Return the embeddings of the request's body. Raises UpstreamError."""
         endpoint = self.endpoints.get(request.record, request.resolved, "embeddings")
         response = await self._post(endpoint, request, stream=False)
-        with ResponseBounds(self.memory, MAX_VECTOR_VALUES) as bounds:
+        with ResponseBounds(self._memory, MAX_VECTOR_VALUES) as bounds:
             reader = EmbeddingsReader(endpoint.name, bounds, response.headers)
             try:
-                await _read_body(response, endpoint, reader)
+                await _read_body(response, endpoint.name, reader)
                 return reader.embeddings(asked.encoding)
             except UpstreamError as error:
                 raise redact(endpoint.secrets, error) from error.__cause__
-
-    async def aclose(self) -> None:
-        await cancel_and_wait(*self._draining)
-        await self._pool.aclose()
 
     async def _post(self, endpoint: Endpoint, request: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
         """Send the request and return a successful response. Raises UpstreamError."""
@@ -170,7 +135,7 @@ class OpenAIClient:
             body = encode({**request.body, "model": endpoint.model, "stream": stream})
         try:
             response = await self._send(endpoint, request, body)
-        except (ProxyError, OutboundError, *_READ_ERRORS) as error:
+        except (ProxyError, OutboundError, *READ_ERRORS) as error:
             raise redact(endpoint.secrets, _error_from_exception(error, endpoint)) from error
         if response.status != 200:
             await self._raise_for_status(response, endpoint)
@@ -179,13 +144,14 @@ class OpenAIClient:
     async def _send(self, endpoint: Endpoint, request: UpstreamRequest, body: bytes) -> UpstreamResponse:
         origin = endpoint.head.origin
         connection = await self._pool.acquire(origin, request.connect_timeout_s or self._connect_timeout_s)
+        response = UpstreamResponse(self._pool, origin, connection)
         try:
             await connection.send(endpoint.render_head(request.headers), body)
-            await connection.wait_for_head()
+            await response.receive_head()
         except BaseException:
-            self._pool.discard(connection)
+            response.close()
             raise
-        return UpstreamResponse(self._pool, origin, connection)
+        return response
 
     async def _raise_for_status(self, response: UpstreamResponse, endpoint: Endpoint) -> None:
         """Raise UpstreamError for a status that is no success."""
@@ -194,28 +160,16 @@ class OpenAIClient:
         try:
             if response.status < 400:
                 raise redirect_refused(endpoint.name)
-            body = await _read_prefix(response, endpoint)
+            body = await _read_prefix(response, endpoint.name)
             raise redact(endpoint.secrets, error_from_response(response.status, body, response.headers, endpoint.name))
         finally:
             response.close()
-
-    def release(self, response: UpstreamResponse) -> None:
-        """Give back the connection of a stream that has sent its last event, once its end has come too."""
-        if response.ended:
-            response.close()
-            return
-        task = asyncio.create_task(_drain(response), name="uniroute-drain")
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
 
 
 class UpstreamChunks:
     """An iterator over blocks of chunks, each what one read returned. Close it, however it ended."""
 
-    def __init__(
-        self, client: OpenAIClient, response: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]
-    ) -> None:
-        self._client = client
+    def __init__(self, response: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]) -> None:
         self._response = response
         self._secrets = secrets
         self._reader = reader
@@ -240,7 +194,7 @@ class UpstreamChunks:
         """Return nothing at the end of the stream, and where it broke after the end of its answer."""
         try:
             return await _read_next(self._response, self._reader)
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             self._response.close()
             if self._reader.break_off():
                 return b""
@@ -255,20 +209,27 @@ class UpstreamChunks:
         self._closed = True
         self._reader.release()
         if self._reader.done and self._reader.error is None:
-            self._client.release(self._response)
+            self._response.finish()
         else:
             self._response.close()
 
 
-async def _drain(response: UpstreamResponse) -> None:
-    try:
-        async with asyncio.timeout(DRAIN_TIMEOUT_S):
-            while await response.read():
-                pass
-    except (TimeoutError, *_READ_ERRORS):
-        pass
-    finally:
-        response.close()
+async def read_completion(
+    response: UpstreamResponse, name: str, memory: ResponseMemory, choices: int = 1
+) -> JSONPayload:
+    """Read a whole completion in OpenAI's format.
+
+    Args:
+        name: of the model.
+        choices: how many were asked for (`n`).
+
+    Raises:
+        UpstreamError: there is none. The provider's keys may be in it: see `redact`.
+    """
+    with ResponseBounds(memory) as bounds:
+        reader = CompletionReader(name, bounds, choices=choices, headers=response.headers)
+        await _read_body(response, name, reader)
+        return await reader.completion_in_thread()
 
 
 async def _read_next(response: UpstreamResponse, reader: ChunkReader | BodyReader) -> bytes:
@@ -279,7 +240,7 @@ async def _read_next(response: UpstreamResponse, reader: ChunkReader | BodyReade
         return await response.read()
 
 
-async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: BodyReader) -> None:
+async def _read_body(response: UpstreamResponse, name: str, reader: BodyReader) -> None:
     """Read all of a body and close the response.
 
     Raises:
@@ -288,21 +249,21 @@ async def _read_body(response: UpstreamResponse, endpoint: Endpoint, reader: Bod
     try:
         while not reader.done and (piece := await _read_next(response, reader)):
             reader.feed(piece)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         if not reader.break_off():
-            raise UpstreamError(f"{endpoint.name} broke off its answer: {type(error).__name__}") from error
+            raise UpstreamError(f"{name} broke off its answer: {type(error).__name__}") from error
     finally:
         response.close()
 
 
-async def _read_prefix(response: UpstreamResponse, endpoint: Endpoint) -> bytes:
+async def _read_prefix(response: UpstreamResponse, name: str) -> bytes:
     """Read the body of an error, as much as is kept, or what came before it broke off."""
     body = b""
     try:
         while len(body) < MAX_ERROR_BYTES and (piece := await response.read()):
             body += piece
-    except _READ_ERRORS:
-        log.info("%s broke off the words of its error", endpoint.name)
+    except READ_ERRORS:
+        log.info("%s broke off the words of its error", name)
     return body[:MAX_ERROR_BYTES]
 
 
@@ -310,12 +271,8 @@ def _error_from_exception(error: Exception, endpoint: Endpoint) -> UpstreamError
     model, origin = endpoint.name, endpoint.head.origin
     if isinstance(error, TimeoutError):
         return UpstreamError(f"{model} did not answer in time", timed_out=True)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return UpstreamError(f"{model} cannot be reached: its certificate is not trusted (ssl_verify, SSL_CERT_FILE)")
-    if isinstance(error, ProxyError):
-        return UpstreamError(f"{model} cannot be reached: {error}")
-    if isinstance(error, RemoteProtocolError):  # it may have done the work already, so it is not asked again
-        return UpstreamError(f"{model} answered with something that is not HTTP")
+    if isinstance(error, RemoteProtocolError):
+        return not_http(model)
     if isinstance(error, ConnectionClosed):
         return connection_lost(model)
     return unreachable(error, model, f"{origin.host}:{origin.port}")

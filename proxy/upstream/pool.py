@@ -8,7 +8,7 @@ import select
 import ssl
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import aiohappyeyeballs
 import httptools
 
-from proxy.concurrency import FairQueue
+from proxy.concurrency import FairQueue, cancel_and_wait
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
 
 # How long a connection is kept after its last response.
@@ -44,6 +44,14 @@ class RemoteProtocolError(Exception):
 
 class ProxyError(Exception):
     """The HTTP proxy did not open a tunnel."""
+
+
+class PoolTimeout(TimeoutError):
+    """No slot became free in time."""
+
+
+# How a connection may fail in the middle of a response.
+READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
 
 
 @dataclass(frozen=True)
@@ -74,17 +82,25 @@ class ConnectionPool:
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         self._idle_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
+        self._draining: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def acquire(self, origin: Origin, timeout_s: float) -> HTTP11Connection:
+    async def acquire(
+        self, origin: Origin, timeout_s: float | None, *, wait_s: float | None = None
+    ) -> HTTP11Connection:
         """Return an idle connection, or open one. Give it back by `release` or `discard`.
 
+        Args:
+            timeout_s: to open it.
+            wait_s: for a free slot. None, for either: without limit.
+
         Raises:
+            PoolTimeout: no slot became free in time.
             TimeoutError: it could not be opened in time.
             OSError, ProxyError: it cannot be opened.
         """
         if not self._slots.acquire_nowait():
-            await self._slots.acquire()
+            await self._wait_for_slot(wait_s)
         if (idle := self._pop_idle(origin)) is not None:
             return idle
         try:
@@ -95,6 +111,13 @@ class ConnectionPool:
         except BaseException:
             self._slots.release()
             raise
+
+    async def _wait_for_slot(self, wait_s: float | None) -> None:
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise PoolTimeout(f"all {self._max_open} connections to models were in use for {wait_s:g} s") from None
 
     def _pop_idle(self, origin: Origin) -> HTTP11Connection | None:
         """Return the idle connection that was used last and can still be used; None: there is none."""
@@ -123,9 +146,19 @@ class ConnectionPool:
         connection.close()
         self._slots.release()
 
+    def drain(self, response: UpstreamResponse) -> None:
+        """Give back the connection of a response whose answer has ended, once the end of its body has come too."""
+        if response.ended:
+            response.close()
+            return
+        task = asyncio.create_task(_drain(response), name="uniroute-drain")
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
+
     async def aclose(self) -> None:
         """Close the idle connections. Those in use are closed when they are released."""
         self._closed = True
+        await cancel_and_wait(*self._draining)
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         for idle in self._idle.values():
@@ -205,6 +238,59 @@ class ConnectionPool:
         self._sweep_timer = loop.call_later(SWEEP_INTERVAL_S, self._sweep) if self._idle else None
 
 
+# How long the end of a body is waited for after its answer, to use the connection again.
+DRAIN_TIMEOUT_S = 1.0
+
+
+class UpstreamResponse:
+    """The response to a request on a connection of the pool, until the connection is given back."""
+
+    __slots__ = ("_connection", "_origin", "_pool", "headers", "read", "status")
+
+    def __init__(self, pool: ConnectionPool, origin: Origin, connection: HTTP11Connection) -> None:
+        """To be made before the request is sent."""
+        self._pool = pool
+        self._origin = origin
+        self._connection: HTTP11Connection | None = connection
+        self.read = connection.read
+        # Both are set by `receive_head`.
+        self.status = 0
+        self.headers: Mapping[str, str] = {}
+
+    async def receive_head(self, timeout_s: float | None = None) -> None:
+        """Wait for status and headers. Raises as `HTTP11Connection.wait_for_head`."""
+        connection = self._connection
+        if connection is None:
+            raise ConnectionClosed("the connection was closed")
+        await connection.wait_for_head(timeout_s)
+        self.status, self.headers = connection.status or 0, connection.headers
+
+    @property
+    def ended(self) -> bool:
+        return self._connection is None or self._connection.ended
+
+    def close(self) -> None:
+        """Keep the connection if the response has ended, else close it. May be called again."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            self._pool.release(self._origin, connection)
+
+    def finish(self) -> None:
+        """Give the connection back after the end of the answer, which may come before that of the body."""
+        self._pool.drain(self)
+
+
+async def _drain(response: UpstreamResponse) -> None:
+    try:
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            while await response.read():
+                pass
+    except READ_ERRORS:
+        pass
+    finally:
+        response.close()
+
+
 def port_of(parts: SplitResult) -> int:
     return parts.port or DEFAULT_PORTS[parts.scheme]
 
@@ -231,8 +317,8 @@ MAX_HEAD_BYTES = 256 * 2**10
 # How much of a body may wait for its reader, before reading from the upstream is paused.
 MAX_UNREAD_BYTES = 256 * 2**10
 
-# The same for an upstream that compresses its response, though it was asked not to.
-MAX_DECOMPRESSED_BYTES = 16 * 2**20
+# A compressed body is decompressed in pieces of this size, so that a small one that becomes a large one is never held.
+DECOMPRESSED_PIECE_BYTES = 256 * 2**10
 
 # A larger request body is written in pieces of this size, so that other tasks get a turn.
 WRITE_BYTES = 256 * 2**10
@@ -241,8 +327,8 @@ WRITE_BYTES = 256 * 2**10
 class HTTP11Connection(asyncio.Protocol):
     """One connection to an upstream, used by one request at a time.
 
-    For each request call `send`, `wait_for_head`, then `read` until it returns no bytes. Then send the next request, or
-    call `close`.
+    For each request call `send` or `send_stream`, `wait_for_head`, then `read` until it returns no bytes. Then send the
+    next request, or call `close`. A `timeout_s` is for each time that bytes are waited for, and raises TimeoutError.
     """
 
     def __init__(self, on_lost: Callable[[HTTP11Connection], None] = lambda _: None) -> None:
@@ -256,10 +342,14 @@ class HTTP11Connection(asyncio.Protocol):
         self._start_request()
         self._in_use = False
 
-    def _start_request(self) -> None:
+    def _start_request(self, *, expects_body: bool = True) -> None:
         self._in_use = True
+        self._expects_body = expects_body
         # None until the head of the response has arrived.
         self.status: int | None = None
+        # The words after the status.
+        self.reason = b""
+        self.raw_headers: list[tuple[bytes, bytes]] = []
         # Names in lower case; the last value of a repeated one.
         self.headers: dict[str, str] = {}
         # Whether all of the response has arrived. Some of it may still be unread.
@@ -270,11 +360,23 @@ class HTTP11Connection(asyncio.Protocol):
         self._unread = 0
         self._error: Exception | None = None
         self._decompressor: Decompressor | None = None
+        # What the decompressor has not taken yet.
+        self._compressed = b""
+        # Whether the decompressor may give more without taking more.
+        self._more_plain = False
+        # Compressed bytes since the last plain one.
+        self._bytes_since_plain = 0
         self._body_started = False
 
-    async def send(self, head: bytes, body: bytes | None) -> None:
-        """Send a request; the length of the body is added to `head`. Errors are raised by `wait_for_head`."""
-        self._start_request()
+    async def send(
+        self, head: bytes, body: bytes | None, timeout_s: float | None = None, *, expects_body: bool = True
+    ) -> None:
+        """Send a request; the length of the body is added to `head`. Errors are raised by `wait_for_head`.
+
+        Args:
+            expects_body: False for HEAD, to which no response has a body, whatever its head says.
+        """
+        self._start_request(expects_body=expects_body)
         if body is None:
             self._transport.write(head + b"\r\n")
             return
@@ -284,33 +386,62 @@ class HTTP11Connection(asyncio.Protocol):
             return
         self._transport.write(head)
         for start in range(0, len(body), WRITE_BYTES):
-            while self._writing_paused and not self._responded:
-                await self._wait()
-            if self._responded:  # the upstream has answered early, and will not read the rest
-                self._request_incomplete = True
+            if not await self._write(body[start : start + WRITE_BYTES], timeout_s):
                 return
-            self._transport.write(body[start : start + WRITE_BYTES])
             await asyncio.sleep(0)
 
-    async def wait_for_head(self) -> None:
+    async def send_stream(self, head: bytes, pieces: AsyncIterable[bytes], timeout_s: float | None = None) -> None:
+        """Send a request with a body of unknown length, piece by piece. Errors are raised by `wait_for_head`."""
+        self._start_request()
+        self._request_incomplete = True
+        self._transport.write(head + b"transfer-encoding: chunked\r\n\r\n")
+        async for piece in pieces:
+            for start in range(0, len(piece), WRITE_BYTES):
+                part = piece[start : start + WRITE_BYTES]
+                if not await self._write(b"%x\r\n%b\r\n" % (len(part), part), timeout_s):
+                    return
+        self._request_incomplete = not await self._write(b"0\r\n\r\n", timeout_s)
+
+    async def _write(self, data: bytes, timeout_s: float | None) -> bool:
+        """Write when the transport takes more. Return False if the upstream has answered: it will not read the rest."""
+        while self._writing_paused and not self._responded:
+            await self._wait(timeout_s)
+        if self._responded:
+            self._request_incomplete = True
+            return False
+        self._transport.write(data)
+        return True
+
+    async def wait_for_head(self, timeout_s: float | None = None) -> None:
         """Wait until `status` and `headers` are set. Raises ConnectionClosed or RemoteProtocolError."""
         while self.status is None:
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            await self._wait(timeout_s)
 
-    async def read(self) -> bytes:
+    async def read(self, timeout_s: float | None = None) -> bytes:
         """Return what has arrived of the body, at least one byte; no bytes at its end.
+
+        A body that starts compressed, though it was asked for plain, is returned plain.
 
         Raises:
             IncompleteResponse, RemoteProtocolError: the rest cannot be read.
         """
+        while True:
+            if self._compressed or self._more_plain:
+                data = self._compressed
+            elif not (data := await self._read_as_sent(timeout_s)) or self._decompressor is None:
+                return data
+            if plain := self._decompress(data):
+                return plain
+
+    async def _read_as_sent(self, timeout_s: float | None) -> bytes:
         while not self._pieces:
             if self.ended:
                 return b""
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            await self._wait(timeout_s)
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._unread = 0
@@ -353,13 +484,21 @@ class HTTP11Connection(asyncio.Protocol):
     def _responded(self) -> bool:
         return self._error is not None or self.status is not None
 
-    async def _wait(self) -> None:
-        """Wait until the transport or the parser has reported something."""
+    async def _wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the transport or the parser has reported something. Raises TimeoutError."""
         self._waiter = self._loop.create_future()
+        # `asyncio.timeout` takes several times as long
+        timer = None if timeout_s is None else self._loop.call_later(timeout_s, self._time_out, self._waiter)
         try:
             await self._waiter
         finally:
             self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
+    def _time_out(self, waiter: asyncio.Future[None]) -> None:
+        if not waiter.done():
+            waiter.set_exception(TimeoutError())
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -369,6 +508,10 @@ class HTTP11Connection(asyncio.Protocol):
         if self._error is None and not self.ended:
             self._error = error
         self._wake()
+
+    @property
+    def http_version(self) -> str:
+        return str(self._parser.get_http_version())
 
     # Called by the transport, as asyncio.Protocol.
 
@@ -397,7 +540,7 @@ class HTTP11Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True
         if self.status is None:
-            self._fail(ConnectionClosed("the connection was closed"))
+            self._fail(_caused(ConnectionClosed("the connection was closed"), error))
         elif not self.ended:
             self._end_of_data(error)
         self._on_lost(self)
@@ -405,7 +548,7 @@ class HTTP11Connection(asyncio.Protocol):
     def _end_of_data(self, error: Exception | None) -> None:
         """End a response that has no stated length, since the closed connection ends it; fail any other."""
         if error is not None or "content-length" in self.headers or "transfer-encoding" in self.headers:
-            self._fail(IncompleteResponse(str(error or "the connection was closed")))
+            self._fail(_caused(IncompleteResponse(str(error or "the connection was closed")), error))
         self.ended = self._error is None
         self._wake()
 
@@ -426,30 +569,35 @@ class HTTP11Connection(asyncio.Protocol):
         if self.ended:  # the next request must not get this response in place of its own
             raise RemoteProtocolError("a second answer came to one request")
 
+    def on_status(self, status: bytes) -> None:
+        self.reason += status
+
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.status is not None:
             return  # a trailer
         if len(value) > MAX_HEADER_VALUE_BYTES:
             raise RemoteProtocolError("a header of the answer is too long")
-        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip()
+        self.raw_headers.append((name, value.strip()))
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
         if status == 101:
             raise RemoteProtocolError("the upstream wants to speak another protocol")
-        if status < 200:
-            self.headers = {}  # an informational response, before the real one
+        if status < 200:  # an informational response, before the real one
+            self.reason, self.raw_headers = b"", []
             return
+        self.headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in self.raw_headers}
         self.status = status
+        if not self._expects_body or status in _STATUSES_WITHOUT_BODY:
+            # the parser waits for as much as the head states: `reusable` is False until it says that nothing comes
+            self.ended = True
 
     def on_body(self, body: bytes) -> None:
+        if self.ended:
+            raise RemoteProtocolError("a body came where there is none")
         if not self._body_started:
             self._body_started = True
             self._decompressor = decompressor_for(self.headers.get("content-encoding"), body)
-        if self._decompressor is not None:
-            body = self._decompress(self._decompressor, body)
-        if not body:
-            return
         self._pieces.append(body)
         self._bytes_since_body = 0
         self._unread += len(body)
@@ -461,18 +609,40 @@ class HTTP11Connection(asyncio.Protocol):
         if self.status is not None:
             self.ended, self._keep_alive = True, self._parser.should_keep_alive()
 
-    def _decompress(self, decompressor: Decompressor, body: bytes) -> bytes:
-        """Decompress a piece of the body. Raise RemoteProtocolError if that is too large or not compressed data."""
-        max_bytes = MAX_DECOMPRESSED_BYTES - self._unread
+    def _decompress(self, data: bytes) -> bytes:
+        """Return the next piece that `data` decompresses to, or nothing yet. Keep what it leaves for the next.
+
+        Raises:
+            RemoteProtocolError: it is no compressed data, or so much that it says nothing. The connection is closed.
+        """
+        assert self._decompressor is not None
+        problem = None
         try:
-            plain = decompressor.decompress(body, max_bytes + 1)
+            plain = self._decompressor.decompress(data, DECOMPRESSED_PIECE_BYTES)
         except zlib.error as error:
-            raise RemoteProtocolError(f"the answer cannot be unpacked: {error}") from None
-        if len(plain) > max_bytes:
-            raise RemoteProtocolError("the answer unpacks to more than can be held")
-        if decompressor.unused_data:
-            raise RemoteProtocolError("the answer goes on behind the end of what was packed")
+            plain, problem = b"", f"the answer cannot be unpacked: {error}"
+        rest = self._decompressor.unconsumed_tail
+        self._bytes_since_plain = 0 if plain else self._bytes_since_plain + len(data) - len(rest)
+        if self._decompressor.unused_data:
+            problem = "the answer goes on behind the end of what was packed"
+        elif self._bytes_since_plain > MAX_HEAD_BYTES:
+            problem = "the answer goes on without saying anything"
+        if problem is not None:
+            self._error, self._keep_alive = RemoteProtocolError(problem), False
+            self._compressed, self._more_plain = b"", False
+            self.close()
+            raise self._error
+        self._compressed, self._more_plain = rest, len(plain) == DECOMPRESSED_PIECE_BYTES
         return plain
+
+
+# Of responses that have no body, whatever their head says.
+_STATUSES_WITHOUT_BODY = frozenset({204, 304})
+
+
+def _caused(error: ConnectionError, cause: Exception | None) -> ConnectionError:
+    error.__cause__ = cause
+    return error
 
 
 class Decompressor(Protocol):

@@ -157,3 +157,33 @@ class ResponseBounds:
         for line in others:
             self.restart()
             self.add(line)
+
+
+class JSONBody:
+    """Collect a body that is one JSON text, all of which has to come before any of it is known."""
+
+    finished = done = False
+
+    def __init__(self, bounds: ResponseBounds) -> None:
+        """`bounds`: of the body; what is made of it then holds its memory."""
+        self.bounds = bounds
+        self.size = 0
+        self._pieces: list[bytes] = []
+
+    def feed(self, piece: bytes) -> None:
+        """Raises ResponseTooLarge, ResponseMemoryFull."""
+        self.bounds.add(piece)
+        self._pieces.append(piece)
+        self.size += len(piece)
+
+    def break_off(self) -> bool:
+        """Note that the connection broke, and return whether the answer was complete: that shows at its end alone."""
+        return False
+
+    def join(self) -> bytes:
+        return b"".join(self._pieces)
+
+    def take(self) -> bytes:
+        """Return all of it, and let go of the pieces."""
+        data, self._pieces = self.join(), []
+        return data

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from proxy.storage.usage import usage_of
 from proxy.upstream.payload import JSONPayload, replace_model, simple_text
 
 # Longer chunks are parsed.
@@ -105,7 +106,7 @@ def learn_frame(data: bytes, body: dict[str, Any]) -> TextFrame | None:
         body: what it was parsed to.
     """
     text = simple_text(body)
-    if not text or len(data) > MAX_FRAME_BYTES or body.get("usage") or body["choices"][0].get("finish_reason"):
+    if not text or len(data) > MAX_FRAME_BYTES or usage_of(body) or body["choices"][0].get("finish_reason"):
         return None
     place = _find(data, "content", text)
     if place is None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -44,8 +45,10 @@ async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translat
         began = asyncio.Event()
 
         async def read() -> None:
-            async for _ in await translate.stream(record_of(model, server), ASK):
-                began.set()
+            stream: Any = await translate.stream(record_of(model, server), ASK)
+            async with aclosing(stream):
+                async for _ in stream:
+                    began.set()
 
         task = asyncio.create_task(read())
         await began.wait()

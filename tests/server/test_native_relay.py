@@ -114,6 +114,20 @@ def test_the_answer_says_how_it_came_about_where_its_request_asks_for_it(
 
 
 @EVERY_API
+def test_a_whole_answer_in_place_of_a_stream_reaches_the_client_as_events(
+    http: httpx.Client, setting: Setting, api: Any
+) -> None:
+    setting.native.then(Step(body=ANSWERS[api]), Step(body=ANSWERS[api]))
+    whole = ask(http, api, body_of(api))
+    reply = ask(http, api, body_of(api, stream=True))
+
+    assert (reply.text, reply.model, reply.complete) == (whole.text, "native", True)
+    assert reply.prompt_tokens == whole.prompt_tokens
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert setting.other.history == []
+
+
+@EVERY_API
 def test_another_model_is_asked_in_chat_where_the_native_one_fails(
     http: httpx.Client, setting: Setting, api: str
 ) -> None:

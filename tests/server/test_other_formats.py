@@ -13,7 +13,7 @@ from proxy.routing.affinity import TurnFingerprints, inspect_history, latest_use
 from proxy.settings.model_config import ModelInfo
 from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
-from tests.support.litellm_calls import open_litellm_client
+from tests.support.litellm_calls import open_litellm_client, translated, translated_chunks
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
 
@@ -73,8 +73,8 @@ def claude(server: ScriptedUpstream, **params: Any) -> ModelRecord:
 
 async def test_an_answer_is_translated(upstream: LiteLLMClient, server: ScriptedUpstream) -> None:
     server.then(Step(body=MESSAGE))
-    answer = await upstream.complete(
-        claude(server, system="Be brief."), {"messages": ASK, "metadata": {"team": "blue"}}
+    answer = await translated(
+        upstream, claude(server, system="Be brief."), {"messages": ASK, "metadata": {"team": "blue"}}
     )
 
     assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
@@ -88,7 +88,7 @@ async def test_a_stream_is_translated_and_usage_comes_without_choices(
     upstream: LiteLLMClient, server: ScriptedUpstream
 ) -> None:
     server.then(Step(events=[*BEGIN, *END], done=False))
-    chunks = [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
+    chunks = await translated_chunks(upstream, claude(server), {"messages": ASK})
 
     assert chunks[0]["choices"][0]["delta"]["content"] == "Hello"
     assert (chunks[-1]["choices"], chunks[-1]["usage"]["completion_tokens"]) == ([], 2)
@@ -102,7 +102,7 @@ async def test_a_truncated_stream_is_not_taken_for_a_whole_one(
 ) -> None:
     server.then(step)
     with pytest.raises(UpstreamError, match="ended before"):
-        [chunk async for chunk in await upstream.stream(claude(server), {"messages": ASK})]
+        await translated_chunks(upstream, claude(server), {"messages": ASK})
 
 
 THOUGHT = "It is polite to greet whoever greets. " * 10
@@ -132,10 +132,10 @@ async def test_thinking_and_tool_calls_get_the_fingerprints_of_what_a_client_sen
     server.then(Step(events=THINKING, done=False), Step(body={**MESSAGE, "content": [thinking, call]}))
     body = {"messages": ASK, "max_tokens": 2000}
     streamed, whole = TurnFingerprints(), TurnFingerprints()
-    async for chunk in await upstream.stream(claude(server), body):
+    for chunk in await translated_chunks(upstream, claude(server), body):
         for choice in chunk["choices"]:
             streamed.add(choice["delta"])
-    whole.add((await upstream.complete(claude(server), body))["choices"][0]["message"])
+    whole.add((await translated(upstream, claude(server), body))["choices"][0]["message"])
 
     question = latest_user_text(ASK)
     function = {"name": "greet", "arguments": "{}"}
@@ -197,8 +197,8 @@ async def test_local_servers_get_the_body_verbatim(
         "m", {"model": f"{provider}/m", "api_base": server.url, "api_key": "k"}, ModelInfo(), "admin", 0.0
     )
     body: Any = {"messages": [{"role": "user", "content": [{"type": "new_part"}]}], "weird": 1, "metadata": {"a": "b"}}
-    answer = await upstream.complete(record, body)
-    chunks = [chunk async for chunk in await upstream.stream(record, body)]
+    answer = await translated(upstream, record, body)
+    chunks = await translated_chunks(upstream, record, body)
 
     assert {**server.history[0].body, "stream": False} == {**body, "model": "m", "stream": False}
     assert answer["system_fingerprint"] == chunks[0]["system_fingerprint"] == "fp_scripted"

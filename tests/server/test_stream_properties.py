@@ -2,16 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
-from proxy.upstream.litellm_transport import read_chunks
+from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.openai_client import UpstreamChunks
 from proxy.upstream.sse import SSEDecoder, encode_json, format_event
+from tests.support.connection_pool import ReadInPieces
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 TEXTS = st.text(st.sampled_from('a字é😀\u2028\u2029\x85\x0b\x0c\ufeff:\\" \t\u0301'), max_size=12)
@@ -80,24 +81,15 @@ def test_what_is_written_is_what_is_read(payload: dict[str, Any], data: st.DataO
     assert json.loads(encode_json(payload)) == payload
 
 
-class Pieces(httpx.AsyncByteStream):
-    def __init__(self, parts: Sequence[bytes]) -> None:
-        self._parts = parts
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for part in self._parts:
-            yield part
-
-
 def relayed(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
     """Return the chunks of a response that comes in these parts, and the failure that it ends in."""
 
     async def read() -> tuple[list[Any], str | None]:
-        response = httpx.Response(200, stream=Pieces(parts), request=httpx.Request("POST", "http://x"))
+        response: Any = ReadInPieces(parts)
         chunks: list[Any] = []
         try:
-            async for chunk in read_chunks(response):
-                chunks.append(chunk)
+            async for block in UpstreamChunks(response, ChunkReader(), ()):
+                chunks += [chunk.body for chunk in block]
         except UpstreamError as failure:
             return chunks, failure.message
         return chunks, None

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from proxy.upstream.pool import ConnectionPool, Origin
@@ -28,6 +28,21 @@ async def send_request(connections: ConnectionPool, origin: Origin, body: bytes 
             return connection.status, found
         finally:
             connections.release(origin, connection)
+
+
+class ReadInPieces:
+    """Return a body piece by piece, as an UpstreamResponse does."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self._left = [piece for piece in pieces if piece]
+
+    async def read(self) -> bytes:
+        return self._left.pop(0) if self._left else b""
+
+    def close(self) -> None:
+        self._left = []
+
+    finish = close
 
 
 async def all_slots_are_free(connections: ConnectionPool, origin: Origin) -> None:

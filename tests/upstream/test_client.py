@@ -14,7 +14,7 @@ from proxy.upstream.litellm_client import LiteLLMClient, LiteLLMTarget
 from proxy.upstream.litellm_resolver import resolve_with_litellm
 from proxy.upstream.litellm_transport import import_litellm
 from proxy.upstream.provider_resolution import cache_query, resolve_static
-from tests.support.litellm_calls import open_litellm_client
+from tests.support.litellm_calls import open_litellm_client, translated, translated_chunks
 from tests.support.makers import a_record
 from tests.support.scripted_answers import CLAUDE, Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -76,7 +76,7 @@ async def test_openai_compatible_providers_are_reached(upstream: LiteLLMClient, 
     with ScriptedUpstream() as server:
         server.then(Step(extra={"service_tier": "default"}))
         record = a_record(model=f"{name}/x", api_base=server.url, api_key="key-of-this-one")
-        answer = await upstream.complete(record, BODY)
+        answer = await translated(upstream, record, BODY)
 
         assert answer["choices"][0]["message"]["content"]
         assert server.last.headers["authorization"] == "Bearer key-of-this-one"
@@ -117,7 +117,7 @@ async def test_a_model_of_no_known_provider_is_not_the_callers_fault(upstream: L
 async def test_broken_stream_options_of_a_model_do_not_break_its_streams(upstream: LiteLLMClient) -> None:
     with ScriptedUpstream() as server:
         record = a_record(model="openai/x", api_base=server.url, stream_options=5)
-        chunks = [chunk async for chunk in await upstream.stream(record, {**BODY, "stream": True})]
+        chunks = await translated_chunks(upstream, record, BODY)
 
     assert chunks[-1]["usage"]
 

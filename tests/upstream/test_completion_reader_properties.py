@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
 from proxy.upstream.chunk_reader import ChunkReader
-from proxy.upstream.litellm_transport import read_chunks
+from proxy.upstream.openai_client import UpstreamChunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
+from tests.support.connection_pool import ReadInPieces
 
 CONTENT_CHUNK: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -193,16 +193,14 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def translated(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
-    async def body() -> AsyncIterator[bytes]:
-        for part in parts:
-            yield part
+def streamed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
+    response: Any = ReadInPieces(parts)
 
     async def read() -> tuple[list[Any], tuple[Any, ...] | None]:
         found: list[Any] = []
         try:
-            async for chunk in read_chunks(httpx.Response(200, content=body())):
-                found.append(chunk)
+            async for block in UpstreamChunks(response, ChunkReader(), ()):
+                found += [chunk.body for chunk in block]
         except UpstreamError as failure:
             return found, fields_of(failure)
         return found, None
@@ -239,5 +237,5 @@ def test_a_stream_is_read_as_the_reference_reads_it(raw: bytes, data: st.DataObj
     chunks, failure = spelled_out(raw)
 
     assert relayed(parts) == (nan_as_null(chunks), failure)
-    found, fault = translated(parts)
+    found, fault = streamed(parts)
     assert (nan_as_null(found), fault) == (nan_as_null(chunks), failure)

@@ -1,83 +1,203 @@
+"""Calls of litellm over our connections, from the client's side and from the upstream's."""
+
 from __future__ import annotations
 
 import asyncio
+import gzip
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from proxy.concurrency import cancel_and_wait
-from proxy.settings.outbound import AsyncTransport, Outbound
-from proxy.upstream.litellm_transport import capture, client_over, open_pool, read_chunks, reap_connections
+from proxy.errors import UpstreamError
+from proxy.settings.litellm_params import PASSTHROUGH
+from proxy.settings.schema import Settings
+from proxy.storage.records import ModelRecord
+from proxy.upstream.client import UpstreamClient
+from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.direct_calls import BODY, KEY, WHOLE, completion_of, model_in_mode, stream_of
+from tests.support.litellm_calls import open_litellm_client
+from tests.support.makers import a_record
 from tests.support.raw_upstream import CHUNK, DONE, END, RawUpstream, Reply, chunked, plain
+from tests.support.scripted_answers import Step
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.tls import served_by
 from tests.support.waiting import until
 
 # Of the event loop, in which a call is surely through.
-MAX_STEPS = 200
+MAX_STEPS = 60
+GEMINI, CLAUDE, GPT = "gemini/gemini-2.5-pro", "anthropic/claude-sonnet-4-5", "openai/gpt-5"
+# One or more of each way in which litellm comes by a client.
+PROVIDERS = (
+    *("openai/x", "hosted_vllm/x", "azure/x", "groq/x", "mistral/x", "deepseek/x", "openrouter/x", "scaleway/x"),
+    *(GEMINI, CLAUDE, "anthropic_text/x", "bedrock/anthropic.claude-v2", "bedrock/converse/anthropic.claude-v2"),
+    *("cohere_chat/x", "ollama/x", "cloudflare/x", "text-completion-codestral/x"),
+)
+MORE: dict[str, dict[str, Any]] = {
+    "azure": {"api_version": "2024-10-21"},
+    "bedrock": {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region_name": "us-east-1"},
+}
+# Of litellm's own models, and of its coroutines whose task is cancelled before they begin.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Items? .* on TypedDict:UserWarning"),
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+]
 
 
-@asynccontextmanager
-async def tidied(pool: httpx.AsyncClient) -> AsyncIterator[httpx.AsyncClient]:
-    closing = asyncio.create_task(reap_connections(pool, interval_s=0.02, grace_period_s=0.1))
-    async with pool:
-        yield pool
-        await cancel_and_wait(closing)
+@pytest.fixture
+async def litellm() -> AsyncIterator[LiteLLMClient]:
+    async with open_litellm_client() as opened:
+        yield opened
 
 
-async def streamed(pool: httpx.AsyncClient, url: str) -> None:
-    with capture(5, stream=True) as captured:
-        request = pool.build_request("POST", url, content=b"{}")
-        response = await pool.send(request, stream=True)
-    try:
-        async with aclosing(read_chunks(response)) as chunks:
-            async for _ in chunks:
-                pass
-    finally:
-        await captured.aclose()
+def a_translated_model(model: str, url: str) -> ModelRecord:
+    base = url.removesuffix("/v1") if model in (CLAUDE,) else url
+    return a_record(model=model, api_base=base, api_key="sk-x", **MORE.get(model.partition("/")[0], {}))
 
 
-async def whole(pool: httpx.AsyncClient, url: str) -> None:
-    with capture(5):
-        await pool.post(url + "/chat/completions", content=b"{}")
+async def ask(client: LiteLLMClient, record: ModelRecord, *, stream: bool) -> list[Any]:
+    if not stream:
+        return [await client.complete(record, BODY)]
+    async with aclosing(await client.stream(record, BODY)) as blocks:  # type: ignore[type-var]
+        return [chunk async for block in blocks for chunk in block]
 
 
-async def test_an_idle_connection_is_closed_in_time_without_a_further_request() -> None:
-    limits = httpx.Limits(keepalive_expiry=1.0)
-    async with RawUpstream(plain()) as server, tidied(client_over(AsyncTransport(Outbound({}), limits), 5)) as pool:
-        for _ in range(2):
-            await pool.get(server.url, headers={"content-length": "0"})
-        assert (server.connections, server.open) == (1, 1)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", PROVIDERS)
+async def test_every_provider_is_called_over_our_connections(model: str, *, stream: bool) -> None:
+    """Nothing else knows this proxy."""
+    with ScriptedUpstream() as proxy:
+        proxy.always = Step(status=429, body={"error": {"message": "slow down"}}, headers={"retry-after": "7"})
+        async with open_litellm_client({"HTTP_PROXY": f"127.0.0.1:{proxy.port}"}) as client:
+            with pytest.raises(UpstreamError) as caught:
+                await ask(client, a_translated_model(model, "http://far.invalid/v1"), stream=stream)
 
+        assert len(proxy.history) == 1
+        assert proxy.last.path.startswith("http://far.invalid/")
+        assert (caught.value.status, caught.value.headers["retry-after"]) == (429, "7")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [GPT, CLAUDE, GEMINI, "text-completion-codestral/x"])
+async def test_a_request_whose_connection_dies_is_sent_once(
+    litellm: LiteLLMClient, model: str, *, stream: bool
+) -> None:
+    with ScriptedUpstream() as server:
+        server.always = Step(drop=True)
+        with pytest.raises(UpstreamError) as caught:
+            await ask(litellm, a_translated_model(model, server.url), stream=stream)
+
+        assert (len(server.history), caught.value.connection_lost) == (1, True)
+
+
+@pytest.mark.parametrize("coding", [b"", b"content-encoding: gzip\r\n"], ids=["plain", "gzip"])
+async def test_an_answer_that_litellm_reads_in_a_thread_is_bounded_too(coding: bytes) -> None:
+    body = gzip.compress(b" " * 5_000_000, mtime=0) if coding else b" " * 5_000_000
+    async with (
+        open_litellm_client(settings=Settings(max_answer_bytes=2_000_000)) as client,
+        RawUpstream(plain(body, coding)) as server,
+    ):
+        with pytest.raises(UpstreamError, match="compressed" if coding else "larger than 2000000 bytes"):
+            await ask(client, a_translated_model("oobabooga/x", server.url), stream=False)
+
+
+@pytest.mark.parametrize("provider", sorted(PASSTHROUGH - {"openai_like"}))
+async def test_what_speaks_openais_format_is_read_byte_for_byte(litellm: LiteLLMClient, provider: str) -> None:
+    record = a_record(model=f"{provider}/x", api_key="sk-x")
+    odd = b'{"choices":[{"index":0,"message":{"content":"hi"}}],"big":12345678901234567890123,"model":"theirs"}'
+    async with RawUpstream(plain(odd), Reply(chunked(CHUNK.replace(b"theirs", b"theirs "), END, DONE))) as server:
+        record = replace(record, litellm_params={**record.litellm_params, "api_base": server.url})
+        (answer,) = await ask(litellm, record, stream=False)
+        chunks = await ask(litellm, record, stream=True)
+
+        assert answer.with_model("ours") == odd.replace(b"theirs", b"ours")
+        assert chunks[0].with_model("ours") == CHUNK[6:].strip().replace(b"theirs", b"ours")
+        assert server.connections == 1
+
+
+async def test_direct_and_translated_calls_share_their_connections() -> None:
+    upstream = UpstreamClient(Settings(), {"MODEL_API_KEY": KEY})
+    async with RawUpstream(plain()) as server:
+        for mode in ("relay", "translate", "relay"):
+            await completion_of(upstream, model_in_mode(server, mode))
+
+        assert (server.connections, len(server.bodies)) == (1, 3)
+        await upstream.aclose()
         await until(lambda: server.open == 0)
-        await pool.get(server.url, headers={"content-length": "0"})
-        assert server.connections == 2
 
 
-@pytest.mark.parametrize(("call", "reply"), [(whole, plain()), (streamed, Reply(chunked(CHUNK, END, DONE), "close"))])
-async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(call: Any, reply: Reply) -> None:
-    async with RawUpstream(reply) as server, tidied(open_pool(5, Outbound({}))) as pool:
+@pytest.mark.parametrize("mode", ["relay", "translate"])
+async def test_the_connection_of_a_stream_is_used_again_though_its_end_comes_late(
+    upstream: UpstreamClient, mode: str
+) -> None:
+    late = chunked(CHUNK, END, DONE, b": the last", end=b"0\r\n\r\n")
+    async with RawUpstream(Reply(late)) as server:
+        for _ in range(3):
+            assert len(await stream_of(upstream, model_in_mode(server, mode))) == 2
+            await until(lambda: not upstream._pool._draining)
+
+        assert server.connections == 1
+
+
+async def test_cookies_of_an_upstream_are_not_sent_back(upstream: UpstreamClient) -> None:
+    async with RawUpstream(plain(head=b"set-cookie: a=b; path=/\r\n")) as server:
+        for _ in range(2):
+            await completion_of(upstream, model_in_mode(server, "translate"))
+
+        assert not any(b"\r\ncookie:" in head.lower() for head in server.heads)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", [GPT, CLAUDE])
+async def test_a_call_cancelled_at_any_moment_leaves_no_connection_open(
+    litellm: LiteLLMClient, model: str, *, stream: bool
+) -> None:
+    reply = Reply(chunked(CHUNK, end=b""), "hang")
+    async with RawUpstream(reply) as server:
+        record = a_translated_model(model, server.url)
         for steps in range(MAX_STEPS):
-            calling = asyncio.create_task(call(pool, server.url))
+            asking = asyncio.create_task(ask(litellm, record, stream=stream))
             for _ in range(steps):
                 await asyncio.sleep(0)
-            calling.cancel()
-            await asyncio.wait({calling})
-        await until(lambda: in_use(pool) == [])
+            asking.cancel()
+            await asyncio.wait({asking})
+        await until(lambda: server.open == 0)
 
 
-async def test_a_slow_call_keeps_its_connection() -> None:
-    async with RawUpstream(Reply(chunked(CHUNK)[:-1], "hang")) as server, tidied(open_pool(5, Outbound({}))) as pool:
-        calling = asyncio.create_task(streamed(pool, server.url))
-        await asyncio.wait({calling}, timeout=0.4)
-
-        assert not calling.done()
-        assert server.open == 1
-        await cancel_and_wait(calling)
+@pytest.mark.parametrize("model", [GPT, CLAUDE, GEMINI])
+async def test_a_stream_that_nobody_began_to_read_is_closed(litellm: LiteLLMClient, model: str) -> None:
+    async with RawUpstream(Reply(chunked(CHUNK, end=b""), "hang")) as server:
+        stream: Any = await litellm.stream(a_translated_model(model, server.url), BODY)
+        await stream.aclose()
+        await until(lambda: server.open == 0)
 
 
-def in_use(pool: Any) -> list[Any]:
-    (transport,) = pool._transport.open
-    layer = transport._pool
-    return [*layer._requests, *(each for each in layer.connections if not each.is_idle() and not each.is_closed())]
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cancellation_that_litellm_takes_for_a_failure_is_one(litellm: LiteLLMClient, *, stream: bool) -> None:
+    """Its client of Azure turns it into an error."""
+    async with RawUpstream(Reply((), "hang")) as server:
+        asking = asyncio.create_task(ask(litellm, a_translated_model("azure/x", server.url), stream=stream))
+        await until(lambda: len(server.bodies) == 1)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        await until(lambda: server.open == 0)
+
+
+@pytest.mark.parametrize("model", [GPT, CLAUDE, GEMINI])
+async def test_ssl_verify_of_a_model_counts_for_its_streams_too(
+    litellm: LiteLLMClient, certificate: Path, model: str
+) -> None:
+    async with RawUpstream(WHOLE, tls=served_by(certificate)) as server:
+        record = a_translated_model(model, server.url)
+        with pytest.raises(UpstreamError, match="certificate is not trusted"):
+            await ask(litellm, record, stream=True)
+        assert server.bodies == []
+
+        trusting = replace(record, litellm_params={**record.litellm_params, "ssl_verify": str(certificate)})
+        with suppress(UpstreamError):  # the answer is not in every format
+            await ask(litellm, trusting, stream=True)
+        assert len(server.bodies) == 1

@@ -128,6 +128,23 @@ def without_model(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.parametrize("api", ["messages", "responses"])
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8), st.lists(VALUES, max_size=4))
+def test_an_odd_answer_in_place_of_events_becomes_events_or_an_error(
+    api: NativeAPI, members: dict[str, Any], content: list[Any]
+) -> None:
+    answer = {**members, ("content" if api == "messages" else "output"): content}
+    reader = NativeReader(api)
+    block = [*reader.feed(json.dumps(answer).encode()), *reader.close()]
+
+    assert reader.done
+    assert (reader.final_error is None) == bool(block)
+    for payload in block:
+        inspect(payload.body)
+        assert payload.with_model("ours").startswith(b"event: ")
+
+
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8))
 def test_odd_answers_become_completions(answer: dict[str, Any]) -> None:

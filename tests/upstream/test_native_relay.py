@@ -319,7 +319,7 @@ async def test_the_connection_is_used_again_though_reading_ends_with_the_answer(
     async with RawUpstream(Reply(late)) as server:
         for _ in range(3):
             assert relayed(await read(upstream, native_model(server), api)) == renamed(api, STREAMS[api])
-            await until(lambda: not upstream._openai._draining)
+            await until(lambda: not upstream._pool._draining)
 
     assert (server.connections, len(server.bodies)) == (1, 3)
 
@@ -455,13 +455,168 @@ async def test_what_is_no_event_is_an_error_after_those_before(
 
 
 @pytest.mark.parametrize("api", APIS)
-async def test_an_answer_in_the_other_form_is_an_error(upstream: UpstreamClient, api: NativeAPI) -> None:
-    failure, _ = await failure_of(upstream, plain(json.dumps(ANSWERS[api]).encode()), api)
+async def test_events_where_a_whole_answer_was_asked_for_are_an_error(upstream: UpstreamClient, api: NativeAPI) -> None:
     async with RawUpstream(Reply(chunked(*STREAMS[api]))) as server:
         with pytest.raises(UpstreamError) as caught:
             await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
 
-    assert (failure.status, failure.retryable, caught.value.status) == (502, True, 502)
+    assert caught.value.status == 502
+
+
+CITED: dict[str, Any] = {
+    **MESSAGE,
+    "stop_reason": "stop_sequence",
+    "stop_sequence": "END",
+    "content": [
+        {"type": "redacted_thinking", "data": "b3BhcXVl"},
+        {"type": "text", "text": "", "citations": None},
+        {
+            "type": "text",
+            "text": "It is so.",
+            "citations": [
+                {
+                    "type": "char_location",
+                    "cited_text": "so",
+                    "document_index": 0,
+                    "document_title": None,
+                    "file_id": None,
+                    "start_char_index": 0,
+                    "end_char_index": 2,
+                }
+            ],
+        },
+        {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {"query": "ü"}},
+        {"type": "web_search_tool_result", "tool_use_id": "srvtoolu_1", "content": []},
+        {"type": "tool_use", "id": CALL_ID, "name": "run", "input": {}},
+    ],
+}
+URL: dict[str, Any] = {"type": "url_citation", "url": "https://x", "title": "x", "start_index": 0, "end_index": 1}
+SEARCHED = a_response(
+    "incomplete",
+    incomplete_details={"reason": "max_output_tokens"},
+    output=[
+        {
+            "id": "rs_1",
+            "type": "reasoning",
+            "summary": [{"type": "summary_text", "text": "One."}, {"type": "summary_text", "text": "Two."}],
+            "status": "completed",
+        },
+        {"id": "ws_1", "type": "web_search_call", "status": "completed", "action": {"type": "search", "query": "x"}},
+        {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "status": "incomplete",
+            "content": [
+                {"type": "output_text", "text": "It is", "annotations": [URL], "logprobs": []},
+                {"type": "refusal", "refusal": "No more."},
+            ],
+        },
+        {"id": "ct_1", "type": "custom_tool_call", "call_id": "call_1", "name": "shell", "input": "ls"},
+        {
+            "id": "fc_1",
+            "type": "function_call",
+            "call_id": "call_2",
+            "name": "f",
+            "arguments": "",
+            "status": "completed",
+        },
+    ],
+)
+WHOLE_ANSWERS: list[tuple[NativeAPI, dict[str, Any]]] = [
+    ("messages", MESSAGE),
+    ("messages", CITED),
+    ("messages", {**MESSAGE, "content": [], "stop_reason": "end_turn"}),
+    ("responses", RESPONSE),
+    ("responses", SEARCHED),
+    ("responses", a_response(output=[])),
+]
+
+
+async def events_instead(upstream: UpstreamClient, api: NativeAPI, answer: dict[str, Any]) -> list[NativePayload]:
+    """Return what becomes of a whole answer where a stream was asked for."""
+    async with RawUpstream(plain(json.dumps(answer, indent=1).encode())) as server:
+        return await read(upstream, native_model(server), api)
+
+
+@pytest.mark.parametrize(("api", "answer"), WHOLE_ANSWERS)
+async def test_the_official_clients_read_the_whole_answer_from_the_events_that_are_made_of_it(
+    upstream: UpstreamClient, api: NativeAPI, answer: dict[str, Any]
+) -> None:
+    events = relayed(await events_instead(upstream, api, answer))
+    streamed: Any
+    async with RawUpstream(Reply(chunked(events))) as server:
+        if api == "messages":
+            async with (
+                anthropic.AsyncAnthropic(api_key="x", base_url=server.url.removesuffix("/v1")) as claude,
+                claude.messages.stream(model="x", max_tokens=9, messages=[{"role": "user", "content": "hi"}]) as stream,
+            ):
+                streamed = await stream.get_final_message()
+        else:
+            async with (
+                openai.AsyncOpenAI(api_key="x", base_url=server.url) as gpt,
+                gpt.responses.stream(model="x", input="hi") as opened,
+            ):
+                streamed = None
+                async for each in opened:
+                    if each.type in ("response.completed", "response.incomplete"):
+                        streamed = each.response
+
+    shown = json.loads(streamed.model_dump_json(exclude_unset=True, warnings=False))
+    assert without_additions(shown) == {**answer, "model": "ours"}
+
+
+def without_additions(shown: Any) -> Any:
+    """Leave out what the clients add to what they read."""
+    if isinstance(shown, list):
+        return [without_additions(each) for each in shown]
+    if not isinstance(shown, dict):
+        return shown
+    added = ("parsed", "parsed_arguments", "stop_details")
+    return {name: without_additions(value) for name, value in shown.items() if name not in added}
+
+
+@pytest.mark.parametrize(("api", "answer"), WHOLE_ANSWERS)
+async def test_the_events_of_a_whole_answer_say_what_it_says(
+    upstream: UpstreamClient, api: NativeAPI, answer: dict[str, Any]
+) -> None:
+    events = await events_instead(upstream, api, answer)
+    async with RawUpstream(plain(json.dumps(answer).encode())) as server:
+        whole = await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
+
+    (last,) = [each for each in events if is_finished(each.body)]
+    usages = [usage for each in events if (usage := usage_of(each.body))]
+    assert finish_reasons(last.body) == finish_reasons(whole.body)
+    assert usages[-1] == usage_of(whole.body)
+    assert sum(content_bytes(each.body) for each in events) == content_bytes(whole.body)
+    assert any(has_content(each.body) for each in events) == has_content(whole.body)
+
+
+@pytest.mark.parametrize(
+    ("api", "answer", "status"),
+    [
+        ("messages", RESPONSE, 502),
+        ("responses", MESSAGE, 502),
+        ("responses", a_response("failed", error={"code": "rate_limit_exceeded", "message": "slow down"}), 429),
+        ("responses", a_response("queued"), 502),
+        ("messages", {"type": "error", "error": {"type": "overloaded_error", "message": "no"}}, 503),
+    ],
+)
+async def test_json_that_is_no_answer_in_place_of_events_is_an_error(
+    upstream: UpstreamClient, api: NativeAPI, answer: dict[str, Any], status: int
+) -> None:
+    failure, found = await failure_of(upstream, plain(json.dumps(answer).encode()), api)
+
+    assert (failure.status, failure.retryable, found) == (status, True, [])
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_numbers_beyond_64_bits_in_a_whole_answer_stay_as_they_are(
+    upstream: UpstreamClient, api: NativeAPI
+) -> None:
+    events = await events_instead(upstream, api, {**ANSWERS[api], "serial": 10**30})
+
+    assert str(10**30).encode() in relayed(events)
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -201,15 +201,24 @@ async def test_an_endless_response_without_a_body_is_rejected(
 
 
 @pytest.mark.parametrize("chunk", [2000, MIB])
-async def test_a_small_response_that_decompresses_to_a_huge_one_is_rejected(
+async def test_a_small_response_that_decompresses_to_a_huge_one_is_returned_in_small_pieces(
     connections: ConnectionPool, chunk: int
 ) -> None:
     packed = gzip.compress(bytes(30 * MIB))
     parts = [packed[start : start + chunk] for start in range(0, len(packed), chunk)]
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
-    async with RawUpstream(Reply((CHUNKED + b"content-encoding: gzip\r\n\r\n" + body,), "hang")) as server:
-        with pytest.raises(RemoteProtocolError):
-            await send_request(connections, at(server))
+    whole = CHUNKED + b"content-encoding: gzip\r\n\r\n" + body + b"0\r\n\r\n"
+    async with RawUpstream(Reply((whole,))) as server:
+        connection = await connections.acquire(at(server), 5)
+        await connection.send(HEAD, b"{}")
+        sizes = []
+        while piece := await connection.read():
+            sizes.append(len(piece))
+        connections.release(at(server), connection)
+
+        assert (sum(sizes), max(sizes)) == (30 * MIB, pool.DECOMPRESSED_PIECE_BYTES)
+        assert await send_request(connections, at(server)) == (200, bytes(30 * MIB))
+        assert server.connections == 1
 
 
 async def test_a_large_body_is_read_only_as_fast_as_its_reader(connections: ConnectionPool) -> None:

@@ -228,7 +228,7 @@ async def test_a_model_that_an_older_version_stored_still_answers(forward: str) 
         await upstream.aclose()
 
     assert (stored.resolved, answer.body["object"]) == (None, "chat.completion")
-    assert (answer.raw is not None) == (forward != "translate")
+    assert (server.last.headers["user-agent"] == "uniroute") == (forward != "translate")
 
 
 @pytest.mark.parametrize("resolved", [relay("groq", "x", NEAR, "GROQ_API_KEY", RENAMED), translate("anthropic")])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 from itertools import pairwise
 from typing import Any
@@ -8,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.storage.usage import usage_of
 from proxy.upstream import chunk_reader
-from proxy.upstream.chunk_reader import ChunkReader
+from proxy.upstream.chunk_reader import ChunkReader, is_finished
+from proxy.upstream.errors import find_error
+from proxy.upstream.payload import content_bytes, is_null_usage_chunk, simple_text
 from proxy.upstream.text_frame import TextChunk
 
 PLAIN = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12)
@@ -32,6 +36,13 @@ ODD = st.sampled_from(
         "x" * 5000,
     ]
 )
+# What servers write around an event.
+WAYS = [
+    *((b"data: ", b"\n\n"), (b"data: ", b"\n\n"), (b"data:", b"\n\n"), (b"data: ", b"\r\n\r\n")),
+    *((b"data: ", b"\r\r"), (b"data:  ", b" \n\n"), (b"id: 7\ndata: ", b"\n\n"), (b"data: ", b"\nevent: message\n\n")),
+]
+USAGE = {"prompt_tokens": 3, "completion_tokens": 1}
+CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TEXTS = st.lists(st.one_of(PLAIN, PLAIN, ANY, ODD), min_size=1, max_size=14)
 
 
@@ -44,18 +55,35 @@ def streams(draw: st.DrawFn) -> bytes:
     has_padding, has_model = draw(st.booleans()), draw(st.booleans())
     choices = draw(st.sampled_from([1, 1, 1, 2]))
     extra: dict[str, Any] = draw(
-        st.sampled_from([{}, {"usage": None}, {"logprobs": None}, {"content": "twice"}, {"x_groq": {"id": "r"}}])
+        st.sampled_from(
+            [
+                *({}, {"usage": None}, {"logprobs": None}, {"content": "twice"}, {"x_groq": {"id": "r"}}),
+                *({"x_groq": {"usage": USAGE}}, {"usageMetadata": USAGE}, {"usage": USAGE}, {"error": None}),
+                *({"metadata": {"model": "up", "content": "a"}}, {"object": "chat.completion.chunk", "type": "x"}),
+            ]
+        )
     )
+    beside: dict[str, Any] = draw(
+        st.sampled_from([{}, {}, {}, {"logprobs": None}, {"logprobs": {"content": []}}, {"usage": USAGE}])
+    )
+    name = draw(st.sampled_from(["up", "up", "a/b", "模", 'q"x', "\\u0000", "<0>", "<1>"]))
     model_first = draw(st.booleans())
     events = []
     for number, text in enumerate(draw(TEXTS)):
         index = number % choices
         delta: dict[str, Any] = {"content": text}
         if draw(st.integers(0, 9)) == 0:
-            delta = draw(st.sampled_from([{"role": "assistant", "content": text}, {"reasoning": text}, {}]))
-        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
-        chunk: dict[str, Any] = {"id": "c1", **({"model": "up"} if has_model and model_first else {})}
-        chunk |= {"choices": [choice], **extra, **({"model": "up"} if has_model else {})}
+            delta = draw(
+                st.sampled_from(
+                    [
+                        *({"role": "assistant", "content": text}, {"reasoning": text}, {}, {"content": [text]}),
+                        *({"content": text, "tool_calls": [CALL]}, {"tool_calls": [CALL]}, {"content": text, "x": ""}),
+                    ]
+                )
+            )
+        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None, **beside}
+        chunk: dict[str, Any] = {"id": "c1", **({"model": name} if has_model and model_first else {})}
+        chunk |= {"choices": [choice], **extra, **({"model": name} if has_model else {})}
         if has_padding:
             chunk["obfuscation"] = draw(st.one_of(PLAIN, ODD))
         data = json.dumps(chunk, ensure_ascii=ascii_only, separators=separators).encode("utf-8", "replace")
@@ -66,7 +94,9 @@ def streams(draw: st.DrawFn) -> bytes:
         {"choices": [{"index": index, "delta": {}, "finish_reason": "stop"}], "model": "up"} for index in range(choices)
     ]
     events += [json.dumps(end).encode() for end in ends]
-    return b"".join(b"data: " + event + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+    before, after = draw(st.sampled_from(WAYS))
+    start = draw(st.sampled_from([b"", b"", codecs.BOM_UTF8, b": hello\n\n"]))
+    return start + b"".join(before + event + after for event in (*events, b"[DONE]"))
 
 
 def spoilt(data: bytes) -> st.SearchStrategy[bytes]:
@@ -97,10 +127,22 @@ def read(stream: bytes, cuts: list[int], frames: int) -> tuple[list[tuple[Any, b
     for start, end in pairwise(places):
         if not reader.done:
             for chunk in reader.feed(stream[start:end]):
-                framed += type(chunk) is TextChunk
+                if type(chunk) is TextChunk:
+                    framed += 1
+                    check_text_alone(chunk)
                 chunks.append((chunk.body, chunk.with_model("small"), chunk.with_model("模型-2")))
     error = reader.final_error
     return chunks, repr(error) if error is None else str(error), framed
+
+
+def check_text_alone(chunk: TextChunk) -> None:
+    """Check what the writer of a stream takes for granted: there is nothing to record but the size of the text."""
+    assert simple_text(chunk.body) == chunk.text.decode()
+    assert content_bytes(chunk.body) == len(chunk.text)
+    assert not usage_of(chunk.body)
+    assert not is_finished(chunk.body)
+    assert not is_null_usage_chunk(chunk.body)
+    assert find_error(chunk.body) is None
 
 
 @settings(max_examples=300)

@@ -46,8 +46,11 @@ def program(name: str, *, compiler: str | None = "cc") -> tuple[str, ...]:
 class Upstream:
     """Run the model server on a core."""
 
-    def __init__(self, folder: Path, core: int, command: tuple[str, ...] | None = None) -> None:
-        self._command = [*(command or program(UPSTREAM)), str(write_answers(folder / "answers"))]
+    def __init__(
+        self, folder: Path, core: int, command: tuple[str, ...] | None = None, *, answers: Path | None = None
+    ) -> None:
+        """`answers`: its records; None: those of OpenAI's format, written to `folder`."""
+        self._command = [*(command or program(UPSTREAM)), str(answers or write_answers(folder / "answers"))]
         self._core = core
         self.port = 0
 
