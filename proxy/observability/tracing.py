@@ -133,6 +133,11 @@ class RequestTrace:
         """Return the ids of the trace and of the request's span; None: no spans are sent."""
         return None if self._span is None else self._span.ids
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its spans are sent."""
+        return self._span is not None and self._span.is_sampled
+
     def start_attempt(self, ctx: RequestContext, model: str) -> None:
         """Begin the span of a call. The last one has ended."""
         tracing, parent = self._tracing, self._span

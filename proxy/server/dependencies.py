@@ -53,6 +53,10 @@ class RequestTrace(Protocol):
     def ids(self) -> tuple[str, str] | None:
         """The ids of the trace and of the request's span, in hexadecimal."""
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its spans are sent."""
+
     def start_attempt(self, ctx: RequestContext, model: str) -> None: ...
 
     def headers(self) -> dict[str, str]:

@@ -291,7 +291,8 @@ class RequestRecord:
         detail = ""
         if is_last:
             keep = app.usage.takes_decision()
-            if keep or self.trace is not None or self._ctx.request.options.metadata:
+            is_told = self._ctx.request.options.metadata or (self.trace is not None and self.trace.is_sampled)
+            if keep or is_told:
                 self._costs = self._compare(cost.usd, counts, observed, billed=billed)
                 self._count_savings(self._costs)
                 if keep:
