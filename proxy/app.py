@@ -149,7 +149,7 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
 
 
 class Application(FastAPI):
-    """A FastAPI app inside the middleware of this server and behind the chat endpoint.
+    """A FastAPI app inside the middleware of this server, and beside it the endpoints at which models are asked.
 
     FastAPI's own middleware and routing would cost a chat request, and each event of a stream, more than selecting a
     model does.

@@ -155,7 +155,7 @@ class HTTPExchange(Exchange):
         finally:
             if not (self.response_complete or self.disconnect.is_set):
                 self._flush()
-                self._transport.close()  # the client must not wait for the rest
+                self._protocol.close()  # the client must not wait for the rest
 
     def add(self, piece: bytes) -> None:
         """Add a piece of the body, and let the client wait when too many are there."""
@@ -490,7 +490,13 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.timeout_keep_alive_task is not None:
             self._mark_idle()
-        elif self.transport.is_closing() and self.transport.get_write_buffer_size():
+        elif self.transport.is_closing():
+            self.close()
+
+    def close(self) -> None:
+        """Close once the client has taken what was written; abort if it takes nothing for too long."""
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
             self._start_write_timer()
 
     def timeout_keep_alive_handler(self) -> None:
