@@ -28,10 +28,11 @@ unexport PYTHONDONTWRITEBYTECODE
 SPREAD  := --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all lint docs audit sbom locks clean
+.PHONY: help install otel demo serve test test-all lint docs audit sbom locks clean
 
 help:
 	@echo 'make install    .venv with what serving needs; then `source .venv/bin/activate` gives the command uniroute'
+	@echo 'make otel       the same, with what sends traces and metrics to an OpenTelemetry collector'
 	@echo 'make demo       a real language model on this machine, profiled, routed and served; no key needed'
 	@echo 'make serve      the proxy; make serve ARGS="--config my.yaml --port 9000"'
 	@echo 'make test       lint, types and every test but the slow ones'
@@ -44,6 +45,8 @@ help:
 	@echo 'make clean      removes .venv and the tools'"'"' caches; data directories stay'
 
 install: $(VENV)/installed
+
+otel: $(VENV)/installed-otel
 
 demo: $(VENV)/installed-demo
 	$(BIN)/uniroute demo $(ARGS)
@@ -113,7 +116,11 @@ $(VENV)/installed: $(VENV)/installed-core $(VENV)/installed-torch $(LOCKS)/serve
 	$(INSTALL) $(LOCKS)/serve.txt
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed $(VENV)/installed-demo $(LOCKS)/dev.txt
+$(VENV)/installed-otel: $(VENV)/installed $(LOCKS)/otel.txt
+	$(INSTALL) $(LOCKS)/otel.txt
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-otel $(VENV)/installed-demo $(LOCKS)/dev.txt
 	$(INSTALL) $(LOCKS)/dev.txt
 	@touch $@
 

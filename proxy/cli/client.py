@@ -160,7 +160,7 @@ STARTUP_POLL_INTERVAL_S = 0.1
 
 
 @contextmanager
-def announce_ready(url: str) -> Iterator[None]:
+def announce_ready(url: str, say: console.Say = console.echo_err) -> Iterator[None]:
     """Show the progress of a server's start, and say when it is ready, from a thread that ends with this context.
 
     A thread that still runs when the interpreter is finalized can crash the process.
@@ -168,8 +168,8 @@ def announce_ready(url: str) -> Iterator[None]:
     started, ended = time.monotonic(), threading.Event()
 
     def wait() -> None:
-        if wait_until_ready(url, ended.wait):
-            console.echo_err(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
+        if wait_until_ready(url, ended.wait, say):
+            say(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C ends it")
 
     thread = threading.Thread(target=wait, name="uniroute-announce", daemon=True)
     thread.start()
@@ -180,13 +180,13 @@ def announce_ready(url: str) -> Iterator[None]:
         thread.join(5)
 
 
-def wait_until_ready(url: str, ended: Callable[[float], bool]) -> bool:
+def wait_until_ready(url: str, ended: Callable[[float], bool], say: console.Say = console.echo_err) -> bool:
     """Show the progress of a server's start; return True once it is ready, and False where it has ended before.
 
     Args:
         ended: waits for these seconds, or for the end of the server; says whether it has ended.
     """
-    with httpx.Client(trust_env=False, timeout=1) as client, console.progress() as bars:
+    with httpx.Client(trust_env=False, timeout=1) as client, console.progress(say) as bars:
         while (document := _readiness(client, url)) is not None:
             show_startup(document, bars)
             if ended(STARTUP_POLL_INTERVAL_S):

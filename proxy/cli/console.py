@@ -72,16 +72,24 @@ def _escaped(letter: str) -> str:
     return json.dumps(letter)[1:-1]
 
 
+# Writes one line for the user.
+Say = Callable[[str], None]
+
+
 class Progress(Protocol):
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
         """Show how far `label` is. `total` is 0 while it is unknown."""
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """Show a bar for each label on a terminal; elsewhere a line at its start, every few seconds, and at its end."""
-    if not sys.stderr.isatty():
-        yield _Lines()
+def progress(say: Say = echo_err) -> Iterator[Progress]:
+    """Show a bar for each label on a terminal; elsewhere a line at its start, every few seconds, and at its end.
+
+    Args:
+        say: writes the lines. Any other than `echo_err` writes lines on a terminal too.
+    """
+    if say is not echo_err or not sys.stderr.isatty():
+        yield _Lines(say)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -111,7 +119,8 @@ class _Bars:
 
 
 class _Lines:
-    def __init__(self) -> None:
+    def __init__(self, say: Say) -> None:
+        self._say = say
         self._last: dict[str, tuple[float, tuple[int, int]]] = {}
 
     def update(self, label: str, done: int, total: int, remark: str = "") -> None:
@@ -120,7 +129,7 @@ class _Lines:
         if (done, total) == before or (not complete and time.monotonic() - then < LINE_INTERVAL_S):
             return
         self._last[label] = (time.monotonic(), (done, total))
-        echo_err(plain(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip(), lines=False))
+        self._say(plain(f"{label}: {done}{f'/{total}' if total else ''} {remark}".rstrip(), lines=False))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str = "") -> None:

@@ -16,11 +16,14 @@ from proxy.cli import console
 from proxy.cli.console import ConfigOption, DataDirOption, read_settings
 
 if TYPE_CHECKING:
+    from proxy.server.log_handler import LogFormat
     from proxy.settings.model_config import ModelConfig
     from proxy.settings.schema import Settings
     from proxy.storage.client_keys import AuthRequiredLatch
     from proxy.storage.price_map import PriceMap
 
+
+serve_log = logging.getLogger("uniroute.serve")
 
 worker_log = logging.getLogger("uniroute.worker")
 
@@ -48,22 +51,26 @@ def serve(
 
     from proxy.app import from_settings
     from proxy.cli.client import announce_ready
-    from proxy.server.run import LOGGING, address, exit_on_signals, listen, run_server
+    from proxy.server.log_handler import is_json
+    from proxy.server.run import address, exit_on_signals, listen, logging_config, run_server
     from proxy.server.startup import validate_files
 
     exit_on_signals()
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, name="uniroute-stdin", daemon=True).start()
-    dictConfig(LOGGING)
+    dictConfig(logging_config(_log_format(os.environ)))
     settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
+    dictConfig(logging_config(settings.log_format))
+    # A log of JSON has no other lines among it.
+    say = serve_log.info if is_json(settings.log_format) else console.echo_err
     if detect:
         settings = _detect(settings)
     validate_files(settings)
     check_client_keys(settings)
     bound = listen(settings.host, settings.port)
-    console.echo_err(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
-    print_models(settings, os.environ)
-    with announce_ready(address(bound)):
+    say(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
+    print_models(settings, os.environ, say)
+    with announce_ready(address(bound), say):
         run_server(settings, bound, from_settings)
 
 
@@ -86,11 +93,12 @@ def worker(config: ConfigOption = None, data_dir: DataDirOption = None) -> None:
     """Measure models for servers that use the same store, until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.server.run import LOGGING
+    from proxy.server.run import logging_config
     from proxy.server.startup import validate_files
 
-    dictConfig(LOGGING)
+    dictConfig(logging_config(_log_format(os.environ)))
     settings = read_settings(config, data_dir=data_dir)
+    dictConfig(logging_config(settings.log_format))
     validate_files(settings)
     asyncio.run(run_worker(settings))
 
@@ -113,19 +121,25 @@ def _detect(settings: Settings) -> Settings:
     return with_detected(settings, found)
 
 
-def print_models(settings: Settings, environ: Mapping[str, str]) -> None:
+def _log_format(environ: Mapping[str, str]) -> LogFormat:
+    """Return the format of what is logged before the settings are read."""
+    stated = environ.get("UNIROUTE_LOG_FORMAT")
+    return "json" if stated == "json" else "text" if stated == "text" else "auto"
+
+
+def print_models(settings: Settings, environ: Mapping[str, str], say: console.Say = console.echo_err) -> None:
     """Print the configured models, and what the configuration refers to that is missing."""
     from proxy.settings.model_config import referred_variable
 
     for model in settings.model_list:
-        console.echo_err(f"  {model.model_name}  ({model.litellm_params['model']})")
+        say(f"  {model.model_name}  ({model.litellm_params['model']})")
         for value in model.litellm_params.values():
             if (name := referred_variable(value, settings.allowed_env)) and not environ.get(name):
-                console.echo_err(f"    its key is missing: the environment variable {name} is not set")
+                say(f"    its key is missing: the environment variable {name} is not set")
     if not settings.model_list:
-        console.echo_err("  no models are configured; add one with `uniroute models add` (needs UNIROUTE_ADMIN_KEY)")
+        say("  no models are configured; add one with `uniroute models add` (needs UNIROUTE_ADMIN_KEY)")
     if settings.default_model and settings.default_model not in {m.model_name for m in settings.model_list}:
-        console.echo_err(f"  default_model: {settings.default_model!r} is not configured; it counts once it is added")
+        say(f"  default_model: {settings.default_model!r} is not configured; it counts once it is added")
 
 
 def check_client_keys(settings: Settings) -> None:

@@ -156,6 +156,11 @@ class JobWorker:
         self._working: dict[str, asyncio.Task[None]] = {}
         self._warn_once = WarnOnce(log, "unfinished jobs are not looked after")
 
+    @property
+    def running(self) -> int:
+        """Return how many jobs this process works on."""
+        return len(self._working)
+
     async def enqueue(self, job_id: str) -> None:
         """Put a job on the stream. If that fails, the requeue loop does it later: the job itself is stored."""
         try:

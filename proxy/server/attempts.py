@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any, TypeVar
 
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.token_limits import with_limit
 from proxy.server.api.adaptation import adapt
-from proxy.server.dependencies import ModelPlan, RequestContext
+from proxy.server.dependencies import ModelPlan, RequestContext, RequestTrace
 from proxy.server.request_log import RequestRecord
 from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
@@ -135,6 +135,8 @@ class AttemptRunner:
         if self._record.has_asked and remaining_s < timeouts.first_token_s:
             attempt.is_cut_short = True  # the attempts before took the time
         self._record.start_attempt(name)
+        if self._record.trace is not None:
+            self._headers |= self._record.trace.headers()
         timeout_s = min(timeouts.first_token_s, remaining_s)
         try:
             with app.deadlines.within(timeout_s):
@@ -191,6 +193,8 @@ class AttemptRunner:
             body, raw = self._body_for(model)
             answer = await upstream.complete(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         attempt.succeeded()
+        if record.trace is not None:
+            record.trace.observe(answer)
         record.add_output(content_bytes(answer.body))
         record.set_usage(answer.body)
         record.affinity.observe_completion(answer.body, model.name)
@@ -290,7 +294,7 @@ class UpstreamStream:
         deadline: float,
         is_native: bool = False,
     ) -> None:
-        self._source = source
+        self._source = source if record.trace is None else _observed(source, record.trace)
         self._attempt = attempt
         self._record = record
         self._idle_s = idle_s
@@ -390,6 +394,20 @@ class UpstreamStream:
 
     async def _close_source(self) -> None:
         close = getattr(self._source, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _observed(source: Blocks, trace: RequestTrace) -> AsyncGenerator[list[JSONPayload]]:
+    """Tell a trace that a model's response has begun, and what its chunks say."""
+    trace.event("uniroute.first_byte")
+    try:
+        async for block in source:
+            for chunk in block:
+                trace.observe(chunk)
+            yield block
+    finally:
+        close = getattr(source, "aclose", None)
         if close is not None:
             await close()
 

@@ -131,6 +131,7 @@ async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None,
         translation,
         native_headers,
         api.name,
+        exchange.trace,
     )
 
 

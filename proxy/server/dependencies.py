@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
@@ -27,10 +27,12 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
+from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import HealthRegistry
+from proxy.upstream.payload import JSONPayload
 from proxy.upstream.provider_resolution import Resolver
 from router_core.types import frozen
 
@@ -42,6 +44,32 @@ class ModelPlan:
     record: ModelRecord
     timeouts: Timeouts
     limits: ConcurrencyLimits
+
+
+class RequestTrace(Protocol):
+    """What traces are told of a request, by its record and its attempts. It is there only if requests are traced."""
+
+    @property
+    def ids(self) -> tuple[str, str] | None:
+        """The ids of the trace and of the request's span, in hexadecimal."""
+
+    def start_attempt(self, ctx: RequestContext, model: str) -> None: ...
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers with which an upstream continues the trace."""
+
+    def event(self, name: str) -> None: ...
+
+    def observe(self, payload: JSONPayload) -> None:
+        """Read what a completion, or a chunk, says of itself."""
+
+    def end_attempt(
+        self, entry: UsageRecord, attempt: Sequence[Any], first_content_at: float | None, fault: str | None
+    ) -> None: ...
+
+    def finish(
+        self, ctx: RequestContext, model: str, entry: UsageRecord, facts: Callable[[], Mapping[str, Any]]
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -67,6 +95,8 @@ class AppState:
     feedback: FeedbackStore
     resolver: Resolver
     environ: Mapping[str, str] = field(repr=False)
+    tracing: Any = None
+    """What begins the traces of requests; None: they are not traced."""
     deadlines: DeadlineWheel = field(default_factory=DeadlineWheel, repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
@@ -97,6 +127,8 @@ class RequestContext:
     """Headers of the client that go to an upstream of the client's own API alone."""
     api: str = CHAT.name
     """The API that the client speaks."""
+    trace: RequestTrace | None = None
+    """None: the request is not traced."""
 
 
 async def app_state_of(request: Request) -> AppState:

@@ -112,6 +112,7 @@ async def embed(exchange: Exchange, app: AppState, key: ClientKey | None) -> Ans
         exchange.ids,
         exchange.received_at,
         api="embeddings",
+        trace=exchange.trace,
     )
     app.metrics.in_flight += 1
     try:

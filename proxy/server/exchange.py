@@ -23,6 +23,7 @@ from proxy.errors import (
     UnsupportedMediaType,
 )
 from proxy.server.api.client_apis import speaks_messages
+from proxy.server.dependencies import RequestTrace
 from proxy.server.disconnects import DisconnectEvent
 from proxy.server.requests import (
     BODY_COMPLETE,
@@ -56,7 +57,7 @@ class Exchange(ABC):
     Once the client has left, what is sent is dropped.
     """
 
-    __slots__ = ("disconnect", "headers", "ids", "in_messages", "path", "received_at")
+    __slots__ = ("disconnect", "headers", "ids", "in_messages", "path", "received_at", "status", "trace")
 
     def __init__(
         self,
@@ -79,11 +80,15 @@ class Exchange(ABC):
         self.disconnect = disconnect
         # The client expects the shapes of Anthropic's API.
         self.in_messages = speaks_messages(path, headers)
+        # Of the answer; None until its head is sent.
+        self.status: int | None = None
+        # What is told of the request's way; None: it is not traced.
+        self.trace: RequestTrace | None = None
 
     @property
-    @abstractmethod
     def started(self) -> bool:
         """Whether the head of the answer was sent."""
+        return self.status is not None
 
     @abstractmethod
     async def next_piece(self) -> tuple[bytes, bool]:
@@ -130,7 +135,7 @@ class Exchange(ABC):
 
 
 class ASGIExchange(Exchange):
-    __slots__ = ("_receive", "_send", "_started", "scope")
+    __slots__ = ("_receive", "_send", "scope")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send | None = None) -> None:
         """`send`: None where the framework sends the answer."""
@@ -141,16 +146,11 @@ class ASGIExchange(Exchange):
         self.scope = scope
         self._receive = receive
         self._send = send
-        self._started = False
 
     @classmethod
     def of(cls, request: Request) -> ASGIExchange:
         """Return the exchange of a request that FastAPI answers."""
         return cls(request.scope, request.receive)
-
-    @property
-    def started(self) -> bool:
-        return self._started
 
     @property
     def body_complete(self) -> bool:
@@ -169,7 +169,7 @@ class ASGIExchange(Exchange):
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         sent = {**headers, **self.id_headers()}
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in sent.items()]
-        self._started = True
+        self.status = status
         await self._message({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, data: bytes) -> None:

@@ -6,12 +6,17 @@ a write would block, lines queue up to MAX_QUEUED_BYTES and a thread writes them
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import select
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import orjson
 
 from router_core.text import plain
 
@@ -19,10 +24,18 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S%z"
 
+LogFormat = Literal["auto", "json", "text"]
+
 MAX_QUEUED_BYTES = 4 * 2**20
 
 # How long the end of the process waits for a reader that is behind.
 FLUSH_TIMEOUT_S = 1.0
+
+
+class Event(Protocol):
+    """A message that is a set of facts: `str` is its text, `fields` are the members of its JSON."""
+
+    def fields(self) -> Mapping[str, object]: ...
 
 
 class LineFormatter(logging.Formatter):
@@ -31,6 +44,10 @@ class LineFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__(FORMAT, TIME_FORMAT)
         self._second = (-1, "")
+
+    def line(self, created: float, level: str, name: str, message: object) -> str:
+        """Format what a record without arguments and exception would become."""
+        return f"{self.time(created)} {level} {name} {message}"
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         """Format a record. Text of others, as a stored name, can neither end a line nor control a terminal."""
@@ -48,13 +65,66 @@ class LineFormatter(logging.Formatter):
         return text
 
 
+class JSONFormatter(LineFormatter):
+    """Format each record as one line of JSON: time, level, logger, message, and the fields of an event.
+
+    A record may have more fields: `log.warning(..., extra={"fields": {...}})`.
+    """
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.msg if _is_event(record) else record.getMessage()
+        more: dict[str, object] = dict(getattr(record, "fields", {}))
+        if record.exc_info:
+            more["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            more["stack"] = self.formatStack(record.stack_info)
+        if not _is_event(record):
+            message = str(message)
+        return self._json(record.created, record.levelname, record.name, message, more)
+
+    def line(self, created: float, level: str, name: str, message: object) -> str:
+        return self._json(created, level, name, message, {})
+
+    def time(self, created: float) -> str:
+        """Format Unix seconds as RFC 3339, in UTC and with milliseconds."""
+        return f"{super().time(created)[:19]}.{int(created % 1 * 1000):03d}Z"
+
+    def _json(self, created: float, level: str, name: str, message: object, more: Mapping[str, object]) -> str:
+        stated = {"time": self.time(created), "level": level, "logger": name}
+        document: dict[str, Any]
+        if type(message) is str:
+            document = {**stated, "message": message, **more}
+        else:  # an event, whose kind its logger says
+            document = {**stated, "message": name.rpartition(".")[2], **message.fields(), **more}  # type: ignore[attr-defined]
+        try:
+            line = orjson.dumps(document).decode()
+        except TypeError:  # half a character, an integer of more than 64 bits, or an object of any kind
+            return json.dumps(document, default=str)
+        # Of the characters that control a terminal, orjson leaves some as they are.
+        return line if line.isprintable() else json.dumps(document, default=str)
+
+
+def _is_event(record: logging.LogRecord) -> bool:
+    return not isinstance(record.msg, str) and not record.args and hasattr(record.msg, "fields")
+
+
+def is_json(log_format: LogFormat) -> bool:
+    """Return whether lines are JSON: `auto` is text where standard error is a terminal, and JSON elsewhere."""
+    return log_format == "json" or (log_format == "auto" and not os.isatty(2))
+
+
+def formatter_class(log_format: LogFormat) -> type[LineFormatter]:
+    return JSONFormatter if is_json(log_format) else LineFormatter
+
+
 class NonBlockingHandler(logging.Handler):
     """Write log lines from any thread, formatted by a LineFormatter unless another formatter is set."""
 
     def __init__(self, fd: int = 2) -> None:
         super().__init__()
-        self._lines = LineFormatter()
-        self.formatter = self._lines
+        self.formatter: logging.Formatter = LineFormatter()
         # Lines that found no room in the queue, or no reader at all.
         self.dropped = 0
         self._fd = fd
@@ -79,9 +149,10 @@ class NonBlockingHandler(logging.Handler):
             return
         self._send(line)
 
-    def emit_line(self, level: str, name: str, message: str) -> None:
+    def emit_line(self, level: str, name: str, message: str | Event) -> None:
         """Write the line of a record without making the record, which no other handler would get."""
-        self._send(f"{self._lines.time(time.time())} {level} {name} {message}")
+        formatter = self.formatter if isinstance(self.formatter, LineFormatter) else LineFormatter()
+        self._send(formatter.line(time.time(), level, name, message))
 
     def flush(self) -> None:
         writer = self._writer
@@ -142,10 +213,11 @@ class NonBlockingHandler(logging.Handler):
     def _drop_report(self) -> bytes:
         drops, self._unreported_drops = self._unreported_drops, 0
         what = f"{drops} log lines were dropped: standard error was not read"
-        return f"{self._lines.time(time.time())} WARNING uniroute {what}\n".encode()
+        formatter = self.formatter if isinstance(self.formatter, LineFormatter) else LineFormatter()
+        return f"{formatter.line(time.time(), 'WARNING', 'uniroute', what)}\n".encode()
 
 
-def info(log: logging.Logger, message: str) -> None:
+def info(log: logging.Logger, message: str | Event) -> None:
     """Log at level INFO. Where a NonBlockingHandler alone gets the record, none is made, which saves 10 µs."""
     if not log.isEnabledFor(logging.INFO):
         return

@@ -22,6 +22,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Union
@@ -32,11 +34,15 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from proxy.server.log_handler import lines_dropped
+from proxy.storage.snapshot import RoutingSnapshot
+from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 from proxy.upstream.health import HealthRegistry
 
 log = logging.getLogger("uniroute.metrics")
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+_QUEUE_BOUNDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 _OVERHEAD_BOUNDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
 
@@ -47,11 +53,21 @@ class Metrics:
     def __init__(self, values: Values | None = None) -> None:
         self.registry = CollectorRegistry()
         self.values = values or Values()
+        # All that /metrics shows.
+        self.every: list[FastMetric] = []
         self._refresh_callbacks: list[Callable[[], None]] = []
         self.requests = self._counter("requests", "Requests by who answered, why and how it ended", "reason", "ending")
+        self.requests_by_api = self._total("api_requests", "Requests by the API that the client speaks", "api")
+        self.attempts = self._counter("upstream_attempts", "Upstream attempts")
         self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
         self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
         self.cost = self._counter("cost_usd", "Cost at the live price")
+        self.baseline_cost = self._counter(
+            "baseline_cost_usd", "What recorded answers would have cost without routing, where that is known"
+        )
+        self.compared_cost = self._counter(
+            "compared_cost_usd", "What the requests of uniroute_baseline_cost_usd_total have cost"
+        )
         self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
         self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
         self.usage_journal = self._gauge("usage_journal_bytes", "Usage journals on disk")
@@ -73,6 +89,18 @@ class Metrics:
             "limits_unchecked", "Requests of limited keys while Redis did not answer: local, refused or open", "outcome"
         )
         self.errors = self._total("errors", "Responses that were errors, by status", "status")
+        self.feedback = self._total(
+            "feedback", "Calls of POST /v1/feedback: counted, uncounted, withdrawn or refused", "outcome"
+        )
+        self.queue_seconds = self._histogram(
+            "queue_seconds", "Waits for a slot of a model, of requests that had to wait", _QUEUE_BOUNDS, "model"
+        )
+        self.at_capacity = self._counter("at_capacity", "Times that a model was passed over: no slot, or none in time")
+        self.default_lambda = self._gauge("lambda", "λ of requests that state none", combine=max)
+        self.jobs_running = self._gauge("jobs_running", "Profiling jobs that run")
+        self.otel_exports = self._total(
+            "otel_exports", "Exports to the OpenTelemetry collector: sent, or failed", "signal", "outcome"
+        )
         self.in_flight = 0
         self._in_flight = self._gauge("in_flight", "Chat requests being served")
         self.tasks = self._gauge("tasks", "asyncio tasks")
@@ -89,8 +117,23 @@ class Metrics:
         self.seconds = self._histogram("request_seconds", "Until the end", _SECONDS, "model")
         self._lines_dropped = self._total("log_lines_dropped", "Log lines dropped: nobody read standard error")
         self._lines_reported = 0
+        # What the supervisor has counted, who alone writes it.
         self.registry.register(worker_deaths(self.values))
+        # Under the names of prometheus_client's own, which would show one of several workers.
+        self._cpu = FastCounter("process_cpu_seconds", "CPU seconds, of all workers", values=self.values)
+        self._memory = FastGauge("process_resident_memory_bytes", "Resident memory, of all workers", values=self.values)
+        self._cpu_reported = 0.0
+        build = FastGauge("uniroute_build_info", "1, with the version", ["version"], combine=max, values=self.values)
+        build.set(1, (version("uniroute"),))
+        for each in (self._cpu, self._memory, build):
+            self._add(each)
         self.on_refresh(self._refresh_own)
+
+    def register(self, collector: HealthCollector | ModelCollector) -> None:
+        """Show the metrics of a collector too."""
+        self.registry.register(collector)
+        self.every += collector.parts
+        self.on_refresh(collector.refresh)
 
     def on_refresh(self, callback: Callable[[], None]) -> None:
         """Add a callback that sets gauges. It runs at each `refresh`."""
@@ -111,10 +154,14 @@ class Metrics:
         dropped = lines_dropped()
         self._lines_dropped.inc(max(0, dropped - self._lines_reported))
         self._lines_reported = dropped
+        spent_s = time.process_time()
+        self._cpu.inc(spent_s - self._cpu_reported)
+        self._cpu_reported = spent_s
+        self._memory.set(_resident_bytes())
 
     def _total(self, name: str, text: str, *labels: str) -> FastCounter:
         counter = FastCounter(f"uniroute_{name}", text, labels, values=self.values)
-        self.registry.register(counter)
+        self._add(counter)
         return counter
 
     def _counter(self, name: str, text: str, *labels: str) -> FastCounter:
@@ -123,13 +170,25 @@ class Metrics:
 
     def _gauge(self, name: str, text: str, combine: Callable[[Iterable[float]], float] = sum) -> FastGauge:
         gauge = FastGauge(f"uniroute_{name}", text, combine=combine, values=self.values)
-        self.registry.register(gauge)
+        self._add(gauge)
         return gauge
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> FastHistogram:
         histogram = FastHistogram(f"uniroute_{name}", text, labels, buckets, values=self.values)
-        self.registry.register(histogram)
+        self._add(histogram)
         return histogram
+
+    def _add(self, metric: FastMetric) -> None:
+        self.registry.register(metric)
+        self.every.append(metric)
+
+
+def _resident_bytes() -> float:
+    """Return the resident memory of this process; not a number where the system does not say."""
+    try:
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return math.nan
 
 
 def worker_deaths(values: Values) -> FastCounter:
@@ -160,7 +219,12 @@ class HealthCollector(Collector):
         )
         self._counted: dict[str, int] = {}
 
+    @property
+    def parts(self) -> Sequence[FastMetric]:
+        return self._unavailable, self._opened
+
     def refresh(self) -> None:
+        self._unavailable.keep(self._known())
         unavailable, opened = self._health.cooling_down(), self._health.open_counts()
         for model in self._known():
             self._unavailable.set(float(model in unavailable), (model,))
@@ -176,12 +240,83 @@ class HealthCollector(Collector):
         yield self._opened.family(known)
 
 
+class ModelCollector(Collector):
+    """Show what is known of registered models, and how busy they are. The series of a removed one are gone."""
+
+    def __init__(
+        self, snapshot: Callable[[], RoutingSnapshot], limiter: ConcurrencyLimiter, values: Values | None = None
+    ) -> None:
+        """`values`: those that workers share."""
+        values = values or Values()
+        self._snapshot = snapshot
+        self._limiter = limiter
+
+        def gauge(name: str, text: str, combine: Callable[[Iterable[float]], float]) -> FastGauge:
+            return FastGauge(f"uniroute_model_{name}", text, ["model"], combine=combine, values=values)
+
+        self._gauges = {
+            "ready": gauge("ready", "1 if the model has a profile and a price; of several workers, in all", min),
+            "paused": gauge("paused", "1 while an administrator has paused the model; of several workers, in any", max),
+            "error": gauge("mean_error", "Mean error that was measured on the validation prompts", max),
+            "profile": gauge("profile_timestamp_seconds", "When the profile was measured, in Unix seconds", max),
+            "price": gauge("price_timestamp_seconds", "When the price was written, in Unix seconds, if it was", max),
+            "in_flight": gauge("in_flight", "Requests that the model is answering", sum),
+            "queued": gauge("queued", "Requests that wait for a slot of the model", sum),
+        }
+
+    @property
+    def parts(self) -> Sequence[FastMetric]:
+        return tuple(self._gauges.values())
+
+    def refresh(self) -> None:
+        snapshot, loads = self._snapshot(), self._limiter.loads()
+        for part in self._gauges.values():
+            part.keep(snapshot.models)
+        for name in snapshot.models:
+            profile, price, labels = snapshot.profiles.get(name), snapshot.prices.get(name), (name,)
+            in_flight, queued = loads.get(name, (0, 0))
+            for gauge, number in (
+                ("ready", float(snapshot.model_state(name) == "ready")),
+                ("paused", float(name in snapshot.paused)),
+                ("error", math.nan if profile is None else profile.mean_error),
+                ("profile", math.nan if profile is None else _unix_seconds(profile.measured_at)),
+                ("price", math.nan if price is None else price.updated_at or math.nan),
+                ("in_flight", float(in_flight)),
+                ("queued", float(queued)),
+            ):
+                self._gauges[gauge].set(number, labels)
+
+    def collect(self) -> Iterator[Metric]:
+        self.refresh()
+        known = sorted(self._snapshot().models)
+        for gauge in self._gauges.values():
+            yield gauge.family(known)
+
+
+def _unix_seconds(measured_at: str | None) -> float:
+    try:
+        return math.nan if measured_at is None else datetime.fromisoformat(measured_at).timestamp()
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 # The metrics below are written by one event loop and read by any thread, without locks and checks of labels. They are
 # exposed just as those of prometheus_client, which take three to ten times as long to write: a lookup of the child
 # under a lock, a lock for each value, and a walk over the buckets. What is exposed is the sum over all processes that
 # share values.
 
 _format_float: Callable[[float], str] = floatToGoString
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a metric is called. Its numbers are in the order of `labels`."""
+
+    name: str
+    text: str
+    labels: Labels
+    kind: Literal["counter", "gauge", "histogram"]
+    bounds: tuple[float, ...] = ()
 
 
 @dataclass
@@ -209,6 +344,14 @@ class FastCounter(Collector):
         self._cells: dict[Labels, Cells] = {}
         if not labels:
             self._cell(())
+
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "counter")
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return what this process has counted."""
+        return self._values.own(self._family[0])
 
     def add(self, labels: Labels, amount: float = 1) -> None:
         cells, at = self._cells.get(labels) or self._cell(labels)
@@ -277,6 +420,14 @@ class FastHistogram(Collector):
         if not labels:
             self._cell(())
 
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "histogram", self._bounds)
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return what this process has counted."""
+        return self._values.own(self._family[0])
+
     def observe(self, amount: float, labels: Labels = ()) -> None:
         cells, at = self._cells.get(labels) or self._cell(labels)
         cells[at + bisect_left(self._bounds, amount)] += 1
@@ -315,6 +466,20 @@ class FastGauge(Collector):
         if not labels:
             self.set(0)
 
+    @property
+    def description(self) -> Description:
+        return Description(*self._family, "gauge")
+
+    def own(self) -> Mapping[Labels, Series]:
+        """Return the numbers of this process; not a number: nothing is known."""
+        return self._values.own(self._family[0])
+
+    def keep(self, known: Collection[str]) -> None:
+        """Forget the numbers whose first label is not known any more."""
+        for labels, series in self.own().items():
+            if labels[0] not in known:
+                series.set(math.nan)
+
     def set(self, number: float, labels: Labels = ()) -> None:
         cells, at = self._values.series("gauge", self._family[0], labels)
         cells[at] = number
@@ -334,6 +499,9 @@ class FastGauge(Collector):
             if numbers and (known is None or values[0] in known):
                 family.add_metric(values, self._combine(numbers))
         return family
+
+
+FastMetric = FastCounter | FastGauge | FastHistogram
 
 
 def _totals(processes: Iterable[Mapping[Labels, Series]]) -> dict[Labels, Total]:
@@ -410,6 +578,10 @@ class Values:
     def read(self, metric: str) -> Iterator[Mapping[Labels, Series]]:
         """Yield a metric's series of each process: counters of all, gauges of those that are alive."""
         yield self._series.get(metric, {})
+
+    def own(self, metric: str) -> Mapping[Labels, Series]:
+        """Return a metric's series of this process."""
+        return self._series.get(metric, {})
 
     def refresh(self) -> None:
         """Read what other processes have written: once, before several metrics are read."""

@@ -84,7 +84,7 @@ class RequestContextMiddleware:
             if not response_started:
                 await _say_shutting_down(scope, receive, send_with_ids)
         except Exception:  # the only broad one: nothing of what failed may reach the client
-            log.exception("request=%s failed", ids.request_id)
+            log.exception("request=%s failed", ids.request_id, extra={"fields": {"request": ids.request_id}})
             if not response_started:
                 message = f"an error of ours, logged under request id {ids.request_id}"
                 body = error_body(message, "server_error", "internal_error")
@@ -252,7 +252,9 @@ class ServedPaths:
         method, path = request.scope["method"], path_of(request.scope)
         if error.status_code == 404:
             message = unknown_path_message(method, path)
-            log.info("request=%s status=404: %s", request.scope[REQUEST_IDS].request_id, message)
+            request_id = request.scope[REQUEST_IDS].request_id
+            fields = {"request": request_id, "status": 404}
+            log.info("request=%s status=404: %s", request_id, message, extra={"fields": fields})
             return JSONResponse(error_body(message, "invalid_request_error", "unknown_path"), 404)
         if error.status_code == 405:
             allowed = ", ".join(sorted(self.methods(path)))

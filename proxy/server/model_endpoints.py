@@ -34,7 +34,7 @@ class ModelEndpoints:
 
     def __init__(self, endpoints: Mapping[str, Endpoint], startup: Startup, authorizer: RequestAuthorizer) -> None:
         self._endpoints = endpoints
-        self._startup = startup
+        self.startup = startup
         self._authorizer = authorizer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,17 +59,18 @@ class ModelEndpoints:
             if not exchange.started:
                 await self._say_shutting_down(exchange)
         except Exception:  # the only broad one: nothing of what failed may reach the client
-            log.exception("request=%s failed", exchange.ids.request_id)
+            request_id = exchange.ids.request_id
+            log.exception("request=%s failed", request_id, extra={"fields": {"request": request_id}})
             if not exchange.started:
-                message = f"an error of ours, logged under request id {exchange.ids.request_id}"
+                message = f"an error of ours, logged under request id {request_id}"
                 await self._refuse(exchange, 500, error_body(message, "server_error", "internal_error"))
 
     async def _answer(self, exchange: Exchange) -> Answer | None:
         """Let the request in, and return what its endpoint answers; None: it was answered with an error."""
-        app = self._startup.app_state
+        app = self.startup.app_state
         try:
             if app is None:  # before any key is checked: no keys are known yet
-                raise self._startup.refusal()
+                raise self.startup.refusal()
             caller = self._authorizer.authenticate(exchange.path, exchange.headers)
             check_role(caller, "POST", exchange.path)
         except APIError as error:
@@ -95,7 +96,7 @@ class ModelEndpoints:
         await exchange.send(status, {"content-type": JSON, **(headers or {})}, encode_json(body))
 
     def _count(self, status: int) -> None:
-        if (app := self._startup.app_state) is not None:
+        if (app := self.startup.app_state) is not None:
             app.metrics.errors.labels(str(status)).inc()
 
     async def _say_shutting_down(self, exchange: Exchange) -> None:

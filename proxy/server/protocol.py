@@ -126,7 +126,6 @@ class HTTPExchange(Exchange):
         "keep_alive",
         "more_body",
         "response_complete",
-        "response_started",
     )
 
     disconnect: DisconnectEvent
@@ -139,7 +138,7 @@ class HTTPExchange(Exchange):
         self.keep_alive = protocol.parser.should_keep_alive()
         self.body = bytearray()
         self.more_body = True
-        self.response_started = self.response_complete = False
+        self.response_complete = False
         # Set by uvicorn, which does not for every request of a connection: `disconnect` tells.
         self.disconnected = False
         self._chunked = False
@@ -175,8 +174,8 @@ class HTTPExchange(Exchange):
             self._waiter.set_result(None)
 
     @property
-    def started(self) -> bool:
-        return self.response_started
+    def response_started(self) -> bool:
+        return self.status is not None
 
     @property
     def body_complete(self) -> bool:
@@ -206,7 +205,7 @@ class HTTPExchange(Exchange):
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         if await self._can_write():
             self._head = self._head_bytes(status, headers)
-            self.response_started, self._chunked = True, "content-length" not in headers
+            self.status, self._chunked = status, "content-length" not in headers
             self._flushing = self._protocol.loop.call_soon(self._flush)
 
     async def write(self, data: bytes) -> None:
@@ -226,7 +225,7 @@ class HTTPExchange(Exchange):
             await super().send(status, headers, body)
         elif await self._can_write():
             head = self._head_bytes(status, {**headers, "content-length": str(len(body))})
-            self.response_started = True
+            self.status = status
             self._transport.write(head + body)
             self._complete()
 

@@ -149,12 +149,20 @@ async def give_feedback(body: FeedbackBody, request: Request, state: AppStateDep
         said = {"score": body.score, "source": body.source, "at": time.time()}
         labels, why = _labels_of(decision, body.score, state.snapshots.current)
     counted = await state.feedback.give(body.decision, decision["model"], who, said, labels)
+    state.metrics.feedback.add((_outcome_of(body.score, counted),))
     if counted is None:
         message = f"this key has given feedback {state.settings.feedback_per_minute} times in this minute"
         raise RateLimited(message, headers={"retry-after": _RETRY_AFTER_S})
     if labels is not None and not counted:
         why = "the key's labels of this model in these clusters are used up (feedback_labels_per_key)"
     return FeedbackReply(decision=body.decision, score=body.score, labels=counted, why=why)
+
+
+def _outcome_of(score: float | None, counted: float | None) -> str:
+    """Return the value of the label `outcome` in the metrics."""
+    if counted is None:
+        return "refused"
+    return "withdrawn" if score is None else "counted" if counted else "uncounted"
 
 
 async def _find_decision(state: AppState, decision: str) -> dict[str, Any] | None:

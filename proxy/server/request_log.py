@@ -77,7 +77,10 @@ class RequestRecord:
         self._counts = TokenCounts()
         self._fault: str | None = None
         self._finished = False
+        self._ending = ""
         self._settlement: Settlement | None = None
+        self.request_id = ctx.ids.request_id
+        self.trace = ctx.trace
         # Of each attempt: model, seconds from the request's arrival, outcome, status, and seconds at its end.
         self._attempts: list[list[Any]] = []
         # What the attempts cost that gave no answer; None: not known of one of them.
@@ -91,6 +94,7 @@ class RequestRecord:
         if self.overhead_s is None:
             self.overhead_s = self._attempted_at - self._ctx.received_at
             self._ctx.app.metrics.overhead.observe(self.overhead_s)
+        self._ctx.app.metrics.attempts.add((model,))
         if model != self.selection.model:
             self.reason = "fallback"
         self.model = model
@@ -98,6 +102,8 @@ class RequestRecord:
         self._counts, self._first_content_at = TokenCounts(), None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
         self.clamped, self.left_out, self.native_document = None, (), None
+        if self.trace is not None:
+            self.trace.start_attempt(self._ctx, model)
 
     @property
     def has_asked(self) -> bool:
@@ -112,6 +118,8 @@ class RequestRecord:
     def first_content(self) -> None:
         if self._first_content_at is None:
             self._first_content_at = time.monotonic()
+            if self.trace is not None:
+                self.trace.event("uniroute.first_content")
 
     def set_usage(self, reported: object) -> None:
         """Read the usage that a completion or a chunk reports (or `usage` itself); the last report counts.
@@ -154,18 +162,21 @@ class RequestRecord:
         """Write everything down, at the first call; later calls are ignored."""
         if self._finished:
             return
-        self._finished = True
+        self._finished, self._ending = True, ending
         self._end_attempt(ending)
         entry = self._write_usage(ending, self._reservation, is_last=True)
         metrics = self._ctx.app.metrics
         model = (self.model,)
         metrics.requests.add((self.model, self.reason, ending))
+        metrics.requests_by_api.add((self._ctx.api,))
         metrics.seconds.observe(entry.seconds, model)
         if entry.first_token_s is not None:
             metrics.first_token.observe(entry.first_token_s, model)
         if ending == "complete":
             self._observe_traffic(entry.output_tokens)
             self.affinity.commit(self.model, entry.total_tokens)
+        if self.trace is not None:
+            self.trace.finish(self._ctx, self.model, entry, self._facts)
         self._log(entry)
 
     async def wait_until_settled(self) -> None:
@@ -179,7 +190,7 @@ class RequestRecord:
             "x-uniroute-model": self.model,
             "x-uniroute-decision": self.selection.id,
             "x-uniroute-reason": self.reason,
-            "x-uniroute-overhead-ms": self._overhead_ms(),
+            "x-uniroute-overhead-ms": self.overhead_ms(),
         }
         if self.clamped is not None:
             headers["x-uniroute-max-tokens"] = str(self.clamped)
@@ -191,31 +202,53 @@ class RequestRecord:
 
     def metadata(self) -> dict[str, Any]:
         """Return what an answer says of itself where its request asks for it. To be called after `finish`."""
-        costs, decision = self._costs, self.selection.decision
-        error = None
-        if decision is not None and self.model in decision.table.names:
-            error = float(decision.table.errors[list(decision.table.names).index(self.model)])
+        costs = self._costs
         return {
             "decision": self.selection.id,
             "model": self.model,
             "reason": self.reason,
-            "expected_error": error,
+            "expected_error": self._expected()[0],
             "cost_usd": costs.usd if costs else None,
             "saved_usd": costs.saved_usd if costs else None,
         }
 
-    def _overhead_ms(self) -> str:
+    def _expected(self) -> tuple[float | None, float | None]:
+        """Return the error, and the cost in USD, that were expected of the answer. None: the model was not scored."""
+        decision = self.selection.decision
+        if decision is None or self.model not in decision.table.names:
+            return None, None
+        row = list(decision.table.names).index(self.model)
+        return float(decision.table.errors[row]), float(decision.table.costs_usd[row])
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what a trace says of the decision. To be called after `finish`."""
+        error, usd = self._expected()
+        return {
+            **self.metadata(),
+            "expected_error": error,
+            "expected_cost_usd": usd,
+            "lambda": self.selection.lambda_,
+            "ending": self._ending,
+            "degraded": self.selection.degraded_reason,
+            "overhead_ms": (self.overhead_s or 0.0) * 1000,
+            "key.id": self._ctx.key.id if self._ctx.key else None,
+            "tags": tags_of(self._ctx),
+        }
+
+    def overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
     def _record_failed_attempt(self) -> None:
         """Write a usage record for the last attempt alone if it failed: the client gets nothing of it."""
-        fault, self._fault = self._fault, None
+        fault = self._fault
         if fault is None:
             return
         failed_usd = self._write_usage("empty" if fault is _EMPTY else "failed").cost_usd
+        self._fault = None
         self._failed_usd = add_known(self._failed_usd, failed_usd)
-        request, decision = self._ctx.ids.request_id, self.selection.id
-        log.warning("request=%s decision=%s model=%s passed over: %s", request, decision, self.model, fault)
+        fields = {"request": self.request_id, "decision": self.selection.id, "model": self.model}
+        facts = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.warning("%s passed over: %s", facts, fault, extra={"fields": fields})
 
     def _write_usage(
         self, ending: str, reservation: Reservation | None = None, *, is_last: bool = False
@@ -258,14 +291,17 @@ class RequestRecord:
         detail = ""
         if is_last:
             keep = app.usage.takes_decision()
-            if keep or self._ctx.request.options.metadata:
+            if keep or self.trace is not None or self._ctx.request.options.metadata:
                 self._costs = self._compare(cost.usd, counts, observed, billed=billed)
+                self._count_savings(self._costs)
                 if keep:
                     detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
         app.usage.record(entry, detail)
         if reservation:
             self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
         self._count_tokens(entry)
+        if self.trace is not None and self._attempts:
+            self.trace.end_attempt(entry, self._attempts[-1], first_content_at, self._fault)
         return entry
 
     def _compare(self, usd: float | None, counts: TokenCounts, observed: ObservedTraffic, *, billed: bool) -> Costs:
@@ -306,6 +342,13 @@ class RequestRecord:
         if entry.cost_usd:
             metrics.cost.add((self.model,), entry.cost_usd)
 
+    def _count_savings(self, costs: Costs) -> None:
+        usd = costs.usd
+        if usd is not None and costs.baseline_usd is not None:
+            metrics, labels = self._ctx.app.metrics, (self.model,)
+            metrics.baseline_cost.add(labels, costs.baseline_usd)
+            metrics.compared_cost.add(labels, usd)
+
     def _observe_traffic(self, output_tokens: int | None) -> None:
         """Add this answer to the length and latency that later decisions expect of the model in these clusters."""
         decision = self.selection.decision
@@ -315,21 +358,61 @@ class RequestRecord:
         self._ctx.app.traffic_stats.observe(self.model, clusters.ids[0], clusters.weights[0], output_tokens, seconds)
 
     def _log(self, entry: UsageRecord) -> None:
+        info(log, RequestLine(self, entry))
+
+
+class RequestLine:
+    """The log line of one request."""
+
+    __slots__ = ("_entry", "_record")
+
+    def __init__(self, record: RequestRecord, entry: UsageRecord) -> None:
+        self._record = record
+        self._entry = entry
+
+    def __str__(self) -> str:
+        record, entry = self._record, self._entry
         cost = "?" if entry.cost_usd is None else f"{entry.cost_usd:.8f}"
         first = "-" if entry.first_token_s is None else f"{entry.first_token_s:.3f}"
         clamped = (
             ""
-            if self.clamped is None
-            else f" max_tokens={self.selection.requirements.max_output_tokens}>{self.clamped}"
+            if record.clamped is None
+            else f" max_tokens={record.selection.requirements.max_output_tokens}>{record.clamped}"
         )
-        left_out = f" left_out={_header_list(self.left_out)!r}" if self.left_out else ""
-        info(
-            log,
-            f"request={self._ctx.ids.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
+        left_out = f" left_out={_header_list(record.left_out)!r}" if record.left_out else ""
+        ids = None if record.trace is None else record.trace.ids
+        trace = "" if ids is None else f" trace_id={ids[0]} span_id={ids[1]}"
+        return (
+            f"request={record.request_id} decision={entry.decision} model={entry.model} reason={entry.reason}"
             f" ending={entry.ending} key={entry.key_id or '-'}"
             f" tokens={entry.prompt_tokens or '?'}+{entry.output_tokens or '?'} cost_usd={cost}"
-            f" overhead_ms={self._overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}",
+            f" overhead_ms={record.overhead_ms()} first_s={first} seconds={entry.seconds:.3f}{clamped}{left_out}{trace}"
         )
+
+    def fields(self) -> dict[str, object]:
+        record, entry = self._record, self._entry
+        fields: dict[str, object] = {
+            "request": record.request_id,
+            "decision": entry.decision,
+            "model": entry.model,
+            "reason": entry.reason,
+            "ending": entry.ending,
+            "key": entry.key_id,
+            "prompt_tokens": entry.prompt_tokens,
+            "output_tokens": entry.output_tokens,
+            "cost_usd": None if entry.cost_usd is None else round(entry.cost_usd, 12),
+            "overhead_ms": round((record.overhead_s or 0.0) * 1000, 2),
+            "first_s": None if entry.first_token_s is None else round(entry.first_token_s, 6),
+            "seconds": round(entry.seconds, 6),
+        }
+        if record.clamped is not None:
+            fields["max_tokens"] = record.clamped
+            fields["requested_max_tokens"] = record.selection.requirements.max_output_tokens
+        if record.left_out:
+            fields["left_out"] = _header_list(record.left_out)
+        if record.trace is not None and (ids := record.trace.ids) is not None:
+            fields["trace_id"], fields["span_id"] = ids
+        return fields
 
 
 @frozen

@@ -92,6 +92,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
+# As much of it as every system has to pass on.
+_TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
+
 
 def _random_ids() -> Iterator[str]:
     """Yield 128 random bits in hex, again and again. One system call serves 128 ids."""
@@ -112,11 +115,13 @@ class RequestIds:
 
     request_id: str
     traceparent: str | None = None
+    tracestate: str | None = None
     hops: tuple[str, ...] = ()
     """Ids of the routers that the request has passed."""
 
     def upstream_headers(self, own_id: str) -> dict[str, str]:
-        return {**self.headers(), HOPS: ", ".join((*self.hops, own_id))}
+        state = {} if self.tracestate is None else {"tracestate": self.tracestate}
+        return {**self.headers(), **state, HOPS: ", ".join((*self.hops, own_id))}
 
     def headers(self) -> dict[str, str]:
         """Return what goes back to the client, and upstream."""
@@ -141,9 +146,16 @@ def request_ids_from(headers: RequestHeaders) -> RequestIds:
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
     request_id = stated[0] if len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0]) else f"req-{next(random_ids)}"
     parent = parents[0] if len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0]) else None
+    state = None if parent is None else _tracestate(headers)
     passed = headers.getlist(HOPS)
     hops = tuple(hop.strip(" \t") for hop in ",".join(passed).split(",")) if passed else ()
-    return RequestIds(request_id, parent, hops)
+    return RequestIds(request_id, parent, state, hops)
+
+
+def _tracestate(headers: Headers) -> str | None:
+    """Return what tracing systems on the way have noted, if it is well formed; without its parent it means nothing."""
+    state = ",".join(headers.getlist("tracestate"))
+    return state if _TRACESTATE.fullmatch(state) else None
 
 
 @lru_cache(maxsize=8)

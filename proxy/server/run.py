@@ -23,6 +23,7 @@ import uvicorn
 from uvicorn.lifespan.off import LifespanOff
 
 from proxy.concurrency import raise_open_files_limit
+from proxy.server.log_handler import LogFormat, formatter_class
 from proxy.server.metrics import SharedValues, Values, shared_folder, worker_deaths
 from proxy.server.protocol import LimitedHTTPProtocol
 from proxy.server.startup import START_FAILED, Startup
@@ -50,6 +51,12 @@ LOGGING: dict[str, Any] = {
 }
 
 
+def logging_config(log_format: LogFormat) -> dict[str, Any]:
+    """Return LOGGING with lines of this format."""
+    chosen = formatter_class(log_format)
+    return {**LOGGING, "formatters": {"line": {"()": f"{chosen.__module__}.{chosen.__qualname__}"}}}
+
+
 class AppFactory(Protocol):
     """A function at the top of a module: it is sent to worker processes by its name."""
 
@@ -68,11 +75,12 @@ def run_server(settings: Settings, bound: socket.socket, create_app: AppFactory)
         SystemExit: the server did not start; the log says why.
     """
     raise_open_files_limit()
+    make_config = partial(server_config, settings, create_app, logging=logging_config(settings.log_format))
     if settings.workers > 1:
-        Supervisor(settings, partial(server_config, settings, create_app), bound).run()
+        Supervisor(settings, make_config, bound).run()
         return
     try:
-        run_until_exit(Server(server_config(settings, create_app)), bound)
+        run_until_exit(Server(make_config()), bound)
     except SystemExit:
         raise SystemExit(1) from None
 

@@ -429,6 +429,13 @@ class Settings(FrozenModel):
     feedback_per_minute: PositiveInt = Field(
         default=120, description="Calls of `POST /v1/feedback` in a minute that one client key may make."
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        default="auto",
+        description=(
+            "How log lines are written: `json`, `text`, or `auto`: text where standard error is a terminal, and JSON "
+            "elsewhere."
+        ),
+    )
     usage_journal_max_bytes: PositiveInt = Field(
         default=256_000_000,
         description="Bytes of usage that a process keeps on disk while Redis is away. More is dropped, and counted.",

@@ -77,9 +77,9 @@ class Actor:
     def log(self, action: str, target: str, outcome: object) -> None:
         """Log one line. Nothing that a caller wrote can end the line, and a key in a URL is masked."""
         shown = SECRET.sub("***", quote(target, safe="/:@", errors="replace"))[:MAX_TARGET_CHARS] or "-"
-        log.info(
-            "who=%s action=%s target=%s outcome=%s request=%s", self.id, action, shown, outcome, self.request_id or "-"
-        )
+        fields = {"who": self.id, "action": action, "target": shown, "outcome": outcome, "request": self.request_id}
+        facts = " ".join(f"{name}={'-' if value is None else value}" for name, value in fields.items())
+        log.info("%s", facts, extra={"fields": fields})
 
 
 CLI = Actor("cli")

@@ -71,10 +71,22 @@ class ConcurrencyLimiter:
     """Cap concurrent requests per model, with a bounded FIFO queue.
 
     One per process, used on one event loop. Beyond MAX_REMEMBERED, models with no request take no memory.
+
+    Args:
+        on_wait: is told of each wait for a slot: model, seconds.
+        on_full: is told of each caller that is turned away.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        on_wait: Callable[[str, float], None] = lambda *_: None,
+        on_full: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self._clock = clock
+        self._on_wait = on_wait
+        self._on_full = on_full
         self._queues: dict[str, _Queue] = {}
 
     async def acquire(self, model: str, limits: ConcurrencyLimits, max_wait_s: float = 5.0) -> float:
@@ -108,15 +120,27 @@ class ConcurrencyLimiter:
         if len(self._queues) > MAX_REMEMBERED and queue.is_unused:
             del self._queues[model]
 
+    def loads(self) -> dict[str, tuple[int, int]]:
+        """Return how many requests each model that has any is answering, and how many wait for it."""
+        return {
+            model: (queue.slots.taken, queue.slots.waiting)
+            for model, queue in self._queues.items()
+            if not queue.is_unused
+        }
+
     async def _wait(self, model: str, queue: _Queue, max_wait_s: float) -> None:
+        started_at = self._clock()
         try:
             async with asyncio.timeout(max_wait_s):
                 await queue.slots.acquire()
         except TimeoutError:
             raise self._at_capacity(model, queue, queue.slots.waiting + 1) from None
+        finally:
+            self._on_wait(model, self._clock() - started_at)
 
     def _at_capacity(self, model: str, queue: _Queue, waiting: int) -> ModelAtCapacity:
         """Say when a slot is free: all who wait, and then the caller, take them as they are released."""
+        self._on_full(model)
         slots = queue.limits.max_parallel or 1
         held_s = DEFAULT_HELD_S if queue.held_s is None else queue.held_s
         wait_s = held_s * (waiting + 1) / slots

@@ -14,6 +14,8 @@ from tests.test_house import ROOT
 
 COMPOSE = ROOT / "deploy" / "compose.yaml"
 OURS = ("proxy-a", "proxy-b", "worker")
+MONITORING = ("prometheus", "grafana")
+EVERY = (*OURS, "valkey", *MONITORING)
 
 
 @cache
@@ -38,7 +40,7 @@ def checked(compose_file: str) -> PyCompose:
 
 
 def test_it_is_valid_by_the_compose_specification() -> None:
-    assert sorted(checked(text()).service_names()) == sorted([*OURS, "valkey"])
+    assert sorted(checked(text()).service_names()) == sorted(EVERY)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def test_the_check_notices_what_is_wrong(right: str, wrong: str) -> None:
         checked(text().replace(right, wrong))
 
 
-@pytest.mark.parametrize("name", [*OURS, "valkey"])
+@pytest.mark.parametrize("name", EVERY)
 def test_every_container_is_read_only_and_has_no_privileges(name: str) -> None:
     described = service(name)
     assert described["read_only"] is True
@@ -71,17 +73,29 @@ def test_the_store_is_reached_by_ours_alone_and_keeps_what_it_acknowledged() -> 
 
 
 def test_every_volume_and_network_that_is_used_is_declared() -> None:
-    used = {volume.partition(":")[0] for name in [*OURS, "valkey"] for volume in service(name)["volumes"]}
+    used = {volume.partition(":")[0] for name in EVERY for volume in service(name)["volumes"]}
     assert {volume for volume in used if not volume.startswith("./")} == set(compose()["volumes"])
-    assert {network for name in [*OURS, "valkey"] for network in service(name)["networks"]} == set(
-        compose()["networks"]
-    )
+    assert {network for name in EVERY for network in service(name)["networks"]} == set(compose()["networks"])
+
+
+def test_the_files_that_are_mounted_are_there() -> None:
+    mounted = {volume.split(":")[0] for name in EVERY for volume in service(name)["volumes"] if volume.startswith("./")}
+    assert [path for path in mounted if not (COMPOSE.parent / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", MONITORING)
+def test_what_watches_is_started_only_if_asked_for_and_not_open_to_others(name: str) -> None:
+    described = service(name)
+    assert described["profiles"] == ["monitoring"]
+    assert described["networks"] == ["front"]
+    assert all(port.startswith("127.0.0.1:") for port in described.get("ports", ()))
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_no_secret_is_written_down(name: str) -> None:
     environment = service(name)["environment"]
-    assert {key: value for key, value in environment.items() if key.endswith("_KEY") and value is not None} == {}
+    secret = ("_KEY", "_HEADERS")
+    assert {key: value for key, value in environment.items() if key.endswith(secret) and value is not None} == {}
 
 
 def test_the_two_proxies_differ_in_their_port_and_their_volume_alone() -> None:

@@ -216,7 +216,8 @@ def test_health_and_metrics_show_the_state_and_no_prompt(fleet: Fleet) -> None:
 
 def test_request_ids_and_traces_are_passed_on_and_echoed(fleet: Fleet) -> None:
     parent = f"00-{'1' * 32}-{'2' * 16}-01"
-    sent = {"x-request-id": "mine-1", "traceparent": parent, "x-secret": "no", "x-forwarded-for": "1.2.3.4"}
+    sent = {"x-request-id": "mine-1", "traceparent": parent, "tracestate": "vendor=1", "x-secret": "no"}
+    sent["x-forwarded-for"] = "1.2.3.4"
     reply = httpx.post(f"{fleet.base_url}/chat/completions", json={"model": "fair", "messages": ASK}, headers=sent)
     seen = fleet.fair.last.headers
     wrong = httpx.get(f"{fleet.url}/healthz", headers={"x-request-id": "a b", "traceparent": "00-0-0-0"})

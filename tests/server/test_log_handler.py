@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -8,12 +9,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from proxy.server import log_handler
-from proxy.server.log_handler import LineFormatter, NonBlockingHandler, info
+from proxy.server.log_handler import JSONFormatter, LineFormatter, NonBlockingHandler, formatter_class, info
 from proxy.server.metrics import Metrics
+from tests.support.command import ServeCommand, environment
+from tests.support.proxy_process import model_entry
+from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4} (.*)")
 KILLED = """
@@ -209,3 +217,94 @@ def _whole_lines(pipe: Pipe) -> list[str]:
     while not data.endswith(b"\n"):
         data += os.read(pipe.reader, 2**16)
     return [_untimed(line) for line in data.decode().splitlines()]
+
+
+class Answered:
+    """An event, as the log line of a request is one."""
+
+    def __str__(self) -> str:
+        return "model=small cost_usd=?"
+
+    def fields(self) -> dict[str, object]:
+        return {"model": "small", "cost_usd": None}
+
+
+@pytest.fixture
+def json_log(log: logging.Logger) -> logging.Logger:
+    a_handler(log).setFormatter(JSONFormatter())
+    return log
+
+
+def documents(pipe: Pipe) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in os.read(pipe.reader, 2**20).splitlines()]
+
+
+def test_an_event_is_text_or_members_of_json(log: logging.Logger, pipe: Pipe) -> None:
+    info(log, Answered())
+    log.info(Answered())
+    assert pipe.lines() == ["INFO uniroute.piped model=small cost_usd=?"] * 2
+    a_handler(log).setFormatter(JSONFormatter())
+    info(log, Answered())
+    log.info(Answered())
+    quick, recorded = documents(pipe)
+    times = [quick.pop("time"), recorded.pop("time")]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time) for time in times)
+    expected = {"level": "INFO", "logger": "uniroute.piped", "message": "piped", "model": "small", "cost_usd": None}
+    assert quick == recorded == expected
+
+
+def test_fields_of_a_record_are_members_of_its_json(json_log: logging.Logger, pipe: Pipe) -> None:
+    json_log.warning("passed over: %s", "timeout", extra={"fields": {"model": "small"}})
+    (document,) = documents(pipe)
+    assert (document["level"], document["message"], document["model"]) == ("WARNING", "passed over: timeout", "small")
+
+
+def test_a_traceback_stays_within_its_line_of_json(json_log: logging.Logger, pipe: Pipe) -> None:
+    try:
+        raise ValueError("no\nnumber")
+    except ValueError:
+        json_log.exception("failed")
+    (document,) = documents(pipe)
+    assert document["message"] == "failed"
+    assert document["exception"].startswith("Traceback")
+    assert document["exception"].endswith("ValueError: no\nnumber")
+
+
+@pytest.mark.parametrize("text", ["\x1b[31m", "a\nb", "\x9b31m", "half \ud800", "\u2028", "größer 好"])
+def test_no_text_ends_a_line_of_json_or_reaches_a_terminal(json_log: logging.Logger, pipe: Pipe, text: str) -> None:
+    info(json_log, text)
+    line = os.read(pipe.reader, 2**20).decode()
+    assert line.endswith("\n")
+    assert line[:-1].isprintable()
+    assert json.loads(line)["message"] == text
+
+
+def test_lines_are_json_unless_a_terminal_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    assert [formatter_class(each) for each in ("auto", "json", "text")] == [JSONFormatter, JSONFormatter, LineFormatter]
+    monkeypatch.setattr(os, "isatty", lambda fd: fd == 2)
+    assert [formatter_class(each) for each in ("auto", "json", "text")] == [LineFormatter, JSONFormatter, LineFormatter]
+
+
+def test_a_server_without_a_terminal_logs_json_alone(tmp_path: Path, embedder_cache: Path) -> None:
+    with ScriptedUpstream() as upstream:
+        config = {
+            "model_list": [model_entry("small", upstream.url)],
+            "uniroute": {"profile": {"on_start": False}},
+        }
+        (tmp_path / "config.yaml").write_text(json.dumps(config))
+        environ = environment(tmp_path / "data", embedder_cache, MODEL_API_KEY="x", UNIROUTE_LOG_FORMAT="auto")
+        log = tmp_path / "log.txt"
+        with ServeCommand("--config", tmp_path / "config.yaml", environ=environ, log=log) as server:
+            body = {"model": "small", "messages": [{"role": "user", "content": "hi"}]}
+            reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+            httpx.get(f"{server.url}/v1/unknown", timeout=60)
+            decision = reply.headers["x-uniroute-decision"]
+            assert wait_until(lambda: decision in server.log)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    (line,) = [each for each in lines if each.get("decision") == decision]
+    assert (line["logger"], line["message"], line["model"]) == ("uniroute.request", "request", "small")
+    assert (line["ending"], line["key"], line["prompt_tokens"]) == ("complete", None, 4)
+    assert line["cost_usd"] > 0
+    assert [each["status"] for each in lines if each["logger"] == "uniroute.edge"] == [404]
+    assert any(each["message"].startswith("ready after") for each in lines)

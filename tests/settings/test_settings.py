@@ -64,6 +64,7 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
         "feedback_half_life_s": "3600",
         "presets": None,
         "limits_without_store": "allow",
+        "log_format": "json",
         "allowed_env": "TOKEN",
         "allowed_origins": "https://app.example",
         "price_url": "https://prices.example/map.json",

@@ -24,7 +24,8 @@ def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str)
     ours = {
         name: value for name, value in os.environ.items() if not name.endswith("_API_KEY") and "UNIROUTE" not in name
     }
-    return {**ours, "PYTHONPATH": str(ROOT), "UNIROUTE_DATA_DIR": str(data_dir), "COLUMNS": "120", **more}
+    fixed = {"PYTHONPATH": str(ROOT), "UNIROUTE_LOG_FORMAT": "text", "COLUMNS": "120"}
+    return {**ours, **fixed, "UNIROUTE_DATA_DIR": str(data_dir), **more}
 
 
 def run_command(

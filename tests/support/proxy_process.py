@@ -46,6 +46,7 @@ class ProxyProcess:
             "UNIROUTE_CONFIG": str(self._config),
             "UNIROUTE_DATA_DIR": str(folder),
             "UNIROUTE_ADMIN_KEY": ADMIN_KEY,
+            "UNIROUTE_LOG_FORMAT": "text",
             **(environ or {}),
         }
         self._log = (folder / "log.txt").open("ab+")
@@ -79,13 +80,16 @@ class ProxyProcess:
             raise
         return self
 
-    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, signal_: signal.Signals = signal.SIGTERM) -> int | None:
+        """End it, and return its exit status; None: it does not run."""
+        status = None
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal_)
-            self._process.wait(60)
+            status = self._process.wait(60)
             self._process = None
         self._log.close()
+        return status
 
     def __enter__(self) -> Self:
         return self.start()

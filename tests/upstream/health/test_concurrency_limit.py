@@ -197,6 +197,26 @@ async def test_models_do_not_wait_for_each_other() -> None:
     assert len(slots) == 2
 
 
+async def test_it_tells_who_waits_how_long_and_who_is_turned_away() -> None:
+    clock = Clock()
+    waits: list[tuple[str, float]] = []
+    full: list[str] = []
+    limiter = ConcurrencyLimiter(
+        clock, on_wait=lambda model, seconds: waits.append((model, seconds)), on_full=full.append
+    )
+    first = await acquired(limiter, ONE)
+    waiting = [queued(limiter), queued(limiter)]
+    await settle()
+    assert limiter.loads() == {"small": (1, 2)}
+    with pytest.raises(ModelAtCapacity):
+        await acquired(limiter, ONE)
+    clock.now += 2.0
+    first.release()
+    (await waiting[0]).release()
+    (await waiting[1]).release()
+    assert (waits, full, limiter.loads()) == ([("small", 2.0), ("small", 2.0)], ["small"], {})
+
+
 def test_unless_stated_as_many_may_wait_as_may_be_asked() -> None:
     assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4)) == ConcurrencyLimits(4, 4)
     assert ConcurrencyLimits.of(ModelInfo(max_parallel_requests=4, max_queued_requests=0)) == ConcurrencyLimits(4, 0)
