@@ -67,6 +67,7 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
@@ -359,6 +360,9 @@ async def app_state(
             on_skipped=metrics.decisions_skipped.inc,
         )
         await closing.enter_async_context(_running(usage))
+        traffic_mix = TrafficMix(store, cluster_map, metrics.novel_prompts.inc)
+        await closing.enter_async_context(_running(traffic_mix))
+        metrics.on_refresh(traffic_mix.count)
         sessions = SessionStore(
             store,
             settings.session_ttl_s,
@@ -406,6 +410,7 @@ async def app_state(
             rate_limiter=limiter,
             metrics=metrics,
             traffic_stats=traffic_stats,
+            traffic_mix=traffic_mix,
             health=health,
             concurrency_limiter=ConcurrencyLimiter(),
             sessions=sessions,

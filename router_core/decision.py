@@ -190,6 +190,19 @@ class RoutingDecision:
         )
 
     @property
+    def nearest_cosine(self) -> float | None:
+        """How near the prompt is to its nearest centroid; None: it is not known."""
+        if self.assignment is None or self.assignment.cosines is None:
+            return None
+        return float(self.assignment.cosines[0])
+
+    @property
+    def is_novel(self) -> bool | None:
+        """Whether the prompt is farther from all centroids than nearly all prompts of the map; None: not known."""
+        cosine, bound = self.nearest_cosine, self.eligibility.pool.novel_below if self.eligibility else None
+        return None if cosine is None or bound is None else cosine < bound
+
+    @property
     def ineligible(self) -> Mapping[str, str]:
         """Ruled-out model → reason."""
         return self.eligibility.reasons if self.eligibility else {}

@@ -101,6 +101,8 @@ class Pool:
     shares_window: NDArray[np.bool_]
     """(M,) whether prompt and answer must fit `max_input_tokens` together."""
     cluster_names: tuple[str, ...] = ()
+    novel_below: float | None = None
+    """The cosine with the nearest centroid below which a prompt is novel; None: it is not known."""
 
     @classmethod
     def build(
@@ -139,6 +141,7 @@ class Pool:
             max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
             cluster_names=cluster_map.names,
+            novel_below=cluster_map.novel_below,
         )
 
     def __len__(self) -> int:

@@ -214,6 +214,8 @@ class KeptDecision(DecisionRow):
     score: Number | None
     score_source: str | None
     clusters: list[DecisionCluster]
+    nearest_cosine: Number | None
+    novel: bool | None
     candidates: list[DecisionCandidate]
     candidates_left_out: Count
     ineligible: list[dict[str, str]]

@@ -26,6 +26,7 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
@@ -57,6 +58,7 @@ class AppState:
     rate_limiter: RateLimiter
     metrics: Metrics
     traffic_stats: TrafficStats
+    traffic_mix: TrafficMix
     health: HealthRegistry
     concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore

@@ -52,6 +52,7 @@ class Metrics:
         self.attempts_failed = self._counter("upstream_failures", "Upstream attempts that failed", "status")
         self.tokens = self._counter("tokens", "Tokens that upstreams reported", "kind")
         self.cost = self._counter("cost_usd", "Cost at the live price")
+        self.novel_prompts = self._total("novel_prompts", "Routed prompts that are far from all clusters of the map")
         self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
         self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
         self.usage_journal = self._gauge("usage_journal_bytes", "Usage journals on disk")
