@@ -439,6 +439,7 @@ Moment = Annotated[float | None, Query(), BeforeValidator(_moment), WithJsonSche
     description="`next`, if it is not null, is the `cursor` of the next page; a page may be short and have one. With"
     " `format=jsonl` every decision is whole, one a line, and the cursor is in the header `x-uniroute-next`.",
     response_model=Decisions,
+    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
 )
 async def list_decisions(
     state: AdminState,

@@ -78,17 +78,25 @@ class JobStatus(OpenResponseModel):
 
 
 class ObservedRates(OpenResponseModel):
-    """What feedback says of a model, beside what was measured of it in the same mix of clusters.
+    """What feedback says of a model since it was measured, beside what was expected of the same answers.
 
-    `p` is null where there are too few labels, and `differs` too.
+    Rates are null where there is no label; `p` and `differs` are where there are too few. `change` is the hour from
+    which on the answers are graded otherwise than before, if there is one: then all but `clusters` is of those since.
     """
 
+    since: str | None
     labels: Amount
-    mean_error: Amount
-    measured_mean_error: Amount
+    measured_labels: Amount
+    mean_error: Amount | None
+    mean_error_low: Amount | None
+    mean_error_high: Amount | None
+    measured_mean_error: Amount | None
+    measured_mean_error_low: Amount | None
+    measured_mean_error_high: Amount | None
     test: str
     p: Amount | None
     differs: bool | None
+    change: dict[str, Any] | None
     clusters: list[dict[str, Any]]
 
 

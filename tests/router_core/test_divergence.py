@@ -27,7 +27,8 @@ def blocks_of(counts: Doubles, novel: Doubles | None = None) -> BlockSums:
 def drawn(shares: Doubles, blocks: int, prompts: int, *, seed: int, repeats: int = 1) -> BlockSums:
     """Draw prompts, each of which comes `repeats` times within its block."""
     rng = np.random.default_rng(seed)
-    return blocks_of(1.0 * repeats * rng.multinomial(prompts // repeats, shares, size=blocks))
+    counts = rng.multinomial(prompts // repeats, shares, size=blocks)
+    return blocks_of(np.asarray(repeats * counts, dtype=np.float64))
 
 
 def test_traffic_as_the_map_is_no_farther_from_it_than_chance_explains() -> None:
