@@ -28,7 +28,14 @@ from proxy.dashboard.views import router as dashboard_views
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
+from proxy.server.admin import (
+    audit_router,
+    decisions_router,
+    jobs_router,
+    keys_router,
+    models_router,
+    spending_router,
+)
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, is_dashboard, path_of
 from proxy.server.completions import CompletionEndpoints
 from proxy.server.completions import router as completions_router
@@ -87,7 +94,7 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, spending_router),
 )
 
 # Pages for people, which the OpenAPI document leaves out.

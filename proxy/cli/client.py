@@ -70,6 +70,11 @@ class ServerClient:
             if cursor is None:
                 return
 
+    def spending(self, query: Mapping[str, str]) -> dict[str, Any]:
+        """Return what was spent in a time: on requests by day, and on measuring models."""
+        found: dict[str, Any] = self._request("GET", "/admin/spending", query=query).json()
+        return found
+
     def _request(
         self,
         method: Method,

@@ -32,11 +32,12 @@ from proxy.server.admin import get_model, list_keys, list_models, registered_mod
 from proxy.server.admin_responses import model_to_json
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
+from proxy.server.spending import evidence_of, spending_between
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.decisions import DecisionFilter, Page
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.savings import GROUPINGS, SavingsReport
+from proxy.storage.savings import GROUPINGS, SavingsReport, coverage_in_words, quality_in_words
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
@@ -102,8 +103,24 @@ async def decision(request: Request, session: SessionDep, state: StateDep, id: s
 async def savings(request: Request, session: SessionDep, state: StateDep) -> Response:
     by, days = request.query_params.get("by", ""), request.query_params.get("days", "")
     by, days = by if by in GROUPINGS else "model", days if days in PERIODS else "7"
-    found = await dashboard_of(request).slow_work.result(f"savings-{days}", lambda: _savings(state, int(days)))
-    return render(request, "savings.html", session, found=found, by=by, days=days, groupings=GROUPINGS, periods=PERIODS)
+    found = await savings_of(request, state, int(days))
+    return render(
+        request,
+        "savings.html",
+        session,
+        found=found,
+        words=quality_in_words(found["total"]),
+        covered=coverage_in_words(found),
+        groupings=(by,),
+        every_grouping=GROUPINGS,
+        days=days,
+        periods=PERIODS,
+    )
+
+
+async def savings_of(request: Request, state: AppState, days: int) -> Mapping[str, Any]:
+    """Return the report of so many days. Raises StillWorking."""
+    return await dashboard_of(request).slow_work.result(f"savings-{days}", lambda: _savings(state, days))
 
 
 async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
@@ -114,9 +131,11 @@ async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
         for decision in page.decisions:
             report.add(decision)
         if page.next is None:
-            return report.to_json()
+            break
         cursor = page.next
         await asyncio.sleep(0)
+    spending = await spending_between(state, since, None)
+    return await asyncio.to_thread(report.to_json, evidence_of(state.snapshots.current), spending)
 
 
 def _timeline(found: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -232,6 +232,10 @@ class Jobs:
         """Return each model's latest job, in two round trips."""
         return await self._job_store.latest()
 
+    async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:
+        """Return the jobs that were submitted in a time, Unix seconds, with the time of each."""
+        return await self._job_store.submitted_between(since, until)
+
     async def recent(self) -> Mapping[str, Job]:
         """Return what `latest` does, up to RECENT_S old, for error messages; no jobs while Redis is not available."""
         async with self._reading:

@@ -36,12 +36,14 @@ from proxy.server.admin_responses import (
     ModelCard,
     ModelCards,
     PricedModel,
+    Spending,
     model_to_json,
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
 from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
+from proxy.server.spending import spending_between
 from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
@@ -482,3 +484,16 @@ async def get_decision(decision_id: DecisionIdPath, state: AdminState) -> Respon
     if decision is None:
         raise DecisionNotFound(f"no decision is kept with the id {decision_id[:100]!r}", param="decision")
     return JSONResponse(decision)
+
+
+spending_router = admin_router("spending")
+
+
+@spending_router.get(
+    "",
+    summary="What requests cost by day, and measuring models did",
+    description="By whole days (UTC) of all requests, for 35 days; jobs by the time of their submission, for 30 days.",
+    response_model=Spending,
+)
+async def get_spending(state: AdminState, since: Moment = None, until: Moment = None) -> dict[str, Any]:
+    return await spending_between(state, since, until)

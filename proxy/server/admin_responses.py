@@ -236,6 +236,29 @@ class KeptDecision(DecisionRow):
     prompt: str | None
 
 
+class DaySpending(ResponseModel):
+    """What all requests of a day (UTC) cost, whether their decisions are kept or not; `cost_unknown`: not among it."""
+
+    requests: Count
+    cost_usd: Amount
+    cost_unknown: Count
+
+
+class ProfilingSpending(ResponseModel):
+    """What jobs that were submitted then have spent, judges included; `unpriced` are those of unknown price."""
+
+    usd: Amount
+    jobs: Count
+    unpriced: Count
+    by_model: dict[str, Amount]
+    by_day: dict[str, Amount]
+
+
+class Spending(ResponseModel):
+    days: dict[str, DaySpending]
+    profiling: ProfilingSpending
+
+
 class AuditEntry(OpenResponseModel):
     at: str
     who: str
