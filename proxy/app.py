@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_stoppable_thread, run_uncancelled
 from proxy.dashboard.actions import router as dashboard_actions
 from proxy.dashboard.page import Dashboard, with_page_headers
+from proxy.dashboard.quality import router as dashboard_quality
 from proxy.dashboard.views import router as dashboard_views
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
@@ -98,7 +99,7 @@ ROUTERS = (
 )
 
 # Pages for people, which the OpenAPI document leaves out.
-PAGE_ROUTERS = (dashboard_views, dashboard_actions)
+PAGE_ROUTERS = (dashboard_views, dashboard_quality, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (

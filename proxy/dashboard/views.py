@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from proxy.dashboard.page import (
 )
 from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, curve_chart, heat_map
 from proxy.dashboard.sessions import Session
+from proxy.dashboard.traffic import traffic_view
 from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
 from proxy.server.admin import get_model, list_keys, list_models, registered_model
 from proxy.server.admin_responses import model_to_json
@@ -48,6 +50,9 @@ MAX_LATEST = 20
 
 # Days that savings are summed over.
 PERIODS = ("1", "7", "30")
+
+# How old a report may be: those who look again, or at another table, need not wait.
+MAX_REPORT_AGE_S = 10.0
 
 # While they are summed, no request is served.
 DECISIONS_AT_ONCE = 50
@@ -119,8 +124,14 @@ async def savings(request: Request, session: SessionDep, state: StateDep) -> Res
 
 
 async def savings_of(request: Request, state: AppState, days: int) -> Mapping[str, Any]:
-    """Return the report of so many days. Raises StillWorking."""
-    return await dashboard_of(request).slow_work.result(f"savings-{days}", lambda: _savings(state, days))
+    """Return the report of so many days, which may be some seconds old. Raises StillWorking."""
+    dashboard = dashboard_of(request)
+    made_at, report = dashboard.reports.get(days, (-math.inf, {}))
+    if time.monotonic() - made_at < MAX_REPORT_AGE_S:
+        return report
+    report = await dashboard.slow_work.result(f"savings-{days}", lambda: _savings(state, days))
+    dashboard.reports[days] = time.monotonic(), report
+    return report
 
 
 async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
@@ -212,6 +223,7 @@ async def models_page(
         clusters=[(k, snapshot.cluster_map.names[k]) for k in clusters],
         picture=picture,
         defaults=state.settings.profile,
+        traffic=await traffic_view(state),
     )
 
 

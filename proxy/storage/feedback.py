@@ -393,9 +393,17 @@ def _compared_clusters(profile: Profile, errors: ObservedErrors) -> list[dict[st
             "measured_error": float(rates[row]),
             "measured_error_low": float(measured_low[row]),
             "measured_error_high": float(measured_high[row]),
+            "differs": _differ(observed[row], errors.labels[row], rates[row], profile.labels[row]),
         }
         for row in np.flatnonzero(errors.labels > 0).tolist()
     ]
+
+
+def _differ(rate: float, labels: float, measured: float, measured_labels: float) -> bool | None:
+    """Return whether two rates differ by TEST; None: there are too few labels of one of them."""
+    if labels < MIN_LABELS or measured_labels <= 0:
+        return None
+    return two_proportion_p(float(rate), float(labels), float(measured), float(measured_labels)) < MAX_P
 
 
 def _measured_labels(profile: Profile, mix: Doubles) -> float:

@@ -18,7 +18,10 @@ from router_core.validation.graders.text import ExactGrader
 from router_core.validation.validation_set import ValidationPrompt
 from tests.dashboard.site import Site
 
-VIEWS = ("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/explain", "/keys")
+VIEWS = (
+    *("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/explain", "/keys"),
+    *("/savings", "/quality", "/quality?by=hour"),
+)
 OTHERS = ("/login", "/nothing", "/", "/static/page.css", "/static/page.js", "/static/nothing", "/curve/point?lambda=1")
 
 CELL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -160,6 +163,7 @@ def test_words_of_a_map_and_of_a_validation_set_are_shown_and_not_run() -> None:
             clusters=[(0, CELL)],
             rates={CELL: [rate]},
             picture=heat_map([CELL], [CELL], [[rate]]),
+            traffic=None,
         ),
     ]
 

@@ -12,7 +12,10 @@ from tests.dashboard.site import Site, Visitor, open_site
 from tests.support.proxy_process import ADMIN_KEY
 from tests.support.waiting import wait_until
 
-VIEWS = ("", "/models", "/model?name=large", "/cluster?id=0", "/curve", "/explain", "/keys", "/now/events")
+VIEWS = (
+    *("", "/models", "/model?name=large", "/cluster?id=0", "/curve", "/explain", "/keys", "/now/events"),
+    *("/savings", "/quality"),
+)
 
 
 def test_every_view_sends_a_stranger_to_the_form(site: Site) -> None:
