@@ -35,7 +35,7 @@ from proxy.server.admin import (
     jobs_router,
     keys_router,
     models_router,
-    spending_router,
+    reports_router,
 )
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, is_dashboard, path_of
 from proxy.server.completions import CompletionEndpoints
@@ -95,7 +95,7 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router, spending_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, reports_router),
 )
 
 # Pages for people, which the OpenAPI document leaves out.

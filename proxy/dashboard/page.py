@@ -101,8 +101,6 @@ class Dashboard:
         self.activity = Activity()
         self.curves = Curves()
         self.slow_work = SlowWork()
-        # Reports of the decisions by the days that they are of, each with the monotonic seconds of its making.
-        self.reports: dict[int, tuple[float, Mapping[str, Any]]] = {}
         self.open_streams = 0
 
 

@@ -55,7 +55,7 @@ async def quality(request: Request, session: SessionDep, state: StateDep) -> Res
     observed = await state.feedback.observed_of_all(records, cluster_map.id, cluster_map.size)
     by = request.query_params.get("by", "")
     by = by if by in STEPS else _default_step(observed)
-    report = await savings_of(request, state, REPORT_DAYS)
+    report = await savings_of(state, REPORT_DAYS)
     traffic = await traffic_view(state)
     return render(
         request,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from proxy.dashboard.activity import MAX_SAMPLES
 from proxy.dashboard.curve import DrawnCurve, traffic_of
-from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
+    MAX_WAIT_S,
     Form,
     SessionDep,
+    StillWorking,
     app_state_of,
     base_of,
     dashboard_of,
@@ -26,6 +26,7 @@ from proxy.dashboard.page import (
     render_text,
     static_files,
 )
+from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, curve_chart, heat_map
 from proxy.dashboard.sessions import Session
 from proxy.dashboard.traffic import traffic_view
@@ -34,12 +35,11 @@ from proxy.server.admin import get_model, list_keys, list_models, registered_mod
 from proxy.server.admin_responses import model_to_json
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
-from proxy.server.spending import evidence_of, spending_between
 from proxy.server.startup import Startup
 from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.decisions import DecisionFilter, Page
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.savings import GROUPINGS, SavingsReport, coverage_in_words, quality_in_words
+from proxy.storage.savings import GROUPINGS, coverage_in_words, quality_in_words
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
@@ -50,12 +50,6 @@ MAX_LATEST = 20
 
 # Days that savings are summed over.
 PERIODS = ("1", "7", "30")
-
-# How old a report may be: those who look again, or at another table, need not wait.
-MAX_REPORT_AGE_S = 10.0
-
-# While they are summed, no request is served.
-DECISIONS_AT_ONCE = 50
 
 router = APIRouter(prefix=DASHBOARD, include_in_schema=False, route_class=Route, default_response_class=HTMLResponse)
 
@@ -108,7 +102,7 @@ async def decision(request: Request, session: SessionDep, state: StateDep, id: s
 async def savings(request: Request, session: SessionDep, state: StateDep) -> Response:
     by, days = request.query_params.get("by", ""), request.query_params.get("days", "")
     by, days = by if by in GROUPINGS else "model", days if days in PERIODS else "7"
-    found = await savings_of(request, state, int(days))
+    found = await savings_of(state, int(days))
     return render(
         request,
         "savings.html",
@@ -123,30 +117,13 @@ async def savings(request: Request, session: SessionDep, state: StateDep) -> Res
     )
 
 
-async def savings_of(request: Request, state: AppState, days: int) -> Mapping[str, Any]:
-    """Return the report of so many days, which may be some seconds old. Raises StillWorking."""
-    dashboard = dashboard_of(request)
-    made_at, report = dashboard.reports.get(days, (-math.inf, {}))
-    if time.monotonic() - made_at < MAX_REPORT_AGE_S:
-        return report
-    report = await dashboard.slow_work.result(f"savings-{days}", lambda: _savings(state, days))
-    dashboard.reports[days] = time.monotonic(), report
+async def savings_of(state: AppState, days: int) -> Mapping[str, Any]:
+    """Return the report of so many days, which may be some seconds old. Raises StoreUnavailable, StillWorking."""
+    wanted = DecisionFilter(since=time.time() - days * 86_400)
+    report, _ = await state.reports.get(state, wanted, MAX_WAIT_S, name=days)
+    if report is None:
+        raise StillWorking
     return report
-
-
-async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
-    """Sum up the decisions of so many days, a few at a time: requests are served in between."""
-    report, since, cursor = SavingsReport(), time.time() - days * 86400, None
-    while True:
-        page = await state.decisions.page(DECISIONS_AT_ONCE, DecisionFilter(since=since), cursor)
-        for decision in page.decisions:
-            report.add(decision)
-        if page.next is None:
-            break
-        cursor = page.next
-        await asyncio.sleep(0)
-    spending = await spending_between(state, since, None)
-    return await asyncio.to_thread(report.to_json, evidence_of(state.snapshots.current), spending)
 
 
 def _timeline(found: Mapping[str, Any]) -> list[tuple[str, float]]:

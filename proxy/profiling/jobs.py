@@ -265,6 +265,16 @@ class Jobs:
         assigned = await self._prompts.load(self._state.current.cluster_map)
         return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
 
+    async def graded_answers(self) -> dict[str, dict[str, float]]:
+        """Return the scores that are still recorded of each model's latest job, by the id of the prompt."""
+        found = {}
+        for name, job in (await self._job_store.latest()).items():
+            answers = await self._job_store.answers(job.id)
+            scores = {prompt: answer.score for prompt, answer in answers.items() if answer.score is not None}
+            if scores:
+                found[name] = scores
+        return found
+
     async def validation_prompts(self) -> AssignedPrompts:
         """Return the prompts that models are measured on, with their clusters. Raise InvalidValidationSet."""
         return await self._prompts.load(self._state.current.cluster_map)

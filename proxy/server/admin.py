@@ -36,14 +36,14 @@ from proxy.server.admin_responses import (
     ModelCard,
     ModelCards,
     PricedModel,
-    Spending,
+    ReportUnderWay,
+    SavingsDocument,
     model_to_json,
     models_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
 from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, admin_key, errors
-from proxy.server.spending import spending_between
 from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PROFILE_MODEL
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
@@ -486,14 +486,31 @@ async def get_decision(decision_id: DecisionIdPath, state: AdminState) -> Respon
     return JSONResponse(decision)
 
 
-spending_router = admin_router("spending")
+reports_router = admin_router("report")
+
+# How long a call waits for a report.
+REPORT_WAIT_S = 5.0
 
 
-@spending_router.get(
+@reports_router.get(
     "",
-    summary="What requests cost by day, and measuring models did",
-    description="By whole days (UTC) of all requests, for 35 days; jobs by the time of their submission, for 30 days.",
-    response_model=Spending,
+    summary="What was spent and saved, and whether quality held",
+    description="Made from the decisions that are kept. While it is made, the answer is a 202: ask again.",
+    response_model=SavingsDocument,
+    responses={202: {"model": ReportUnderWay, "description": "It is being made"}},
 )
-async def get_spending(state: AdminState, since: Moment = None, until: Moment = None) -> dict[str, Any]:
-    return await spending_between(state, since, until)
+async def get_report(
+    state: AdminState,
+    model: Wanted = None,
+    key: Wanted = None,
+    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
+    ending: Wanted = None,
+    reason: Wanted = None,
+    since: Moment = None,
+    until: Moment = None,
+) -> Response:
+    wanted = DecisionFilter(model, key, tag, ending, reason, since, until)
+    report, decisions = await state.reports.get(state, wanted, REPORT_WAIT_S)
+    if report is None:
+        return JSONResponse({"decisions": decisions}, 202, {"retry-after": "1"})
+    return JSONResponse(report)

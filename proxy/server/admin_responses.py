@@ -237,7 +237,7 @@ class KeptDecision(DecisionRow):
 
 
 class DaySpending(ResponseModel):
-    """What all requests of a day (UTC) cost, whether their decisions are kept or not; `cost_unknown`: not among it."""
+    """What all requests of a day (UTC) cost, whether their decisions are kept or not; `cost_unknown` are not in it."""
 
     requests: Count
     cost_usd: Amount
@@ -257,6 +257,35 @@ class ProfilingSpending(ResponseModel):
 class Spending(ResponseModel):
     days: dict[str, DaySpending]
     profiling: ProfilingSpending
+
+
+class SavingsSums(OpenResponseModel):
+    """The sums of some requests. Expected errors have bounds, and so have those that feedback speaks of."""
+
+    requests: Count
+    cost_usd: Number
+    baseline_usd: Number
+    saved_usd: Number
+    expected_error: Number | None
+    baseline_expected_error: Number | None
+    error_difference: Number | None
+    observed_error: Number | None
+
+
+class SavingsDocument(ResponseModel):
+    """Sums in all and by group, the first and the last decision, and what was spent in the same time in all."""
+
+    first: str | None
+    last: str | None
+    total: SavingsSums
+    by: dict[str, dict[str, SavingsSums]]
+    spending: Spending | None
+
+
+class ReportUnderWay(ResponseModel):
+    """`decisions`: how many were read so far."""
+
+    decisions: Count
 
 
 class AuditEntry(OpenResponseModel):

@@ -14,6 +14,7 @@ from proxy.server.api.translation import Translation
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.reports import Reports
 from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
@@ -69,6 +70,7 @@ class AppState:
     environ: Mapping[str, str] = field(repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
+    reports: Reports = field(default_factory=Reports, repr=False)
 
     def renew_plan(self, record: ModelRecord) -> ModelPlan:
         """Work out a model's plan once for all attempts of this record."""

@@ -5,11 +5,12 @@ use. Only requests of which both costs are known are compared; the others are co
 silence. Failed attempts are part of the cost, and what measuring models cost is taken off what was saved. Sums are in
 whole picodollars, and so exact.
 
-Expected errors are those of the moment of each choice. Their bounds do not shrink with the number of requests: all
-requests of a cluster share the error of the profile that they were routed by. So each model's requests are summed by
-cluster, and such a mix is as certain as the labels behind it; see `mix_deviations`. A profile of another map, or of a
-model that is gone, counts as one without labels. The labels are those of now: of a model that was measured again since,
-they may be more or fewer than when it was chosen.
+Expected errors are those of the moment of each choice. A model that was chosen by its score looks better than it is,
+since the same labels chose and judge it: what `SelectionBias` finds is added, and the lower bound is without it. The
+bounds do not shrink with the number of requests: all requests of a cluster share the error of the profile that they
+were routed by. So each model's requests are summed by cluster, and such a mix is as certain as the labels behind it;
+see `mix_deviations`. A profile of another map, or of a model that is gone, counts as one without labels. Labels are
+those of now: of a model that was measured again since, they may be more or fewer than when it was chosen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import numpy as np
 from router_core.decision import Z_90, mix_deviations, wilson_interval
 from router_core.estimators import SHRINKAGE
 from router_core.pricing import PICO, picousd
+from router_core.scoring import TIE_TOLERANCE
+from router_core.selection_bias import SelectionBias
 
 # Groups of one table. What comes after is summed under OTHERS.
 MAX_GROUPS = 1000
@@ -50,6 +53,40 @@ class MeasuredLabels:
 
 
 Evidence = Mapping[str, MeasuredLabels]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedErrors:
+    """What was expected of one decision. None: the model was not scored."""
+
+    routed: float | None
+    """Of the model that answered."""
+    baseline: float | None
+    bias: float
+    """How much higher the former is, judged by labels that did not choose the model."""
+
+    @classmethod
+    def of(cls, decision: Decision, bias: SelectionBias | None) -> ExpectedErrors:
+        errors = {row["model"]: row["expected_error"] for row in decision["candidates"]}
+        routed, baseline = errors.get(decision["model"]), errors.get(decision["baseline"]["model"])
+        return cls(routed, baseline, 0.0 if bias is None else _bias_of(decision, bias))
+
+
+def _bias_of(decision: Decision, bias: SelectionBias) -> float:
+    """Return the bias of a choice by score; 0 for one that other reasons made, or whose profiles are gone."""
+    candidates, clusters = decision["candidates"], decision["clusters"]
+    if decision["reason"] != "scored" or decision["map"] != bias.map_id or not clusters:
+        return 0.0
+    if candidates[0]["model"] != decision["model"] or candidates[0]["score"] == candidates[0]["cost"]:  # by cost alone
+        return 0.0
+    found = bias.of(
+        [row["model"] for row in candidates],
+        [row["cost"] for row in candidates],
+        decision["lambda"],
+        TIE_TOLERANCE,
+        {cluster["id"]: cluster["weight"] for cluster in clusters},
+    )
+    return found or 0.0
 
 
 @dataclass
@@ -118,6 +155,7 @@ class Savings:
     _baseline: int = 0
     _failed: int = 0
     _error: float = 0.0
+    _bias: float = 0.0
     _baseline_error: float = 0.0
     _observed: float = 0.0
     _observed_expected: float = 0.0
@@ -125,17 +163,17 @@ class Savings:
     _baseline_mix: ErrorMix = field(default_factory=ErrorMix)
     _difference_mix: ErrorMix = field(default_factory=ErrorMix)
 
-    def add(self, decision: Decision) -> None:
+    def add(self, decision: Decision, errors: ExpectedErrors) -> None:
         self.requests += 1
         self.estimated += bool(decision["cost_estimated"])
-        for name in ("prompt_tokens", "cached_tokens", "output_tokens"):
-            setattr(self, name, getattr(self, name) + (decision["usage"][name] or 0))
-        errors = {row["model"]: row["expected_error"] for row in decision["candidates"]}
-        error, other = errors.get(decision["model"]), errors.get(decision["baseline"]["model"])
-        if decision["score"] is not None and error is not None:
+        usage = decision["usage"]
+        self.prompt_tokens += usage["prompt_tokens"] or 0
+        self.cached_tokens += usage["cached_tokens"] or 0
+        self.output_tokens += usage["output_tokens"] or 0
+        if decision["score"] is not None and errors.routed is not None:
             self.scored += 1
             self._observed += 1.0 - decision["score"]
-            self._observed_expected += error
+            self._observed_expected += errors.routed + errors.bias
         cost, baseline = decision["cost_usd"], decision["baseline"]
         if cost is None:
             self.unpriced += 1
@@ -147,13 +185,14 @@ class Savings:
         self.compared += 1
         self._compared_cost += picousd(cost)
         self._baseline += picousd(baseline["cost_usd"])
-        if error is not None and other is not None:
-            self._judge(decision, error, other)
+        if errors.routed is not None and errors.baseline is not None:
+            self._judge(decision, errors.routed, errors.baseline, errors.bias)
 
-    def _judge(self, decision: Decision, error: float, other: float) -> None:
+    def _judge(self, decision: Decision, error: float, other: float, bias: float) -> None:
         model, baseline = decision["model"], decision["baseline"]["model"]
         self.judged += 1
         self._error += error
+        self._bias += bias
         self._baseline_error += other
         self._routed_mix.add(model, error, decision)
         self._baseline_mix.add(baseline, other, decision)
@@ -191,15 +230,16 @@ class Savings:
         n = self.judged
         if not n:
             names = ("expected_error", "baseline_expected_error", "error_difference")
-            return {f"{name}{bound}": None for name in names for bound in ("", "_low", "_high")}
+            return {"selection_bias": None, **{f"{name}{end}": None for name in names for end in ("", "_low", "_high")}}
         routed, baseline, difference = (
             mix.deviations(n, evidence) for mix in (self._routed_mix, self._baseline_mix, self._difference_mix)
         )
-        error, other = self._error / n, self._baseline_error / n
+        error, other, bias = self._error / n, self._baseline_error / n, self._bias / n
         return {
-            **_bounded("expected_error", error, sum(routed), least=0.0),
-            **_bounded("baseline_expected_error", other, sum(baseline), least=0.0),
-            **_bounded("error_difference", error - other, math.hypot(*difference), least=-1.0),
+            **_bounded("expected_error", error, bias, sum(routed), least=0.0),
+            **_bounded("baseline_expected_error", other, 0.0, sum(baseline), least=0.0),
+            **_bounded("error_difference", error - other, bias, math.hypot(*difference), least=-1.0),
+            "selection_bias": bias,
         }
 
     def _observed_errors(self) -> dict[str, float | None]:
@@ -216,10 +256,11 @@ class Savings:
         }
 
 
-def _bounded(name: str, mean: float, deviation: float, *, least: float) -> dict[str, float | None]:
-    """Return a mean error with its 90 % bounds."""
-    doubt = Z_90 * deviation
-    return {name: mean, f"{name}_low": max(mean - doubt, least), f"{name}_high": min(mean + doubt, 1.0)}
+def _bounded(name: str, mean: float, bias: float, deviation: float, *, least: float) -> dict[str, float | None]:
+    """Return a mean error with its 90 % bounds: half of the labels may find too much bias."""
+    doubt, corrected = Z_90 * deviation, mean + bias
+    low, high = min(mean, corrected) - doubt, max(mean, corrected) + doubt
+    return {name: corrected, f"{name}_low": max(low, least), f"{name}_high": min(high, 1.0)}
 
 
 def _cluster(decision: Decision) -> str:
@@ -241,31 +282,31 @@ GROUPINGS: Mapping[str, Callable[[Decision], Iterable[str]]] = {
 class SavingsReport:
     """The sums of all decisions, and those by each of GROUPINGS."""
 
-    def __init__(self) -> None:
+    def __init__(self, bias: SelectionBias | None = None) -> None:
+        """`bias`: of the models as they are measured now."""
+        self._bias = bias
         self._total = Savings()
         self._groups: dict[str, dict[str, Savings]] = {name: {} for name in GROUPINGS}
         self._first: str | None = None
         self._last: str | None = None
-        self.models: set[str] = set()
-        """That answered, or are baselines."""
 
     def add(self, decision: Decision) -> None:
-        self._total.add(decision)
+        errors = ExpectedErrors.of(decision, self._bias)
+        self._total.add(decision, errors)
         ended_at: str = decision["ended_at"]
         self._first = ended_at if self._first is None else min(self._first, ended_at)
         self._last = ended_at if self._last is None else max(self._last, ended_at)
-        self.models.update(name for name in (decision["model"], decision["baseline"]["model"]) if name)
         for name, group_of in GROUPINGS.items():
             found = self._groups[name]
             for group in group_of(decision):
                 known = group if group in found or len(found) < MAX_GROUPS else OTHERS
-                found.setdefault(known, Savings()).add(decision)
+                found.setdefault(known, Savings()).add(decision, errors)
 
     def to_json(self, evidence: Evidence, spending: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the sums under `total`, and under `by`, the grouping and the group.
 
         Args:
-            evidence: of `models`, as far as they are known.
+            evidence: of the models that are measured now.
             spending: what was spent in the same period in all, and on measuring; None: it is not to be netted out,
                 since the decisions are only some of those of the period.
         """
@@ -325,9 +366,12 @@ def coverage_in_words(report: Mapping[str, Any]) -> str:
 
 
 def savings_report(
-    decisions: Iterable[Decision], evidence: Evidence, spending: Mapping[str, Any] | None = None
+    decisions: Iterable[Decision],
+    evidence: Evidence,
+    spending: Mapping[str, Any] | None = None,
+    bias: SelectionBias | None = None,
 ) -> dict[str, Any]:
-    report = SavingsReport()
+    report = SavingsReport(bias)
     for decision in decisions:
         report.add(decision)
     return report.to_json(evidence, spending)

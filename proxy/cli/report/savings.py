@@ -3,8 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
+from typing import Annotated, Any
 
 import typer
 
@@ -12,11 +11,6 @@ from proxy.cli import console
 from proxy.cli.console import BadArgument, JsonOption, UrlOption
 from proxy.cli.inspection import with_filters
 
-if TYPE_CHECKING:
-    from proxy.cli.client import ServerClient
-    from proxy.storage.savings import Evidence
-
-# Filters by which what was spent on measuring cannot be told apart.
 _ONLY_TIMES = frozenset({"since", "until"})
 
 _DECIMALS = 6
@@ -35,18 +29,14 @@ def report(
 ) -> None:
     """Report what was spent, what routing saved and whether quality held, by the decisions that are kept."""
     from proxy.cli.client import admin_client
-    from proxy.storage.savings import GROUPINGS, SavingsReport
+    from proxy.storage.savings import GROUPINGS
 
     if by not in GROUPINGS:
         raise BadArgument(f"--by: {by!r} is none of {', '.join(GROUPINGS)}")
     if html is not None:
         console.require_writable(html, "--html")
-    report = SavingsReport()
-    with admin_client(url) as server:
-        for decision in server.decisions(query):
-            report.add(decision)
-        spending = server.spending(query) if set(query) <= _ONLY_TIMES else None
-        found = report.to_json(_evidence(server, report.models), spending)
+    with admin_client(url) as server, console.progress() as bars:
+        found = server.report(query, bars)
         if html is not None:
             html.write_text(_page(found, query, server.url), "utf-8")
             console.echo_err(f"{html}: the report of {found['total']['requests']} requests")
@@ -54,19 +44,6 @@ def report(
         console.emit_json(found)
     elif html is None:
         _print(found, by)
-
-
-def _evidence(server: ServerClient, models: set[str]) -> Evidence:
-    """Ask for the labels behind the profile of each model that is still registered and measured."""
-    from proxy.storage.savings import MeasuredLabels
-
-    registered = {card["model_name"] for card in server.call("GET", "/admin/models")["models"]}
-    found = {}
-    for name in sorted(models & registered):
-        profile = server.call("GET", f"/admin/models/{quote(name, safe='')}").get("profile")
-        if profile is not None:
-            found[name] = MeasuredLabels(profile["map"], tuple(profile["labels"]))
-    return found
 
 
 def _print(found: Mapping[str, Any], by: str) -> None:
