@@ -25,13 +25,21 @@ from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_st
 from proxy.dashboard.actions import router as dashboard_actions
 from proxy.dashboard.curve_views import router as dashboard_curve
 from proxy.dashboard.page import Dashboard, with_page_headers
+from proxy.dashboard.quality import router as dashboard_quality
 from proxy.dashboard.views import router as dashboard_views
 from proxy.observability.otlp import is_enabled, open_telemetry
 from proxy.observability.tracing import TracedEndpoints
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
+from proxy.server.admin import (
+    audit_router,
+    decisions_router,
+    jobs_router,
+    keys_router,
+    models_router,
+    reports_router,
+)
 from proxy.server.admin_settings import settings_router
 from proxy.server.api.client_apis import EMBEDDINGS
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
@@ -76,6 +84,7 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
@@ -96,14 +105,14 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router, settings_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, reports_router, settings_router),
 )
 
 # What asks a model is served before the framework, whose routing and dependencies cost more than model selection.
 MODEL_ENDPOINTS = {**ENDPOINTS, EMBEDDINGS: embed}
 
 # Pages for people, which the OpenAPI document leaves out.
-PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_actions)
+PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_quality, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -389,6 +398,9 @@ async def app_state(
             on_skipped=metrics.decisions_skipped.inc,
         )
         await closing.enter_async_context(_running(usage))
+        traffic_mix = TrafficMix(store, cluster_map, metrics.novel_prompts.inc)
+        await closing.enter_async_context(_running(traffic_mix))
+        metrics.on_refresh(traffic_mix.count)
         sessions = SessionStore(
             store,
             settings.session_ttl_s,
@@ -437,6 +449,7 @@ async def app_state(
             rate_limiter=limiter,
             metrics=metrics,
             traffic_stats=traffic_stats,
+            traffic_mix=traffic_mix,
             health=health,
             concurrency_limiter=concurrency_limiter,
             sessions=sessions,

@@ -171,6 +171,8 @@ class Pool:
     excluded: Mapping[str, str]
     """Model that is left out of every choice for now → why."""
     cluster_names: tuple[str, ...] = ()
+    novel_below: float | None = None
+    """The cosine with the nearest centroid below which a prompt is novel; None: it is not known."""
 
     @classmethod
     def build(
@@ -209,6 +211,7 @@ class Pool:
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
             excluded=MappingProxyType({each.name: each.excluded for each in ordered if each.excluded is not None}),
             cluster_names=cluster_map.names,
+            novel_below=cluster_map.novel_below,
         )
         _ = pool.plan  # now, and not on the first request
         return pool

@@ -484,6 +484,7 @@ def decision_detail(ctx: RequestContext, selection: Selection, attempts: Sequenc
             names = decision.cluster_names
             ids = placed.ids[0].tolist()
             detail["clusters"] = (ids, [names[number] for number in ids], placed.weights[0].tolist())
+            detail["cosine"], detail["novel"] = decision.nearest_cosine, decision.is_novel
         if decision.eligibility is not None:
             detail["ineligible"] = decision.eligibility.why_ruled_out(MAX_INELIGIBLE)
         _add_candidates(detail, decision)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,31 @@ def test_savings_are_reported_by_model_and_are_the_sum_of_the_decisions(fleet: F
     assert found["total"]["saved_usd"] == pytest.approx(sum(row["saved_usd"] for row in rows), abs=1e-11)
     assert {name: sums["requests"] for name, sums in found["by"]["model"].items()} == {"fair": 2, "good": 1}
     assert "3 of 3 requests are compared with their baseline" in shown
+    assert "$0.000000 in 0 jobs" in shown
+    assert (
+        found["total"]["expected_error_low"] < found["total"]["expected_error"] < found["total"]["expected_error_high"]
+    )
+
+
+def test_a_filtered_report_nets_out_no_costs_of_measuring(fleet: Fleet) -> None:
+    environ = environment(fleet.proxy.folder / "cli", UNIROUTE_URL=fleet.url, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    found = json.loads(run_command("report", "--json", "--reason", "pinned", environ=environ).stdout)
+
+    assert (found["total"]["requests"], found["spending"], found["total"]["net_saved_usd"]) == (2, None, None)
+
+
+def test_the_report_is_one_page_without_scripts_that_needs_no_other_file(fleet: Fleet, tmp_path: Path) -> None:
+    environ = environment(fleet.proxy.folder / "cli", UNIROUTE_URL=fleet.url, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
+    path = tmp_path / "report.html"
+    done = run_command("report", "--since", "1h", "--html", str(path), environ=environ)
+    page = path.read_text()
+
+    assert (done.returncode, done.stdout) == (0, "")
+    assert f"{path}: the report of 3 requests" in done.stderr
+    assert not re.search(r"<script|<link|src=|href=|url\(", page)
+    assert all(f'id="by-{name}"' in page for name in ("day", "model", "key", "tag", "cluster", "baseline"))
+    assert "Whether quality held" in page
+    assert "@media print" in page
 
 
 def test_an_unknown_grouping_is_refused(fleet: Fleet) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -86,6 +87,34 @@ def test_a_decision_has_attempts_times_usage_and_cost(fleet: Fleet) -> None:
     assert 0 < times["chosen_s"] <= times["asked_s"] < kept["attempts"][1]["started_s"] < times["ended_s"]
     assert (kept["model"], kept["reason"]) == ("good", "fallback")
     assert kept["cost_usd"] > 0
+
+
+def test_a_prompt_far_from_all_clusters_is_novel_in_the_dry_run_the_record_and_the_metrics(fleet: Fleet) -> None:
+    known = "Write a function in Python that returns the sum of a list of integers."
+    dry = {words: route(fleet, words) for words in (SECRET_WORDS, known)}
+    before = novel_prompts(fleet)
+    kept = [decision_of(fleet, ask(fleet, messages=[{"role": "user", "content": words}])) for words in dry]
+
+    assert [each["novel"] for each in (*dry.values(), *kept)] == [True, False, True, False]
+    assert [each["nearest_cosine"] for each in kept] == [each["nearest_cosine"] for each in dry.values()]
+    assert kept[0]["nearest_cosine"] < 0.353 < kept[1]["nearest_cosine"]
+    assert novel_prompts(fleet) == before + 1
+
+
+def route(fleet: Fleet, words: str, model: str = "auto") -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": words}]}
+    found: dict[str, Any] = httpx.post(f"{fleet.base_url}/route", json=body, timeout=60).json()
+    return found
+
+
+def novel_prompts(fleet: Fleet) -> float:
+    page = fleet.proxy.admin("GET", "/metrics").text
+    return float(re.findall(r"^uniroute_novel_prompts_total (.*)$", page, re.MULTILINE)[0])
+
+
+def test_without_an_assignment_it_is_not_known_whether_a_prompt_is_novel(fleet: Fleet) -> None:
+    kept = decision_of(fleet, ask(fleet, model="fair"))
+    assert (kept["novel"], kept["nearest_cosine"]) == (None, None)
 
 
 def test_no_word_of_a_prompt_or_an_answer_is_kept(fleet: Fleet) -> None:
