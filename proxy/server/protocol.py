@@ -320,6 +320,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._replaying_headers = False
         self._overloaded = self._rejected = False
         self.disconnect = DisconnectEvent()
+        # The latest request that ASGI serves. Others may wait behind it, of which uvicorn knows the last alone.
+        self._under_asgi: RequestResponseCycle | None = None
         # Whether any request has begun on this connection.
         self._message_begun = False
         self._idle = _idle(self.server_state)
@@ -339,6 +341,9 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         self._unset_keepalive_if_required()
+        if self._under_asgi is not None and not self._under_asgi.response_complete:
+            self._under_asgi.disconnected = True
+            self._under_asgi.message_event.set()
         super().connection_lost(exc)
         self.disconnect.set()
 
@@ -446,11 +451,15 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             and not self.root_path
         )
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._under_asgi = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _start_exchange(self, exchange: HTTPExchange, serve: ServeExchange) -> None:
         """Serve it now, or after the requests that came before it on this connection."""
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
         if before is None or before.response_complete:
-            self._start_asgi_task(exchange, serve)  # type: ignore[arg-type]
+            super()._start_asgi_task(exchange, serve)  # type: ignore[arg-type]
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, serve))  # type: ignore[arg-type]

@@ -254,3 +254,22 @@ async def test_requests_of_both_ways_share_one_connection_in_order(between: byte
                 assert await read_answer(reader) == (b"204", b"")
             assert await read_answer(reader) == (b"200", b"100000")
         writer.close()
+
+
+async def test_under_asgi_the_first_of_several_requests_notices_that_its_client_left() -> None:
+    began, left = asyncio.Event(), asyncio.Event()
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        began.set()
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"late"})
+
+    async with served(echo, app) as address:
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" * 2)
+        await asyncio.wait_for(began.wait(), 60)
+        writer.transport.abort()
+        await asyncio.wait_for(left.wait(), 60)
