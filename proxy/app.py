@@ -56,6 +56,7 @@ from proxy.server.middleware import (
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import feedback_router, keyed_router, open_router
+from proxy.server.quality_watch import QualityWatch
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
@@ -403,6 +404,11 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
+        feedback = FeedbackStore(store, _feedback_limits(settings))
+        if settings.feedback != "off":
+            watch = QualityWatch(feedback, state, metrics.values)
+            metrics.registry.register(watch)
+            await closing.enter_async_context(background("uniroute-quality", watch.run))
         metrics.on_refresh(lambda: _update_gauges(metrics, state, usage))
         if counts is not None:
             await closing.enter_async_context(background("uniroute-metrics", partial(_update_metrics, metrics)))
@@ -424,7 +430,7 @@ async def app_state(
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
-            feedback=FeedbackStore(store, _feedback_limits(settings)),
+            feedback=feedback,
             resolver=resolver,
             environ=environ,
         )
