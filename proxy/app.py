@@ -64,6 +64,7 @@ from proxy.server.model_endpoints import ModelEndpoints
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import feedback_router, keyed_router, open_router
+from proxy.server.quality_watch import QualityWatch
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.requests import path_of
 from proxy.server.reservations import SETTLE_FUNCTION
@@ -433,6 +434,11 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
+        feedback = FeedbackStore(store, _feedback_limits(settings))
+        if settings.feedback != "off":
+            watch = QualityWatch(feedback, state, metrics.values)
+            metrics.registry.register(watch)
+            await closing.enter_async_context(background("uniroute-quality", watch.run))
         metrics.on_refresh(lambda: _update_gauges(settings, metrics, state, usage, jobs))
         tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))
         if counts is not None:
@@ -455,7 +461,7 @@ async def app_state(
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
-            feedback=FeedbackStore(store, _feedback_limits(settings)),
+            feedback=feedback,
             resolver=resolver,
             environ=environ,
             tracing=tracing,

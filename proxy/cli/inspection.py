@@ -163,6 +163,9 @@ def export_decisions(
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Only those with a prompt and a score: an outcomes file.")
     ] = False,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Only those with a prompt: a file for `uniroute fit`.")
+    ] = False,
     query: dict[str, str],
 ) -> None:
     """Write whole decisions, one a line, newest first, with the fields of an outcomes file beside their own."""
@@ -177,7 +180,7 @@ def export_decisions(
         rows = (
             outcome_row(decision)
             for decision in server.decisions(query)
-            if not outcomes or (decision["prompt"] and decision["score"] is not None)
+            if (decision["prompt"] or not (outcomes or prompts)) and (decision["score"] is not None or not outcomes)
         )
         if out is None:
             for row in rows:

@@ -25,6 +25,8 @@ from proxy.storage.feedback import (
     HourlyLabels,
     Observed,
     comparison,
+    finding,
+    in_words,
 )
 from proxy.storage.savings import quality_in_words
 from proxy.storage.snapshot import RoutingSnapshot
@@ -97,45 +99,21 @@ class ModelQuality:
     course: CourseChart | None
 
     @property
-    def change(self) -> Mapping[str, Any] | None:
-        found: Mapping[str, Any] | None = self.figures.get("change")
-        return found
+    def finding(self) -> str | None:
+        return finding(self.figures) if self.figures else None
 
     @property
     def state(self) -> tuple[str, str]:
         """Return how it is, as a class of the style sheet and in words."""
-        change = self.change
-        if change is not None:
-            return ("bad", "became worse") if change["worse"] else ("warn", "became better")
-        if self.figures.get("differs"):
-            worse = self.figures["mean_error"] > self.figures["measured_mean_error"]
-            return ("bad", "worse than measured") if worse else ("warn", "better than measured")
+        if (found := self.finding) is not None:
+            return "bad" if "worse" in found else "warn", found
         if self.figures.get("differs") is None:
             return "", "too few labels"
         return "good", "as measured"
 
     @property
-    def is_flagged(self) -> bool:
-        return self.state[0] in ("bad", "warn")
-
-    @property
     def words(self) -> str:
-        """Say what is the matter with a model that is flagged."""
-        change = self.change
-        if change is not None:
-            before, after = change["before"], change["after"]
-            return (
-                f"Since {_moment(change['since'])} UTC {after['mean_error']:.0%} of its answers are graded wrong"
-                f" ({after['labels']:.0f} labels), and before {before['mean_error']:.0%}"
-                f" ({before['labels']:.0f} labels); of these prompts {after['measured_mean_error']:.0%} and"
-                f" {before['measured_mean_error']:.0%} were expected. The root of the likelihood ratio is"
-                f" {change['statistic']:.1f}, where {THRESHOLD:g} suffice."
-            )
-        figures = self.figures
-        return (
-            f"{figures['mean_error']:.0%} of its answers are graded wrong ({figures['labels']:.0f} labels), where"
-            f" {figures['measured_mean_error']:.0%} were expected by what was measured; p = {figures['p']:.2g}."
-        )
+        return in_words(self.figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +153,6 @@ def model_quality(snapshot: RoutingSnapshot, name: str, observed: Observed | Non
 
 def _interval(figures: Mapping[str, Any], name: str, labels: str) -> RateInterval:
     return RateInterval(figures[name], figures[f"{name}_low"], figures[f"{name}_high"], figures[labels])
-
-
-def _moment(rfc3339: str) -> str:
-    return rfc3339[:16].replace("T", " ")
 
 
 @dataclass(frozen=True, slots=True)

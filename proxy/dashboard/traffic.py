@@ -27,7 +27,7 @@ DAYS = 7
 MAX_CLUSTERS = 128
 
 # How the prompts of this deployment become a map. Decisions have them if `log_prompts` is set.
-FIT_COMMANDS = """uniroute decisions export --out traffic.jsonl
+FIT_COMMANDS = """uniroute decisions export --prompts --out traffic.jsonl
 uniroute fit traffic.jsonl --out mymap
 UNIROUTE_MAP=mymap uniroute serve"""
 

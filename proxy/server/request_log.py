@@ -6,6 +6,7 @@ import logging
 import time
 from binascii import b2a_base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class RequestRecord:
         self.native_document: Mapping[str, Any] | None = None
         self._ctx = ctx
         self._reservation = reservation
+        cached = affinity.cached_prompt(ctx.app.settings) if affinity.last_turn is not None else None
+        # Of the session's last turn, if that was a moment ago: a model that answers every turn has them in its cache.
+        self._earlier_tokens = 0 if cached is None else cached[1]
         self._output_bytes = 0
         self._reported_bytes = 0
         self._timed_out = False
@@ -308,7 +312,8 @@ class RequestRecord:
         """Set what the answer cost against what the same tokens would have cost at the baseline."""
         baseline = baseline_of(self._ctx)
         price = self._ctx.app.snapshots.current.prices.get(baseline) if baseline else None
-        baseline_usd = cost_of(counts, price.price, observed, billed=billed).usd if price else None
+        there = counts if baseline == self.model else with_earlier_turn_cached(counts, self._earlier_tokens)
+        baseline_usd = cost_of(there, price.price, observed, billed=billed).usd if price else None
         return Costs(usd, self._failed_usd, baseline, baseline_usd)
 
     def _observed(self) -> ObservedTraffic:
@@ -446,6 +451,12 @@ def tags_of(ctx: RequestContext) -> tuple[str, ...]:
     """Return the tags of the key, then those of the request, up to MAX_TAGS of them."""
     own, stated = ctx.key.tags if ctx.key else (), ctx.request.options.tags
     return tuple(dict.fromkeys((*own, *stated)))[:MAX_TAGS] if own and stated else own or stated
+
+
+def with_earlier_turn_cached(counts: TokenCounts, tokens: int) -> TokenCounts:
+    """Return the usage of a model that would have had so many tokens of the prompt in its cache, at least."""
+    cached = min(tokens, counts.prompt_tokens or 0)
+    return counts if cached <= (counts.cached_tokens or 0) else replace(counts, cached_tokens=cached)
 
 
 def baseline_of(ctx: RequestContext) -> str | None:

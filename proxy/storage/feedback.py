@@ -4,6 +4,7 @@ uniroute:decisions:feedback       decision → what was said of it last, with th
 uniroute:observed:<model>         `n:` and `e:<cluster>`: labels, and the errors among them; `since`, `half_life`, `for`
 uniroute:observed:<model>:keys    <key>:<cluster>, labels
 uniroute:observed:<model>:hours   `n:`, `e:` and `x:<hour>`: labels, the errors among them, and those expected; `for`
+uniroute:observed:<model>:told:…  a finding that was logged within a day
 uniroute:feedback:sources         `n:` and `s:<day>:<source>`: decisions, and the sum of their scores
 uniroute:feedback:<key>           calls of a key in the current minute
 
@@ -153,6 +154,11 @@ class FeedbackStore:
             if errors is not None:
                 found[record.name] = Observed(errors, parse_hours(hours, owner))
         return found
+
+    async def tell_once(self, model: str, what: str, for_s: int) -> bool:
+        """Return True to one process, once in so many seconds for each thing that is to be told of a model."""
+        async with self._store.operation("note what is told of a model") as client:
+            return bool(await client.set(f"{OBSERVED}:{model}:told:{what.replace(' ', '-')}", "1", nx=True, ex=for_s))
 
     async def sources(self) -> list[SourceVolume]:
         """Return how much feedback there was from each source in the last DAYS_KEPT days, the most first."""
@@ -357,6 +363,36 @@ def comparison(profile: Profile, observed: Observed) -> dict[str, Any]:
         "change": None if change is None else _change_to_json(change),
         "clusters": _compared_clusters(profile, observed.errors),
     }
+
+
+def finding(figures: Mapping[str, Any]) -> str | None:
+    """Return what a comparison finds: became worse, became better, worse than measured, better than measured.
+
+    Returns:
+        None: nothing, or it has too few labels.
+    """
+    if (change := figures["change"]) is not None:
+        return "became worse" if change["worse"] else "became better"
+    if not figures["differs"]:
+        return None
+    return f"{'worse' if figures['mean_error'] > figures['measured_mean_error'] else 'better'} than measured"
+
+
+def in_words(figures: Mapping[str, Any]) -> str:
+    """Say by which figures there is a finding."""
+    if (change := figures["change"]) is not None:
+        before, after = change["before"], change["after"]
+        since = change["since"][:16].replace("T", " ")
+        return (
+            f"Since {since} UTC {after['mean_error']:.0%} of its answers are graded wrong"
+            f" ({after['labels']:.0f} labels), and before {before['mean_error']:.0%} ({before['labels']:.0f} labels);"
+            f" of these prompts {after['measured_mean_error']:.0%} and {before['measured_mean_error']:.0%} were"
+            f" expected. The root of the likelihood ratio is {change['statistic']:.1f}, where {THRESHOLD:g} suffice."
+        )
+    return (
+        f"{figures['mean_error']:.0%} of its answers are graded wrong ({figures['labels']:.0f} labels), where"
+        f" {figures['measured_mean_error']:.0%} were expected by what was measured; p = {figures['p']:.2g}."
+    )
 
 
 def graded(total: GradedHours, measured_labels: float) -> dict[str, Any]:

@@ -289,7 +289,12 @@ class Driver:
             await asyncio.sleep(0.01)
 
     async def _post(self, client: LeanClient, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
-        status, raw = await client.post(path, body, {"authorization": f"Bearer {key}"})
+        headers = {"authorization": f"Bearer {key}"}
+        try:
+            status, raw = await client.post(path, body, headers)
+        except (asyncio.IncompleteReadError, OSError):  # it was idle for too long, and was closed
+            client.close()
+            status, raw = await client.post(path, body, headers)
         assert status == 200, raw[:500]
         found: dict[str, Any] = json.loads(raw)
         return found

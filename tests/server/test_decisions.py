@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail
+from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail, with_earlier_turn_cached
+from proxy.storage.usage import TokenCounts
 from tests.bench.decision_records import Context, a_selection
 from tests.server.conftest import Fleet, open_fleet
 from tests.support.keyed_proxy import ASK, KeyedProxy
@@ -156,6 +157,29 @@ def test_savings_are_against_what_was_asked_for_by_name_or_else_the_best_single_
     assert routed["saved_usd"] == pytest.approx(routed["baseline"]["cost_usd"] - routed["cost_usd"])
     assert routed["baseline"]["cost_usd"] == pytest.approx(100 * routed["cost_usd"])
     assert (pinned["baseline"]["model"], pinned["saved_usd"]) == ("fair", 0)
+
+
+def test_the_baseline_is_taken_to_have_the_earlier_turn_in_its_cache() -> None:
+    counts = TokenCounts(prompt_tokens=1000, cached_tokens=100, output_tokens=5)
+
+    assert with_earlier_turn_cached(counts, 700) == replace(counts, cached_tokens=700)
+    assert with_earlier_turn_cached(counts, 50) == counts
+    assert with_earlier_turn_cached(counts, 5000) == replace(counts, cached_tokens=1000)
+    assert with_earlier_turn_cached(TokenCounts(), 700) == TokenCounts()
+
+
+def test_within_a_session_the_baselines_cache_makes_it_cheaper(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, info={"cache_read_input_token_cost": 1e-9}) as fleet:
+        usage = {"prompt_tokens": 1000, "completion_tokens": 1, "total_tokens": 1001}
+        fleet.fair.always = Step(usage=usage)
+        alone, first, second = (
+            decision_of(fleet, ask(fleet, uniroute={"session": session})) for session in (None, "s", "s")
+        )
+
+    assert {each["model"] for each in (alone, first, second)} == {"fair"}
+    assert first["baseline"]["cost_usd"] == pytest.approx(alone["baseline"]["cost_usd"])
+    assert second["baseline"]["cost_usd"] < alone["baseline"]["cost_usd"] / 10
+    assert second["cost_usd"] == pytest.approx(first["cost_usd"])
 
 
 @pytest.mark.parametrize(
