@@ -25,13 +25,21 @@ from proxy.concurrency import GRACE_PERIOD_S, background, cancel_and_wait, in_st
 from proxy.dashboard.actions import router as dashboard_actions
 from proxy.dashboard.curve_views import router as dashboard_curve
 from proxy.dashboard.page import Dashboard, with_page_headers
+from proxy.dashboard.quality import router as dashboard_quality
 from proxy.dashboard.views import router as dashboard_views
 from proxy.observability.otlp import is_enabled, open_telemetry
 from proxy.observability.tracing import TracedEndpoints
 from proxy.profiling.jobs import Jobs, profile_new_models
 from proxy.profiling.model_client import UpstreamModelClient
 from proxy.routing.assigner import ClusterAssigner, deadline_of
-from proxy.server.admin import audit_router, decisions_router, jobs_router, keys_router, models_router
+from proxy.server.admin import (
+    audit_router,
+    decisions_router,
+    jobs_router,
+    keys_router,
+    models_router,
+    reports_router,
+)
 from proxy.server.admin_settings import settings_router
 from proxy.server.api.client_apis import EMBEDDINGS
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
@@ -56,6 +64,7 @@ from proxy.server.model_endpoints import ModelEndpoints
 from proxy.server.model_list import router as model_list_router
 from proxy.server.openapi import complete, operation_id
 from proxy.server.public import feedback_router, keyed_router, open_router
+from proxy.server.quality_watch import QualityWatch
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.requests import path_of
 from proxy.server.reservations import SETTLE_FUNCTION
@@ -76,6 +85,7 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotInputs, SnapshotWatcher, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
@@ -96,14 +106,14 @@ Opening = AbstractAsyncContextManager[AppState]
 ROUTERS = (
     *(open_router, keyed_router, model_list_router, completions_router, responses_router, embeddings_router),
     feedback_router,
-    *(models_router, jobs_router, keys_router, audit_router, decisions_router, settings_router),
+    *(models_router, jobs_router, keys_router, audit_router, decisions_router, reports_router, settings_router),
 )
 
 # What asks a model is served before the framework, whose routing and dependencies cost more than model selection.
 MODEL_ENDPOINTS = {**ENDPOINTS, EMBEDDINGS: embed}
 
 # Pages for people, which the OpenAPI document leaves out.
-PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_actions)
+PAGE_ROUTERS = (dashboard_views, dashboard_curve, dashboard_quality, dashboard_actions)
 
 # Headers that scripts of allowed web pages may read.
 EXPOSED_HEADERS = (
@@ -154,7 +164,7 @@ def from_settings(settings: Settings, environ: Mapping[str, str] | None = None, 
 
 
 class Application(FastAPI):
-    """A FastAPI app inside the middleware of this server and behind the chat endpoint.
+    """A FastAPI app inside the middleware of this server, and beside it the endpoints at which models are asked.
 
     FastAPI's own middleware and routing would cost a chat request, and each event of a stream, more than selecting a
     model does.
@@ -389,6 +399,9 @@ async def app_state(
             on_skipped=metrics.decisions_skipped.inc,
         )
         await closing.enter_async_context(_running(usage))
+        traffic_mix = TrafficMix(store, cluster_map, metrics.novel_prompts.inc)
+        await closing.enter_async_context(_running(traffic_mix))
+        metrics.on_refresh(traffic_mix.count)
         sessions = SessionStore(
             store,
             settings.session_ttl_s,
@@ -421,6 +434,11 @@ async def app_state(
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
         await jobs.start_worker()
+        feedback = FeedbackStore(store, _feedback_limits(settings))
+        if settings.feedback != "off":
+            watch = QualityWatch(feedback, state, metrics.values)
+            metrics.registry.register(watch)
+            await closing.enter_async_context(background("uniroute-quality", watch.run))
         metrics.on_refresh(lambda: _update_gauges(settings, metrics, state, usage, jobs))
         tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))
         if counts is not None:
@@ -437,12 +455,13 @@ async def app_state(
             rate_limiter=limiter,
             metrics=metrics,
             traffic_stats=traffic_stats,
+            traffic_mix=traffic_mix,
             health=health,
             concurrency_limiter=concurrency_limiter,
             sessions=sessions,
             responses=responses,
             decisions=DecisionStore(store, settings.decision_ttl_s),
-            feedback=FeedbackStore(store, _feedback_limits(settings)),
+            feedback=feedback,
             resolver=resolver,
             environ=environ,
             tracing=tracing,

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core.clustering import ClusterMap, LearnedClusters, ReferenceModels, array_names, to_arrays
+from router_core.clustering import (
+    ClusterMap,
+    FittedPrompts,
+    LearnedClusters,
+    ReferenceModels,
+    array_names,
+    to_arrays,
+)
 from router_core.documents import MAX_ARRAYS_BYTES, MAX_MANIFEST_BYTES, DocumentTooLarge, parse_json, read_bounded
 from router_core.errors import InvalidArtifact
 from router_core.learned_clusters import ErrorClusters, LearnedMap
@@ -48,9 +55,14 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
         "temperature": cluster_map.temperature,
         "names": list(cluster_map.names),
         "known_models": list(cluster_map.reference_models.models) if cluster_map.reference_models else None,
+        **({"prompts": _prompts(fitted)} if (fitted := cluster_map.fitted_prompts) else {}),
         "sha256": hashlib.sha256(arrays).hexdigest(),
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _prompts(fitted: FittedPrompts) -> dict[str, Any]:
+    return {"count": fitted.count, "novel_below": fitted.novel_below}
 
 
 def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
@@ -59,6 +71,8 @@ def _arrays(cluster_map: ClusterMap) -> dict[str, Any]:
         arrays |= {f"{_kind(clusters)}_{name}": array for name, array in to_arrays(clusters).items()}
     if reference := cluster_map.reference_models:
         arrays |= {f"history_{name}": getattr(reference, name) for name in REFERENCE_ARRAYS}
+    if fitted := cluster_map.fitted_prompts:
+        arrays["prompt_shares"] = fitted.shares
     return arrays
 
 
@@ -117,6 +131,7 @@ def _assemble(folder: Path, arrays: bytes, manifest: dict[str, Any]) -> ClusterM
                 temperature=manifest["temperature"],
                 learned_clusters=[_learned_clusters(loaded, **stated) for stated in manifest["taught"]],
                 reference_models=_reference_models(loaded, manifest),
+                fitted_prompts=_fitted_prompts(loaded, manifest),
             )
     except (KeyError, TypeError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as exc:
         raise InvalidArtifact(f"{folder} is not a complete cluster map: {exc}") from exc
@@ -150,3 +165,10 @@ def _reference_models(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, An
         return None
     overlap, error_sums, labels = (loaded[f"history_{name}"] for name in REFERENCE_ARRAYS)
     return ReferenceModels(overlap, tuple(manifest["known_models"]), error_sums, labels)
+
+
+def _fitted_prompts(loaded: Mapping[str, NDArray[Any]], manifest: dict[str, Any]) -> FittedPrompts | None:
+    """Return None for a map that was fitted before maps kept them."""
+    if (stated := manifest.get("prompts")) is None:
+        return None
+    return FittedPrompts(int(stated["count"]), loaded["prompt_shares"], float(stated["novel_below"]))

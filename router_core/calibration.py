@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from router_core.decision import Z_90, argmin_rows_with_ties
+from router_core.decision import Z_90, argmin_rows_with_ties, mix_deviations
 from router_core.errors import InvalidInput, NoEligibleModel
 from router_core.pool import Pool
 from router_core.pricing import CENT_USD, reference_usd
@@ -194,9 +194,8 @@ def quality_interval(
 ) -> tuple[float, float] | None:
     """Bound a point's quality relative to the best single model's, with 90 % confidence; None if that has none.
 
-    By the delta method (textbook error propagation): each rate e varies independently by e(1 − e) ÷ (labels + 1), the
-    variance of a beta distribution. The λ and the best model were chosen by the same rates, so the truth is more likely
-    in the lower half of the interval than in the upper one.
+    By the delta method (textbook error propagation), with the deviations of `mix_deviations`. The λ and the best model
+    were chosen by the same rates, so the truth is more likely in the lower half of the interval than in the upper one.
 
     Args:
         pool, assignment: what `sweep` was made of.
@@ -209,7 +208,7 @@ def quality_interval(
     routed, overall = _rate_weights(sweep, point, assignment.dense(errors.shape[1]))
     gradient = -routed / best.quality
     gradient[sweep.models.index(best.model)] += point.quality / best.quality**2 * overall
-    deviation = float(np.sqrt((gradient**2 * errors * (1.0 - errors) / (labels + 1.0)).sum()))
+    deviation = float(np.linalg.norm(mix_deviations(gradient, errors, labels)))
     relative = point.quality / best.quality
     return max(relative - Z_90 * deviation, 0.0), relative + Z_90 * deviation
 

@@ -108,6 +108,36 @@ def reference_models_of(
     return ReferenceModels(overlap, tuple(models), error_sums, labels)
 
 
+# The share of a map's own prompts that are novel to it: farther from every centroid than all others.
+NOVEL_SHARE = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class FittedPrompts:
+    """The prompts that a map was fitted to, as figures: what its traffic is compared with."""
+
+    count: int
+    shares: Doubles
+    """(K,) how much of them is in each cluster; they sum to one."""
+    novel_below: float
+    """The cosine with the nearest centroid that all but NOVEL_SHARE of them have."""
+
+    def __post_init__(self) -> None:
+        total = float(self.shares.sum())
+        if self.shares.ndim != 1 or not (self.shares >= 0).all() or not abs(total - 1.0) < 1e-6:
+            raise InvalidInput("the shares of a map's prompts must be 0 or more, and sum to one")
+        if self.count < 1 or not -1.0 <= self.novel_below <= 1.0:
+            raise InvalidInput(f"{self.count} prompts and the cosine {self.novel_below} are none of a fitted map")
+
+    @classmethod
+    def of(cls, assignment: Assignment, clusters: int) -> FittedPrompts:
+        """Describe n prompts by their assignment, which must have cosines."""
+        assert assignment.cosines is not None
+        shares = np.bincount(assignment.ids.ravel(), weights=assignment.weights.ravel(), minlength=clusters)
+        novel_below = float(np.clip(np.quantile(assignment.cosines, NOVEL_SHARE), -1.0, 1.0))
+        return cls(len(assignment), shares / shares.sum(), novel_below)
+
+
 class LearnedClusters(Protocol):
     """K further clusters of prompts, computed from the embedding. A dataclass of arrays and `top`."""
 
@@ -163,6 +193,7 @@ class ClusterMap:
         temperature: float = DEFAULT_TEMPERATURE,
         learned_clusters: Sequence[LearnedClusters] = (),
         reference_models: ReferenceModels | None = None,
+        fitted_prompts: FittedPrompts | None = None,
     ) -> None:
         """
         Args:
@@ -174,6 +205,7 @@ class ClusterMap:
             learned_clusters: groups of further clusters, fitted to known models' errors. A prompt then belongs in equal
                 shares to the centroids and to each of these groups.
             reference_models: sums of known models over all clusters, the learned ones last.
+            fitted_prompts: the prompts that the map was fitted to; None: they are not known.
         """
         if centroids.ndim != 2 or not len(centroids):
             raise InvalidInput(f"centroids must be a (K, d) matrix; got shape {centroids.shape}")
@@ -184,6 +216,7 @@ class ClusterMap:
         self.embedder_id = embedder_id
         self.learned_clusters = tuple(learned_clusters)
         self.reference_models = reference_models
+        self.fitted_prompts = fitted_prompts
         self.names = tuple(names) or tuple(f"cluster {k}" for k in range(self.size))
         self.top = min(top, len(centroids))
         self.temperature = temperature
@@ -198,9 +231,31 @@ class ClusterMap:
     def dimension(self) -> int:
         return int(self.centroids.shape[1])
 
+    @property
+    def novel_below(self) -> float | None:
+        """The cosine with the nearest centroid below which a prompt is novel; None: it is not known."""
+        return self.fitted_prompts.novel_below if self.fitted_prompts else None
+
+    @cached_property
+    def prompt_shares(self) -> Doubles | None:
+        """Return (K,) how the prompts that the map was fitted to spread over the clusters; None: it is not known.
+
+        A map that does not state them has them in the overlap of its clusters: the weights of a prompt sum to one, so
+        Σ_l overlap_kl·√n_l = √n_k, and the √n are the eigenvector of the eigenvalue 1, the largest one.
+        """
+        if self.fitted_prompts is not None:
+            return self.fitted_prompts.shares
+        if self.reference_models is None:
+            return None
+        values, vectors = np.linalg.eigh(self.reference_models.overlap)
+        # Clusters that share no prompt with the others leave their sizes open.
+        if abs(values[-1] - 1.0) > 1e-6 or (len(values) > 1 and values[-2] > 1.0 - 1e-6):
+            return None
+        return np.asarray(vectors[:, -1] ** 2)
+
     @cached_property
     def id(self) -> str:
-        """A digest of all that decides an assignment: names and reference models are not part of it."""
+        """A digest of all that decides an assignment: names and what was known of prompts and models are no part."""
         digest = hashlib.sha256(self.centroids.tobytes())
         digest.update(f"{self.centroids.shape} {self.embedder_id} {self.top} {self.temperature!r}".encode())
         for clusters in self.learned_clusters:
@@ -244,7 +299,8 @@ class ClusterMap:
         if (ids < 0).any():
             raise InvalidInput(NOT_FINITE)
         exponents = np.exp((cosines.astype(np.float64) - cosines[:, :1]) / self.temperature)
-        return Assignment(ids, np.asarray(exponents / exponents.sum(axis=1, keepdims=True), dtype=np.float32))
+        weights = np.asarray(exponents / exponents.sum(axis=1, keepdims=True), dtype=np.float32)
+        return Assignment(ids, weights, cosines[:, 0].copy())
 
     def with_hard_assignment(self) -> ClusterMap:
         """Return a map of the same centroids that puts each prompt wholly in the nearest.
@@ -259,8 +315,13 @@ class ClusterMap:
             temperature=self.temperature,
         )
 
-    def with_reference_models(self, reference_models: ReferenceModels) -> ClusterMap:
-        """Return the same map, with the same id, that knows these models."""
+    def with_known(
+        self, reference_models: ReferenceModels | None = None, fitted_prompts: FittedPrompts | None = None
+    ) -> ClusterMap:
+        """Return the same map, with the same id, that knows these models, and the prompts that it was fitted to.
+
+        What is None stays as it is.
+        """
         return ClusterMap(
             self.centroids,
             embedder_id=self.embedder_id,
@@ -268,7 +329,8 @@ class ClusterMap:
             top=self.top,
             temperature=self.temperature,
             learned_clusters=self.learned_clusters,
-            reference_models=reference_models,
+            reference_models=reference_models or self.reference_models,
+            fitted_prompts=fitted_prompts or self.fitted_prompts,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -300,6 +362,8 @@ class ClusterMap:
                 raise InvalidInput(f"learned clusters of {clusters.dimension} dimensions, not {self.dimension}")
         if self.reference_models and len(self.reference_models.overlap) != self.size:
             raise InvalidInput(f"a history of {len(self.reference_models.overlap)} clusters for {self.size}")
+        if self.fitted_prompts and len(self.fitted_prompts.shares) != self.size:
+            raise InvalidInput(f"shares of {len(self.fitted_prompts.shares)} clusters for {self.size}")
 
 
 class _SingleSearch:
@@ -337,7 +401,9 @@ class _SingleSearch:
         weights = self._softmax(self._cosines, self._temperature)
         # Arrays over bytes cannot be written to: many requests share them.
         return Assignment(
-            np.ndarray(self._placed, np.int64, self._ids.tobytes()), np.ndarray(self._placed, np.float32, weights)
+            np.ndarray(self._placed, np.int64, self._ids.tobytes()),
+            np.ndarray(self._placed, np.float32, weights),
+            np.ndarray(1, np.float32, self._cosines[:1].tobytes()),
         )
 
 
@@ -354,4 +420,5 @@ def _join(assignments: Sequence[Assignment], starts: Sequence[int]) -> Assignmen
     stacked = np.concatenate([part.weights for part in assignments], axis=1)
     weights = np.asarray(stacked / np.float32(len(assignments)), np.float32)
     order = np.argsort(-weights, axis=1, kind="stable")
-    return Assignment(np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1))
+    ids, weights = np.take_along_axis(ids, order, axis=1), np.take_along_axis(weights, order, axis=1)
+    return Assignment(ids, weights, assignments[0].cosines)

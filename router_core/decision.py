@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from router_core.eligibility import Eligibility, LazyRanking
+from router_core.estimators import SHRINKAGE
 from router_core.kernels import Figures, argmin_with_ties
 from router_core.types import Assignment, Doubles, Indices
 
@@ -88,6 +89,30 @@ def wilson_interval(rates: Doubles, labels: Doubles) -> tuple[Doubles, Doubles]:
     centre = (rates + Z_90**2 / (2 * n)) / (1 + Z_90**2 / n)
     half = Z_90 * np.sqrt(rates * (1 - rates) / n + Z_90**2 / (4 * n**2)) / (1 + Z_90**2 / n)
     return np.clip(centre - half, 0.0, 1.0), np.clip(centre + half, 0.0, 1.0)
+
+
+def mix_deviations(weights: Doubles, errors: Doubles, labels: Doubles) -> Doubles:
+    """Return the (M,) standard deviations of Σ_k w_mk·e_mk: what M models get wrong of a mix of prompts.
+
+    A rate of a mix is worth 1 / Σ (r_k² / n_k) labels, with r the mix and n the labels, but never more than the model
+    has: what each cluster takes from the others is no label of its own. It varies as a beta distribution does, by
+    e(1 − e) ÷ (labels + 1). It is the same rate for all prompts of a cluster, however many they are.
+
+    Deviations of several models add up at most to their sum, as they were measured on the same prompts, and the
+    deviation of a difference between models is at most the root of the sum of squares. On public outcome data such
+    bounds held what they should in 92 to 100 of 100 profiles of 60 to 800 labels; see docs/evaluation.md.
+
+    Args:
+        weights, errors, labels: (M, K); labels with the shrinkage, as `Pool.label_weights` has them.
+    """
+    size = np.abs(weights)
+    shares = size.sum(axis=1)
+    mix = np.divide(size, shares[:, None], out=np.zeros_like(size), where=shares[:, None] > 0)
+    rates = (mix * errors).sum(axis=1)
+    spread = (mix**2 / np.maximum(labels, 1e-9)).sum(axis=1)
+    worth = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 0)
+    worth = np.minimum(worth, np.maximum(labels - SHRINKAGE, 0.0).sum(axis=1))
+    return np.asarray(shares * np.sqrt(np.clip(rates * (1.0 - rates), 0.0, 0.25) / (worth + 1.0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +245,19 @@ class RoutingDecision:
         return tuple(
             (cluster, self.cluster_names[cluster], weight) for cluster, weight in zip(ids, weights, strict=True)
         )
+
+    @property
+    def nearest_cosine(self) -> float | None:
+        """How near the prompt is to its nearest centroid; None: it is not known."""
+        if self.assignment is None or self.assignment.cosines is None:
+            return None
+        return float(self.assignment.cosines[0])
+
+    @property
+    def is_novel(self) -> bool | None:
+        """Whether the prompt is farther from all centroids than nearly all prompts of the map; None: not known."""
+        cosine, bound = self.nearest_cosine, self.eligibility.pool.novel_below if self.eligibility else None
+        return None if cosine is None or bound is None else cosine < bound
 
     @property
     def ineligible(self) -> Mapping[str, str]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from router_core.calibration import DEFAULT_PARAMS, LambdaSweep, candidate_lambdas, sweep_lambdas
 from router_core.clustering import ClusterMap
-from router_core.decision import Z_90, argmin_rows_with_ties
+from router_core.decision import Z_90, argmin_rows_with_ties, mix_deviations
 from router_core.estimators import POOLED, Estimator
 from router_core.pool import Pool
 from router_core.profiles import Profile
@@ -72,8 +72,10 @@ class DeferralCurve:
     """(n, K) Φ."""
     halves: tuple[tuple[Doubles, Doubles], ...]
     """(n, M) expected errors by one half of the labels, by which models are chosen, and by the other, which judges."""
-    variances: Doubles
-    """(M, K) of the rates that all labels give."""
+    errors: Doubles
+    """(M, K) rates that all labels give."""
+    labels: Doubles
+    """(M, K) behind these, the shrinkage included."""
 
     def at(self, lambda_: float) -> CurvePoint:
         served = self.sweep.choices(lambda_)
@@ -112,10 +114,10 @@ class DeferralCurve:
         return float(1.0 - self.weights @ judging[np.arange(chosen.size), chosen])
 
     def _deviation(self, chosen: Indices) -> float:
-        """Return the standard deviation of the quality of (n,) choices, by the delta method."""
-        routed = np.zeros_like(self.variances)
+        """Return the standard deviation of the quality of (n,) choices, at most."""
+        routed = np.zeros_like(self.errors)
         np.add.at(routed, chosen, self.weights[:, None] * self.clusters)
-        return float(np.sqrt((routed**2 * self.variances).sum()))
+        return float(mix_deviations(routed, self.errors, self.labels).sum())
 
 
 def _bounds(quality: float, deviation: float) -> tuple[float, float]:
@@ -135,8 +137,6 @@ def deferral_curve(
     seed: int = 0,
 ) -> DeferralCurve:
     """Prepare the curve of the profiled and priced models of a pool.
-
-    A rate varies by e(1 − e) ÷ (labels + 1), the variance of a beta distribution.
 
     Args:
         profiles: as measured, of all models of the pool that have one.
@@ -163,13 +163,13 @@ def deferral_curve(
     for one, other in split_labels(sums, labels, SPLITS, seed=seed):
         by_one, by_other = expected(one), expected(other)
         halves += [(by_one, by_other), (by_other, by_one)]
-    errors = pool.errors[rows]
     return DeferralCurve(
         sweep=sweep,
         weights=prompt_weights(clusters, mix),
         clusters=clusters,
         halves=tuple(halves),
-        variances=errors * (1.0 - errors) / (pool.label_weights[rows] + 1.0),
+        errors=pool.errors[rows],
+        labels=pool.label_weights[rows],
     )
 
 

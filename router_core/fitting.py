@@ -15,6 +15,7 @@ from router_core.clustering import (
     DEFAULT_TOP,
     MAX_CLUSTERS_FOR_OVERLAP,
     ClusterMap,
+    FittedPrompts,
     LearnedClusters,
     kmeans,
     reference_models_of,
@@ -223,7 +224,7 @@ def fit_embedded(
     hard = ClusterMap(centroids, embedder_id=embedded.embedder_id, top=1)
     names = cluster_names(embedded.texts, hard.assign(embedded.vectors).ids[:, 0], clusters)
     plain = ClusterMap(centroids, embedder_id=embedded.embedder_id, names=names, top=top, temperature=temperature)
-    return with_overlap(plain, embedded, np.empty((len(embedded.texts), 0)), ())
+    return with_history(plain, embedded, np.empty((len(embedded.texts), 0)), ())
 
 
 def fit_with_outcomes(
@@ -244,23 +245,26 @@ def fit_with_outcomes(
     """
     plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
     learned = fit_learned_clusters(embedded.vectors, scores, seed=seed)
-    return with_overlap(_with_learned_clusters(plain, learned, embedded), embedded, scores, models)
+    return with_history(_with_learned_clusters(plain, learned, embedded), embedded, scores, models)
 
 
-def with_overlap(
+def with_history(
     cluster_map: ClusterMap, embedded: EmbeddedPrompts, scores: Doubles, models: Sequence[str]
 ) -> ClusterMap:
-    """Return the same map, with the same id, that knows how its clusters overlap and what models got wrong in them.
+    """Return the same map, with the same id, that knows its prompts, and what models got wrong in its clusters.
 
-    A map of more than MAX_CLUSTERS_FOR_OVERLAP clusters is returned as it is.
+    A map of more than MAX_CLUSTERS_FOR_OVERLAP clusters does not know how they overlap, nor the models.
 
     Args:
         scores: (n, R) in [0, 1] of the R `models`, NaN where unlabelled.
     """
-    if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
-        return cluster_map
     assignment = cluster_map.assign(embedded.vectors)
-    return cluster_map.with_reference_models(reference_models_of(assignment, cluster_map.size, scores, models))
+    fitted_prompts = FittedPrompts.of(assignment, cluster_map.size)
+    if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
+        return cluster_map.with_known(fitted_prompts=fitted_prompts)
+    return cluster_map.with_known(
+        reference_models_of(assignment, cluster_map.size, scores, models), fitted_prompts=fitted_prompts
+    )
 
 
 def _with_learned_clusters(

@@ -81,29 +81,26 @@ class RoutingPlan:
 
     def __init__(
         self,
-        errors: Doubles,
-        mean_errors: Doubles,
-        output_tokens: Doubles,
-        seconds: Doubles,
+        errors: tuple[Doubles, Doubles],
+        output_tokens: tuple[Doubles, Doubles],
+        seconds: tuple[Doubles, Doubles],
         output_caps: Doubles,
         prices: PriceColumns,
     ) -> None:
         """
         Args:
-            errors, output_tokens, seconds: (M, K)
-            mean_errors: (M,), NaN without a profile.
+            errors, output_tokens, seconds: (M, K), and their (M,) means; errors are NaN without a profile.
             output_caps: (M,)
         """
-        self.mean_output_tokens: Doubles = output_tokens.mean(axis=1)
-        self.anywhere = Assignment(np.array([[errors.shape[1]]], dtype=np.int64), np.ones((1, 1), dtype=np.float32))
+        clusters = errors[0].shape[1]
+        self.anywhere = Assignment(np.array([[clusters]], dtype=np.int64), np.ones((1, 1), dtype=np.float32))
         self._make_scorer = kernels.current().scorer
         self._prices = prices
         self._output_caps = output_caps
-        self._profiled = ~np.isnan(mean_errors)
+        self._profiled = ~np.isnan(errors[1])
         # Not copied: with a thousand clusters and models each takes megabytes.
-        self._blocks = ((errors, mean_errors), (output_tokens, self.mean_output_tokens))
-        self._seconds = seconds
-        self._by_cluster = _by_cluster(*self._blocks)
+        self._blocks = (errors, output_tokens, seconds)
+        self._by_cluster = _by_cluster(*self._blocks[:2])
         self._usual = self._make(prices, self._by_cluster)
         self._others: dict[tuple[PriceColumns, bool], ScoringKernel] = {}
 
@@ -129,7 +126,7 @@ class RoutingPlan:
     @cached_property
     def _with_seconds(self) -> Doubles:
         """(K + 1, 3M)"""
-        return _by_cluster(*self._blocks, (self._seconds, self._seconds.mean(axis=1)))
+        return _by_cluster(*self._blocks)
 
 
 def _by_cluster(*blocks: tuple[Doubles, Doubles]) -> Doubles:
@@ -164,8 +161,6 @@ class Pool:
     """(M, K); a model without measured answers takes the mean of the others."""
     seconds: Doubles
     """(M, K)"""
-    plan: RoutingPlan
-    """The same as requests read it."""
     prices: PriceColumns
     capabilities: Mapping[str, NDArray[np.int8]]
     """Name of a capability → (M,) of 1, 0 or UNKNOWN."""
@@ -176,6 +171,8 @@ class Pool:
     excluded: Mapping[str, str]
     """Model that is left out of every choice for now → why."""
     cluster_names: tuple[str, ...] = ()
+    novel_below: float | None = None
+    """The cosine with the nearest centroid below which a prompt is novel; None: it is not known."""
 
     @classmethod
     def build(
@@ -196,30 +193,28 @@ class Pool:
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
         errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles)
-        mean_errors = np.array([p.mean_error if p else np.nan for p in profiles])
         tokens = _fill_unmeasured([p.output_tokens() if p else blank for p in profiles], DEFAULT_OUTPUT_TOKENS, blank)
-        seconds = _fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank)
-        prices = PriceColumns.from_prices([candidate.price for candidate in ordered])
-        max_output_tokens = _limits([candidate.capabilities.max_output_tokens for candidate in ordered])
-        return cls(
+        pool = cls(
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
             errors=errors,
-            mean_errors=mean_errors,
+            mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
             label_weights=_matrix([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
             output_tokens=tokens,
-            plan=RoutingPlan(errors, mean_errors, tokens, seconds, max_output_tokens.astype(np.float64), prices),
-            seconds=seconds,
-            prices=prices,
+            seconds=_fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank),
+            prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
             capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
-            max_output_tokens=max_output_tokens,
+            max_output_tokens=_limits([candidate.capabilities.max_output_tokens for candidate in ordered]),
             shares_window=np.array([candidate.capabilities.shares_window for candidate in ordered], dtype=np.bool_),
             excluded=MappingProxyType({each.name: each.excluded for each in ordered if each.excluded is not None}),
             cluster_names=cluster_map.names,
+            novel_below=cluster_map.novel_below,
         )
+        _ = pool.plan  # now, and not on the first request
+        return pool
 
     def __len__(self) -> int:
         return len(self.names)
@@ -248,10 +243,21 @@ class Pool:
     def _best(self) -> dict[tuple[str, ...] | None, str | None]:
         return {}
 
-    @property
+    @cached_property
     def mean_output_tokens(self) -> Doubles:
         """(M,) mean over the clusters."""
-        return self.plan.mean_output_tokens
+        return np.asarray(self.output_tokens.mean(axis=1))
+
+    @cached_property
+    def plan(self) -> RoutingPlan:
+        """The columns as requests read them."""
+        return RoutingPlan(
+            (self.errors, self.mean_errors),
+            (self.output_tokens, self.mean_output_tokens),
+            (self.seconds, self.seconds.mean(axis=1)),
+            self.max_output_tokens.astype(np.float64),
+            self.prices,
+        )
 
     @cached_property
     def any_shares_window(self) -> bool:

@@ -49,6 +49,8 @@ class Assignment:
     """(n, p) cluster numbers, nearest first."""
     weights: Floats
     """(n, p), rows sum to one."""
+    cosines: Floats | None = None
+    """(n,) how near each prompt is to its nearest centroid; None: not known."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -40,8 +40,8 @@ FOLDER_ORDER = (
 )
 MAX_TOP_ENTRIES = 15
 # Beside server/api, which grows with the APIs that clients speak. Nine of them are the page.
-MAX_PROXY_FILES = 147
-MAX_CORE_FILES = 42
+MAX_PROXY_FILES = 153
+MAX_CORE_FILES = 45
 MIN_LINES_OF_ONE_FUNCTION = 40
 
 Graph = Mapping[str, frozenset[str]]

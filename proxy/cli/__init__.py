@@ -13,10 +13,11 @@ from proxy.cli.calibrate import calibrate, lambdas
 from proxy.cli.console import BadArgument, CommandError, echo
 from proxy.cli.evaluate import evaluate
 from proxy.cli.fit import fit
-from proxy.cli.inspection import decisions, report, route, validation
+from proxy.cli.inspection import decisions, route, validation
 from proxy.cli.keys import keys
 from proxy.cli.launch import launch
 from proxy.cli.models import models, prices
+from proxy.cli.report.savings import report
 from proxy.cli.serve import demo, serve, worker
 
 app = typer.Typer(

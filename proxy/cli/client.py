@@ -70,6 +70,13 @@ class ServerClient:
             if cursor is None:
                 return
 
+    def report(self, query: Mapping[str, str], progress: Progress) -> dict[str, Any]:
+        """Return the report of the decisions that match, and show how many are read as long as it is made."""
+        while (reply := self._request("GET", "/admin/report", query=query)).status_code == 202:
+            progress.update("reading", reply.json()["decisions"], 0, "decisions")
+        found: dict[str, Any] = reply.json()
+        return found
+
     def _request(
         self,
         method: Method,

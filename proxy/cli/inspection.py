@@ -1,7 +1,6 @@
 """Commands that show and change nothing.
 
-`route` shows the choice for one prompt, `decisions` the choices that were made, `report` what they cost and saved,
-`validation` the prompts and graders.
+`route` shows the choice for one prompt, `decisions` the choices that were made, `validation` the prompts and graders.
 """
 
 from __future__ import annotations
@@ -143,46 +142,6 @@ def _usd(amount: float | None) -> str:
     return "?" if amount is None else f"${amount:.6f}"
 
 
-@with_filters
-def report(
-    by: Annotated[str, typer.Option("--by", help="The table: day, model, key, tag, cluster or baseline.")] = "model",
-    url: UrlOption = None,
-    *,
-    as_json: JsonOption = False,
-    query: dict[str, str],
-) -> None:
-    """Report what was spent, and what routing saved, by the decisions that are kept."""
-    from proxy.cli.client import admin_client
-    from proxy.storage.savings import GROUPINGS, savings_report
-
-    if by not in GROUPINGS:
-        raise BadArgument(f"--by: {by!r} is none of {', '.join(GROUPINGS)}")
-    with admin_client(url) as server:
-        found = savings_report(server.decisions(query))
-    if as_json:
-        console.emit_json(found)
-        return
-    columns = (by, "requests", "cost", "baseline", "saved", "share", "expected error", "of the baseline")
-    rows = [_savings_row(group, sums) for group, sums in found["by"][by].items()]
-    console.table(columns, [*rows, _savings_row("in all", found["total"])])
-    total = found["total"]
-    console.echo(f"  {total['compared']} of {total['requests']} requests are compared with their baseline:")
-    console.echo("  the model that was asked for by name, or else the best on average that the key may use.")
-    if total["unpriced"]:
-        console.echo(f"  {total['unpriced']} requests are of unknown cost, and in no sum.")
-
-
-def _savings_row(group: str, sums: Mapping[str, Any]) -> tuple[str, ...]:
-    share = sums["saved_share"]
-    return (
-        group,
-        str(sums["requests"]),
-        *(_usd(sums[name]) for name in ("cost_usd", "baseline_usd", "saved_usd")),
-        "?" if share is None else f"{share:.1%}",
-        *("?" if sums[name] is None else f"{sums[name]:.3f}" for name in ("expected_error", "baseline_expected_error")),
-    )
-
-
 @decisions.command("show")
 def show_one(
     decision: Annotated[str, typer.Argument(metavar="ID", help="As the header x-uniroute-decision has it.")],
@@ -204,6 +163,9 @@ def export_decisions(
     outcomes: Annotated[
         bool, typer.Option("--outcomes", help="Only those with a prompt and a score: an outcomes file.")
     ] = False,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Only those with a prompt: a file for `uniroute fit`.")
+    ] = False,
     query: dict[str, str],
 ) -> None:
     """Write whole decisions, one a line, newest first, with the fields of an outcomes file beside their own."""
@@ -218,7 +180,7 @@ def export_decisions(
         rows = (
             outcome_row(decision)
             for decision in server.decisions(query)
-            if not outcomes or (decision["prompt"] and decision["score"] is not None)
+            if (decision["prompt"] or not (outcomes or prompts)) and (decision["score"] is not None or not outcomes)
         )
         if out is None:
             for row in rows:

@@ -15,10 +15,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 from proxy.dashboard.activity import MAX_SAMPLES
 from proxy.dashboard.answers import answers_to, shown_prompts
 from proxy.dashboard.history import history_chart, history_of
-from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.page import (
+    MAX_WAIT_S,
     Form,
     SessionDep,
+    StillWorking,
     app_state_of,
     base_of,
     dashboard_of,
@@ -26,8 +27,10 @@ from proxy.dashboard.page import (
     render_text,
     static_files,
 )
+from proxy.dashboard.page import DashboardRoute as Route
 from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, heat_map
 from proxy.dashboard.sessions import Session
+from proxy.dashboard.traffic import traffic_view
 from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
 from proxy.server.admin import get_model, list_keys, list_models, registered_model
 from proxy.server.admin_responses import model_to_json
@@ -38,7 +41,7 @@ from proxy.storage.client_keys import MAX_LAMBDA
 from proxy.storage.decisions import DecisionFilter, Page
 from proxy.storage.feedback import MAX_P, TEST
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.savings import GROUPINGS, SavingsReport
+from proxy.storage.savings import GROUPINGS, coverage_in_words, quality_in_words
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.storage.usage_writer import read_key_totals
 from router_core.decision import wilson_interval
@@ -48,9 +51,6 @@ MAX_LATEST = 20
 
 # Days that savings are summed over.
 PERIODS = ("1", "7", "30")
-
-# While they are summed, no request is served.
-DECISIONS_AT_ONCE = 50
 
 router = APIRouter(prefix=DASHBOARD, include_in_schema=False, route_class=Route, default_response_class=HTMLResponse)
 
@@ -103,21 +103,28 @@ async def decision(request: Request, session: SessionDep, state: StateDep, id: s
 async def savings(request: Request, session: SessionDep, state: StateDep) -> Response:
     by, days = request.query_params.get("by", ""), request.query_params.get("days", "")
     by, days = by if by in GROUPINGS else "model", days if days in PERIODS else "7"
-    found = await dashboard_of(request).slow_work.result(f"savings-{days}", lambda: _savings(state, int(days)))
-    return render(request, "savings.html", session, found=found, by=by, days=days, groupings=GROUPINGS, periods=PERIODS)
+    found = await savings_of(state, int(days))
+    return render(
+        request,
+        "savings.html",
+        session,
+        found=found,
+        words=quality_in_words(found["total"]),
+        covered=coverage_in_words(found),
+        groupings=(by,),
+        every_grouping=GROUPINGS,
+        days=days,
+        periods=PERIODS,
+    )
 
 
-async def _savings(state: AppState, days: int) -> Mapping[str, Any]:
-    """Sum up the decisions of so many days, a few at a time: requests are served in between."""
-    report, since, cursor = SavingsReport(), time.time() - days * 86400, None
-    while True:
-        page = await state.decisions.page(DECISIONS_AT_ONCE, DecisionFilter(since=since), cursor)
-        for decision in page.decisions:
-            report.add(decision)
-        if page.next is None:
-            return report.to_json()
-        cursor = page.next
-        await asyncio.sleep(0)
+async def savings_of(state: AppState, days: int) -> Mapping[str, Any]:
+    """Return the report of so many days, which may be some seconds old. Raises StoreUnavailable, StillWorking."""
+    wanted = DecisionFilter(since=time.time() - days * 86_400)
+    report, _ = await state.reports.get(state, wanted, MAX_WAIT_S, name=days)
+    if report is None:
+        raise StillWorking
+    return report
 
 
 def _timeline(found: Mapping[str, Any]) -> list[tuple[str, float]]:
@@ -197,6 +204,7 @@ async def models_page(
         clusters=[(k, snapshot.cluster_map.names[k]) for k in clusters],
         picture=picture,
         defaults=state.settings.profile,
+        traffic=await traffic_view(state),
     )
 
 

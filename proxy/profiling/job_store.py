@@ -327,6 +327,22 @@ class JobStore:
                 found[name] = job
         return found
 
+    async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:
+        """Return the jobs that were submitted in a time, Unix seconds, with the time of each."""
+        async with self._store.operation("read the jobs") as client:
+            listed = await awaited(client.zrangebyscore(JOBS, since, until, withscores=True))
+            async with client.pipeline(transaction=False) as pipe:
+                for job_id, _ in listed:
+                    pipe.hgetall(job_key(job_id))
+                replies = await pipe.execute(raise_on_error=False)
+        found = []
+        for (job_id, at), reply in zip(listed, replies, strict=True):
+            if isinstance(reply, RedisError):
+                self._warn_once(job_key(job_id), reply)
+            elif (job := Job.from_fields(job_id, reply)) is not None:
+                found.append((at, job))
+        return found
+
     async def cancel(self, job_id: str, why: str = "") -> bool:
         """Cancel a job; return False if it had ended."""
         keys = [job_key(job_id), OPEN, answers_key(job_id), texts_key(job_id)]

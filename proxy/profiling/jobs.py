@@ -233,6 +233,10 @@ class Jobs:
         """Return each model's latest job, in two round trips."""
         return await self._job_store.latest()
 
+    async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:
+        """Return the jobs that were submitted in a time, Unix seconds, with the time of each."""
+        return await self._job_store.submitted_between(since, until)
+
     async def recent(self) -> Mapping[str, Job]:
         """Return what `latest` does, up to RECENT_S old, for error messages; no jobs while Redis is not available."""
         async with self._reading:
@@ -269,6 +273,16 @@ class Jobs:
         latest = await self._job_store.latest()
         jobs = {name: latest[name].id for name in sorted(latest) if name in models}
         return await self._job_store.answers_to(jobs, prompt_ids)
+
+    async def graded_answers(self) -> dict[str, dict[str, float]]:
+        """Return the scores that are still recorded of each model's latest job, by the id of the prompt."""
+        found = {}
+        for name, job in (await self._job_store.latest()).items():
+            answers = await self._job_store.answers(job.id)
+            scores = {prompt: answer.score for prompt, answer in answers.items() if answer.score is not None}
+            if scores:
+                found[name] = scores
+        return found
 
     async def validation_prompts(self) -> AssignedPrompts:
         """Return the prompts that models are measured on, with their clusters. Raise InvalidValidationSet."""

@@ -103,8 +103,9 @@ class ClusterAssigner:
 def _read_only(assignment: Assignment) -> Assignment:
     """Protect the arrays, which many requests may share."""
     if assignment.ids.flags.writeable:
-        for array in (assignment.ids, assignment.weights):
-            array.setflags(write=False)
+        for array in (assignment.ids, assignment.weights, assignment.cosines):
+            if array is not None:
+                array.setflags(write=False)
     return assignment
 
 

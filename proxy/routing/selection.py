@@ -304,6 +304,8 @@ def selection_to_json(selection: Selection) -> dict[str, Any]:
         "lambda": selection.lambda_,
         "max_tokens": None if requested is None else {"stated": requested, "sent": selection.max_tokens or requested},
         "clusters": [{"id": cluster, "name": name, "weight": weight} for cluster, name, weight in clusters],
+        "nearest_cosine": decision.nearest_cosine if decision else None,
+        "novel": decision.is_novel if decision else None,
         "candidates": [
             {
                 "model": row.model,

@@ -37,6 +37,8 @@ from proxy.server.admin_responses import (
     ModelCards,
     PastProfiles,
     PricedModel,
+    ReportUnderWay,
+    SavingsDocument,
     model_to_json,
     models_to_json,
 )
@@ -479,6 +481,7 @@ Moment = Annotated[float | None, Query(), BeforeValidator(_moment), WithJsonSche
     description="`next`, if it is not null, is the `cursor` of the next page; a page may be short and have one. With"
     " `format=jsonl` every decision is whole, one a line, and the cursor is in the header `x-uniroute-next`.",
     response_model=Decisions,
+    responses={200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}}},
 )
 async def list_decisions(
     state: AdminState,
@@ -521,3 +524,33 @@ async def get_decision(decision_id: DecisionIdPath, state: AdminState) -> Respon
     if decision is None:
         raise DecisionNotFound(f"no decision is kept with the id {decision_id[:100]!r}", param="decision")
     return JSONResponse(decision)
+
+
+reports_router = admin_router("report")
+
+# How long a call waits for a report.
+REPORT_WAIT_S = 5.0
+
+
+@reports_router.get(
+    "",
+    summary="What was spent and saved, and whether quality held",
+    description="Made from the decisions that are kept. While it is made, the answer is a 202: ask again.",
+    response_model=SavingsDocument,
+    responses={202: {"model": ReportUnderWay, "description": "It is being made"}},
+)
+async def get_report(
+    state: AdminState,
+    model: Wanted = None,
+    key: Wanted = None,
+    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
+    ending: Wanted = None,
+    reason: Wanted = None,
+    since: Moment = None,
+    until: Moment = None,
+) -> Response:
+    wanted = DecisionFilter(model, key, tag, ending, reason, since, until)
+    report, decisions = await state.reports.get(state, wanted, REPORT_WAIT_S)
+    if report is None:
+        return JSONResponse({"decisions": decisions}, 202, {"retry-after": "1"})
+    return JSONResponse(report)

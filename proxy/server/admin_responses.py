@@ -80,17 +80,25 @@ class JobStatus(OpenResponseModel):
 
 
 class ObservedRates(OpenResponseModel):
-    """What feedback says of a model, beside what was measured of it in the same mix of clusters.
+    """What feedback says of a model since it was measured, beside what was expected of the same answers.
 
-    `p` is null where there are too few labels, and `differs` too.
+    Rates are null where there is no label; `p` and `differs` are where there are too few. `change` is the hour from
+    which on the answers are graded otherwise than before, if there is one: then all but `clusters` is of those since.
     """
 
+    since: str | None
     labels: Amount
-    mean_error: Amount
-    measured_mean_error: Amount
+    measured_labels: Amount
+    mean_error: Amount | None
+    mean_error_low: Amount | None
+    mean_error_high: Amount | None
+    measured_mean_error: Amount | None
+    measured_mean_error_low: Amount | None
+    measured_mean_error_high: Amount | None
     test: str
     p: Amount | None
     differs: bool | None
+    change: dict[str, Any] | None
     clusters: list[dict[str, Any]]
 
 
@@ -271,6 +279,8 @@ class KeptDecision(DecisionRow):
     score: Number | None
     score_source: str | None
     clusters: list[DecisionCluster]
+    nearest_cosine: Number | None
+    novel: bool | None
     candidates: list[DecisionCandidate]
     candidates_left_out: Count
     ineligible: list[dict[str, str]]
@@ -296,6 +306,58 @@ class SettingInForce(ResponseModel):
 class SettingsInForce(ResponseModel):
     lambda_: SettingInForce = Field(alias="lambda")
     state_version: Count
+
+
+class DaySpending(ResponseModel):
+    """What all requests of a day (UTC) cost, whether their decisions are kept or not; `cost_unknown` are not in it."""
+
+    requests: Count
+    cost_usd: Amount
+    cost_unknown: Count
+
+
+class ProfilingSpending(ResponseModel):
+    """What jobs that were submitted then have spent, judges included; `unpriced` are those of unknown price."""
+
+    usd: Amount
+    jobs: Count
+    unpriced: Count
+    by_model: dict[str, Amount]
+    by_day: dict[str, Amount]
+
+
+class Spending(ResponseModel):
+    days: dict[str, DaySpending]
+    profiling: ProfilingSpending
+
+
+class SavingsSums(OpenResponseModel):
+    """The sums of some requests. Expected errors have bounds, and so have those that feedback speaks of."""
+
+    requests: Count
+    cost_usd: Number
+    baseline_usd: Number
+    saved_usd: Number
+    expected_error: Number | None
+    baseline_expected_error: Number | None
+    error_difference: Number | None
+    observed_error: Number | None
+
+
+class SavingsDocument(ResponseModel):
+    """Sums in all and by group, the first and the last decision, and what was spent in the same time in all."""
+
+    first: str | None
+    last: str | None
+    total: SavingsSums
+    by: dict[str, dict[str, SavingsSums]]
+    spending: Spending | None
+
+
+class ReportUnderWay(ResponseModel):
+    """`decisions`: how many were read so far."""
+
+    decisions: Count
 
 
 class AuditEntry(OpenResponseModel):

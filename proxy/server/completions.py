@@ -155,6 +155,8 @@ async def create_completion(ctx: RequestContext) -> Answer:
     if selection.lost_affinity:
         ctx.app.metrics.conversations_moved.inc()
     selection, reservation = await reserve(ctx, selection)
+    if selection.decision is not None and selection.decision.assignment is not None:
+        ctx.app.traffic_mix.observe(selection.decision.assignment)
     record = RequestRecord(ctx, selection, affinity, reservation)
     runner = AttemptRunner(ctx, record)
     if ctx.request.stream:

@@ -15,6 +15,7 @@ from proxy.server.api.translation import Translation
 from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
+from proxy.server.reports import Reports
 from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
@@ -27,6 +28,7 @@ from proxy.storage.registry import Registry
 from proxy.storage.response_store import ResponseStore
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.client import UpstreamClient
@@ -91,6 +93,7 @@ class AppState:
     rate_limiter: RateLimiter
     metrics: Metrics
     traffic_stats: TrafficStats
+    traffic_mix: TrafficMix
     health: HealthRegistry
     concurrency_limiter: ConcurrencyLimiter
     sessions: SessionStore
@@ -104,6 +107,7 @@ class AppState:
     deadlines: DeadlineWheel = field(default_factory=DeadlineWheel, repr=False)
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
+    reports: Reports = field(default_factory=Reports, repr=False)
 
     def renew_plan(self, record: ModelRecord) -> ModelPlan:
         """Work out a model's plan once for all attempts of this record."""

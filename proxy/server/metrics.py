@@ -68,6 +68,7 @@ class Metrics:
         self.compared_cost = self._counter(
             "compared_cost_usd", "What the requests of uniroute_baseline_cost_usd_total have cost"
         )
+        self.novel_prompts = self._total("novel_prompts", "Routed prompts that are far from all clusters of the map")
         self.degraded = self._total("degraded", "Requests routed without looking at the prompt")
         self.usage_dropped = self._total("usage_dropped", "Usage records dropped: neither Redis nor the disk took them")
         self.usage_journal = self._gauge("usage_journal_bytes", "Usage journals on disk")

@@ -154,7 +154,7 @@ class HTTPExchange(Exchange):
         finally:
             if not (self.response_complete or self.disconnect.is_set):
                 self._flush()
-                self._transport.close()  # the client must not wait for the rest
+                self._protocol.close()  # the client must not wait for the rest
 
     def add(self, piece: bytes) -> None:
         """Add a piece of the body, and let the client wait when too many are there."""
@@ -320,6 +320,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         self._replaying_headers = False
         self._overloaded = self._rejected = False
         self.disconnect = DisconnectEvent()
+        # The latest request that ASGI serves. Others may wait behind it, of which uvicorn knows the last alone.
+        self._under_asgi: RequestResponseCycle | None = None
         # Whether any request has begun on this connection.
         self._message_begun = False
         self._idle = _idle(self.server_state)
@@ -339,6 +341,9 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timers()
         self._unset_keepalive_if_required()
+        if self._under_asgi is not None and not self._under_asgi.response_complete:
+            self._under_asgi.disconnected = True
+            self._under_asgi.message_event.set()
         super().connection_lost(exc)
         self.disconnect.set()
 
@@ -446,11 +451,15 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             and not self.root_path
         )
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._under_asgi = cycle
+        super()._start_asgi_task(cycle, app)
+
     def _start_exchange(self, exchange: HTTPExchange, serve: ServeExchange) -> None:
         """Serve it now, or after the requests that came before it on this connection."""
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
         if before is None or before.response_complete:
-            self._start_asgi_task(exchange, serve)  # type: ignore[arg-type]
+            super()._start_asgi_task(exchange, serve)  # type: ignore[arg-type]
         else:
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, serve))  # type: ignore[arg-type]
@@ -489,7 +498,13 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.timeout_keep_alive_task is not None:
             self._mark_idle()
-        elif self.transport.is_closing() and self.transport.get_write_buffer_size():
+        elif self.transport.is_closing():
+            self.close()
+
+    def close(self) -> None:
+        """Close once the client has taken what was written; abort if it takes nothing for too long."""
+        self.transport.close()
+        if self.transport.get_write_buffer_size():
             self._start_write_timer()
 
     def timeout_keep_alive_handler(self) -> None:

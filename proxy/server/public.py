@@ -4,6 +4,7 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -188,4 +189,10 @@ def _labels_of(
     if (decision["fingerprint"], decision["map"]) != (record.fingerprint, snapshot.cluster_map.id):
         return None, "the model, or the cluster map, was changed since"
     weights = {cluster["id"]: cluster["weight"] for cluster in decision["clusters"]}
-    return Labels(owner_of(decision["map"], record.fingerprint), 1 - score, weights), None
+    expected = decision["expected_error"]
+    if expected is None:  # it answered in the place of others, and was not among the best
+        rates = snapshot.profiles[record.name].errors()
+        expected = float(sum(weight * rates[cluster] for cluster, weight in weights.items()))
+    hour = int(datetime.fromisoformat(decision["ended_at"]).timestamp() // 3600)
+    owner = owner_of(decision["map"], record.fingerprint)
+    return Labels(owner, 1 - score, weights, min(max(expected, 0.0), 1.0), hour), None

@@ -6,6 +6,7 @@ import logging
 import time
 from binascii import b2a_base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,9 @@ class RequestRecord:
         self.native_document: Mapping[str, Any] | None = None
         self._ctx = ctx
         self._reservation = reservation
+        cached = affinity.cached_prompt(ctx.app.settings) if affinity.last_turn is not None else None
+        # Of the session's last turn, if that was a moment ago: a model that answers every turn has them in its cache.
+        self._earlier_tokens = 0 if cached is None else cached[1]
         self._output_bytes = 0
         self._reported_bytes = 0
         self._timed_out = False
@@ -309,7 +313,8 @@ class RequestRecord:
         """Set what the answer cost against what the same tokens would have cost at the baseline."""
         baseline = baseline_of(self._ctx)
         price = self._ctx.app.snapshots.current.prices.get(baseline) if baseline else None
-        baseline_usd = cost_of(counts, price.price, observed, billed=billed).usd if price else None
+        there = counts if baseline == self.model else with_earlier_turn_cached(counts, self._earlier_tokens)
+        baseline_usd = cost_of(there, price.price, observed, billed=billed).usd if price else None
         return Costs(usd, self._failed_usd, baseline, baseline_usd)
 
     def _observed(self) -> ObservedTraffic:
@@ -449,6 +454,12 @@ def tags_of(ctx: RequestContext) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*own, *stated)))[:MAX_TAGS] if own and stated else own or stated
 
 
+def with_earlier_turn_cached(counts: TokenCounts, tokens: int) -> TokenCounts:
+    """Return the usage of a model that would have had so many tokens of the prompt in its cache, at least."""
+    cached = min(tokens, counts.prompt_tokens or 0)
+    return counts if cached <= (counts.cached_tokens or 0) else replace(counts, cached_tokens=cached)
+
+
 def baseline_of(ctx: RequestContext) -> str | None:
     """Return the model that the client asked for by name, or else the best one on average that it may use."""
     if ctx.request.model in ctx.snapshot.models:
@@ -485,6 +496,7 @@ def decision_detail(ctx: RequestContext, selection: Selection, attempts: Sequenc
             names = decision.cluster_names
             ids = placed.ids[0].tolist()
             detail["clusters"] = (ids, [names[number] for number in ids], placed.weights[0].tolist())
+            detail["cosine"], detail["novel"] = decision.nearest_cosine, decision.is_novel
         if decision.eligibility is not None:
             detail["ineligible"] = decision.eligibility.why_ruled_out(MAX_INELIGIBLE)
         _add_candidates(detail, decision)

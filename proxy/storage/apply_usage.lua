@@ -1,4 +1,5 @@
--- Count one batch of a usage journal, once. Needs a local function `settle`, and the constant REFUSED.
+-- Count one batch of a usage journal, once. Needs a local function `settle`, and the constants REFUSED, DAY_TOTALS and
+-- DAYS_KEPT_S: how the names of sums begin that are of one day, and for how long those are kept.
 -- KEYS: journals, stream, decisions, their times, their bytes, what was said of them.
 -- ARGV: journal; the number that is known to be applied; the first and the last number of this batch; the length of
 -- the stream; of decisions, for how long they are kept, how many, and how many bytes; how many texts, and the texts;
@@ -57,6 +58,9 @@ at = at + 1 + tonumber(ARGV[at])
 for place = at + 1, at + 3 * tonumber(ARGV[at]), 3 do
   local field = ARGV[place + 1]
   try(field == 'cost_usd' and 'HINCRBYFLOAT' or 'HINCRBY', ARGV[place], field, ARGV[place + 2])
+  if field == 'requests' and string.sub(ARGV[place], 1, #DAY_TOTALS) == DAY_TOTALS then
+    try('EXPIRE', ARGV[place], DAYS_KEPT_S)
+  end
 end
 at = at + 1 + 3 * tonumber(ARGV[at])
 local last_decision = at + 3 * tonumber(ARGV[at])

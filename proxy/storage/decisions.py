@@ -216,6 +216,8 @@ def decision_to_json(stored: Mapping[str, Any]) -> dict[str, Any]:
             {"id": number, "name": name, "weight": weight}
             for number, name, weight in zip(*detail["clusters"], strict=True)
         ],
+        "nearest_cosine": detail.get("cosine"),
+        "novel": detail.get("novel"),
         "candidates": candidates,
         "candidates_left_out": detail.get("unlisted", 0),
         "ineligible": [{"model": name, "why": why} for name, why in detail["ineligible"].items()],

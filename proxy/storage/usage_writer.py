@@ -24,6 +24,12 @@ TOTALS: Final = "uniroute:usage:totals"
 # With `:<id>`, the hash of what a client key used.
 KEY_TOTALS: Final = "uniroute:usage:key"
 
+# With `:<day>`, the hash of what all requests of a day (UTC) used.
+DAY_TOTALS: Final = "uniroute:usage:day"
+
+# Days of which it is kept.
+MAX_DAYS = 35
+
 # Fields of a record that are summed up.
 COUNTED = ("prompt_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 
@@ -45,6 +51,17 @@ async def read_key_totals(store: Store, key_ids: Collection[str]) -> dict[str, d
     return {
         key_id: {name: int(value) for name, value in totals.items() if value.lstrip("-").isdecimal()}
         for key_id, totals in zip(key_ids, found, strict=True)
+    }
+
+
+async def read_day_totals(store: Store, days: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return the sums of each of these days that has any, by field. Raise StoreUnavailable."""
+    async with store.operation("read what was used by day") as client:
+        found: Any = await asyncio.gather(*(client.hgetall(f"{DAY_TOTALS}:{day}") for day in days))
+    return {
+        day: {name: int(value) for name, value in totals.items() if value.lstrip("-").isdecimal()}
+        for day, totals in zip(days, found, strict=True)
+        if totals
     }
 
 
@@ -80,6 +97,7 @@ class BatchTotals:
             text = text[: text.index(f',"{DETAIL}":')] + "}"
         self.texts.append(text)
         self._count(f"{TOTALS}:{model}", amounts)
+        self._count(f"{DAY_TOTALS}:{day}", amounts)
         if key_id:
             self._count(f"{KEY_TOTALS}:{key_id}", amounts)
             cost = str(amounts.get("cost_picousd", ""))
@@ -132,7 +150,9 @@ JOURNALS: Final = "uniroute:usage:journals"
 # Returned for a batch that does not follow the last record applied.
 REFUSED = -1
 
-_APPLY = load_script(__package__, "apply_usage", REFUSED=REFUSED)
+_APPLY = load_script(
+    __package__, "apply_usage", REFUSED=REFUSED, DAY_TOTALS=f"{DAY_TOTALS}:", DAYS_KEPT_S=MAX_DAYS * DAY_S
+)
 
 # The function that apply_usage.lua calls for each record of a client key, to settle it against the key's limits; this
 # one does nothing. All parameters are strings: amounts can be larger than a Lua number holds exactly, and an unknown

@@ -25,12 +25,13 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, TrafficStats
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.storage.valkey import EmbeddedValkey
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter, ConcurrencyLimits
 from proxy.upstream.health import Attempt, HealthRegistry
-from tests.support.makers import a_record, started_watcher
+from tests.support.makers import CORNERS, a_record, started_watcher
 from tests.support.selections import a_state, chosen
 
 USAGE = {"prompt_tokens": 412, "completion_tokens": 96, "prompt_tokens_details": {"cached_tokens": 256}}
@@ -109,6 +110,7 @@ async def open_parts(folder: Path) -> AsyncIterator[AccountingParts]:
                 rate_limiter=limiter,
                 metrics=metrics,
                 traffic_stats=live,
+                traffic_mix=TrafficMix(store, CORNERS),
                 health=HealthRegistry(CircuitBreakerSettings()),
                 concurrency_limiter=ConcurrencyLimiter(),
                 sessions=SessionStore(store, 3600),

@@ -31,6 +31,7 @@ from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.storage.snapshot import RoutingSnapshot, TrafficStats, build_state
 from proxy.storage.state_reader import StoredState
+from proxy.storage.traffic_mix import TrafficMix
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import UsageWriter
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
@@ -114,6 +115,7 @@ def open_parts(folder: Path, embedder: StaticEmbedder, state: RoutingSnapshot, c
         rate_limiter=RateLimiter(store, metrics),
         metrics=metrics,
         traffic_stats=TrafficStats(state.cluster_map.size),
+        traffic_mix=TrafficMix(store, state.cluster_map),
         health=HealthRegistry(settings.breaker),
         concurrency_limiter=ConcurrencyLimiter(),
         sessions=SessionStore(store, 3600),

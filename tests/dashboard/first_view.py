@@ -19,7 +19,7 @@ from tests.support.command import ServeCommand, environment
 from tests.support.proxy_process import ADMIN_KEY, model_entry
 from tests.support.scripted_upstream import ScriptedUpstream
 
-VIEWS = ("", "/models", "/model?name=large", "/curve", "/keys")
+VIEWS = ("", "/models", "/model?name=large", "/curve", "/quality", "/keys")
 
 ROUNDS = 15
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any, Self
 
 import httpx
 import numpy as np
+import pytest
+from redis import Redis
 
 from router_core.artifact import builtin_map
 from tests.support.proxy_process import ADMIN_KEY, NO_COOLDOWN, ProxyProcess, model_entry
@@ -34,6 +37,38 @@ class Site:
         assert reply.status_code == 201, reply.text
         made: dict[str, Any] = reply.json()
         return made
+
+    def ask(self, prompt: str, **more: Any) -> str:
+        """Have a prompt answered, with feedback if `score` is given; return the decision."""
+        score = more.pop("score", None)
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        body = {"model": "auto", "messages": [{"role": "user", "content": prompt}], **more}
+        with httpx.Client(base_url=self.proxy.url, headers=headers, timeout=60) as client:
+            reply = client.post("/v1/chat/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            decision = reply.headers["x-uniroute-decision"]
+            if score is not None:
+                said = client.post("/v1/feedback", json={"decision": decision, "score": score, "source": "tests"})
+                assert said.json()["labels"] == pytest.approx(1, abs=0.01), said.text
+        return decision
+
+    @contextmanager
+    def store(self) -> Iterator[Redis]:
+        """Open the embedded store as another program would."""
+        with Redis(unix_socket_path=str(self.proxy.folder / "valkey" / "valkey.sock"), decode_responses=True) as client:
+            yield client
+
+    def remember(self, model: str, *hours: tuple[float, float, float]) -> None:
+        """Let feedback on a model be older than it is: labels, errors and expected errors of the hours up to this.
+
+        The model must have been given feedback just now.
+        """
+        key, now = f"uniroute:observed:{model}:hours", int(time.time() // 3600)
+        with self.store() as store:
+            assert store.hget(key, "for"), "there is no feedback on it yet"
+            for back, amounts in enumerate(reversed(hours)):
+                for kind, amount in zip("nex", amounts, strict=True):
+                    store.hset(key, f"{kind}:{now - back}", str(amount))
 
     @contextmanager
     def visitor(self, key: str | None = ADMIN_KEY) -> Iterator[Visitor]:

@@ -23,6 +23,7 @@ from tests.dashboard.site import Site
 VIEWS = (
     *("", "/models", "/model?name=large", "/cluster?id=3", "/curve", "/curve?lambda=0.5", "/curve/change?lambda=0.5"),
     *("/explain", "/keys"),
+    *("/savings", "/quality", "/quality?by=hour"),
 )
 OTHERS = ("/login", "/nothing", "/", "/static/page.css", "/static/page.js", "/static/nothing", "/curve/point?lambda=1")
 
@@ -167,6 +168,7 @@ def test_words_of_a_map_of_a_validation_set_and_of_answers_are_shown_and_not_run
             clusters=[(0, CELL)],
             rates={CELL: [rate]},
             picture=heat_map([CELL], [CELL], [[rate]]),
+            traffic=None,
         ),
     ]
 

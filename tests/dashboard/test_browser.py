@@ -19,6 +19,7 @@ from tests.dashboard.screenshots import (
     WIDTHS,
     browser_path,
     explain,
+    grade,
     log_in,
     measured_model,
     model_with_history,
@@ -32,6 +33,11 @@ MISSING = browser_path() is None or find_spec("playwright") is None or find_spec
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING, reason=f"no browser here: {INSTALL}")]
 
 SERIOUS = ("serious", "critical")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def feedback(site: Site) -> None:
+    grade(site)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +137,27 @@ def test_arrow_keys_go_from_mark_to_mark_and_say_what_each_means(browser: Any, s
     assert beside.startswith("large in")
     assert not below.startswith("large in")
     assert len({first, beside, below}) == 3
+
+
+def test_quality_is_read_by_keyboard_and_a_flagged_model_measured_again(browser: Any, site: Site) -> None:
+    with visit(browser, site) as page:
+        open_view(page, site, "/quality?by=hour")
+        page.get_by_text("large became worse.").wait_for()
+        chart = page.get_by_role("group", name="Observed errors of large by hour")
+        readout = page.locator(f"#{chart.get_attribute('data-marks')}")
+        chart.locator(".mark[tabindex='0']").focus()
+        newest = readout.inner_text()
+        page.keyboard.press("ArrowLeft")
+        before = readout.inner_text()
+        page.get_by_role("group", name="Share of each cluster").locator(".mark[tabindex='0']").focus()
+        share = page.locator("#shares-readout").inner_text()
+        page.get_by_role("button", name="Measure large again").press("Enter")
+        page.wait_for_url("**/model?name=large")
+
+    assert newest.startswith("large, ")
+    assert before.startswith("large, ")
+    assert newest != before
+    assert "of the map's prompts" in share
 
 
 def test_a_model_is_added_and_followed_until_it_is_ready(browser: Any, site: Site) -> None:

@@ -14,7 +14,7 @@ from tests.support.waiting import wait_until
 
 VIEWS = (
     *("", "/models", "/model?name=large", "/cluster?id=0", "/curve", "/curve/change", "/explain", "/keys"),
-    "/now/events",
+    *("/now/events", "/savings", "/quality"),
 )
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from router_core.artifact import ARRAYS, MANIFEST, builtin_map, load_map, save_map
+from router_core.clustering import FittedPrompts
 from router_core.embedding import StaticEmbedder
 from router_core.errors import InvalidArtifact
 from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
@@ -36,6 +37,25 @@ def test_a_map_with_reference_models_is_saved_with_them(tmp_path: Path) -> None:
     assert loaded.reference_models.models == ("x", "y", "z")
     for name in ("overlap", "error_sums", "labels"):
         assert np.array_equal(getattr(loaded.reference_models, name), getattr(saved.reference_models, name))
+    assert loaded.fitted_prompts is not None
+    assert saved.fitted_prompts is not None
+    assert (loaded.fitted_prompts.count, loaded.fitted_prompts.novel_below) == (600, saved.fitted_prompts.novel_below)
+    assert np.array_equal(loaded.fitted_prompts.shares, saved.fitted_prompts.shares)
+
+
+def test_a_map_without_figures_of_its_prompts_is_read_as_before(tmp_path: Path) -> None:
+    save_map(a_map(), tmp_path)
+    assert "prompts" not in json.loads((tmp_path / MANIFEST).read_text())
+    assert load_map(tmp_path).fitted_prompts is None
+
+
+@pytest.mark.parametrize("prompts", [{}, {"count": 0, "novel_below": 0.1}, {"count": 1, "novel_below": 7}, "many"])
+def test_figures_of_prompts_that_make_no_sense_are_refused(tmp_path: Path, prompts: object) -> None:
+    save_map(a_map().with_known(fitted_prompts=FittedPrompts(5, np.full(3, 1 / 3), 0.5)), tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"prompts": prompts}))
+    with pytest.raises(InvalidArtifact, match="complete"):
+        load_map(tmp_path)
 
 
 @pytest.mark.parametrize(("key", "value"), [("temperature", 0.5), ("embedder", "another"), ("top", 3)])

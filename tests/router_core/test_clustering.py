@@ -168,3 +168,11 @@ def test_a_map_that_was_used_can_be_sent_to_another_process() -> None:
 def test_a_vector_of_another_dimension_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="shape"):
         a_map().assign(np.zeros(shape, dtype=np.float32))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_assignment_says_how_near_each_prompt_is_to_its_nearest_centroid(count: int) -> None:
+    vectors = unit_rows(count, 3)
+    cosines = a_map(top=2).assign(vectors).cosines
+    assert cosines is not None
+    assert cosines == pytest.approx(vectors.max(axis=1), abs=1e-6)

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router_core.decision import lambda_thresholds, wilson_interval
+from router_core.decision import lambda_thresholds, mix_deviations, wilson_interval
 from router_core.eligibility import eligible
+from router_core.estimators import SHRINKAGE
 from router_core.kernels import argmin_with_ties
 from router_core.scoring import ScoringParams, rank
 from router_core.types import Assignment, Requirements
@@ -97,3 +98,22 @@ def test_no_threshold_is_above_the_largest_lambda() -> None:
 
     assert np.isnan(flips[0])  # the cheapest, by so little that λ would have to be beyond all bounds
     assert flips[1:] == pytest.approx([0.1, 0.02], rel=1e-6)
+
+
+def test_a_mix_is_worth_no_more_labels_than_the_model_has() -> None:
+    labels = np.full((1, 4), 1.0 + SHRINKAGE)
+    even, single = (
+        float(mix_deviations(np.array([weights]), np.full((1, 4), 0.5), labels)[0])
+        for weights in ([0.25] * 4, [1.0, 0.0, 0.0, 0.0])
+    )
+
+    assert even == pytest.approx(np.sqrt(0.25 / (4 + 1)))  # not of 6, as 4 × 1.5 labels would be
+    assert single == pytest.approx(np.sqrt(0.25 / (1.5 + 1)))
+
+
+def test_a_mix_deviates_by_its_share_and_a_model_without_labels_by_all() -> None:
+    labels = np.array([[SHRINKAGE] * 2, [100 + SHRINKAGE] * 2])
+    weights = np.array([[0.25, 0.25], [0.0, 0.0]])
+    found = mix_deviations(weights, np.full((2, 2), 0.5), labels)
+
+    assert found.tolist() == [0.25, 0.0]

@@ -82,7 +82,7 @@ def test_reference_models_inform_the_rates_and_are_not_among_them() -> None:
     sums = np.array([[0.5, 0.5, 0.5]]), np.ones((1, 3))
     alone, helped = (
         partially_pooled_rates(*sums, a_map()),
-        partially_pooled_rates(*sums, a_map().with_reference_models(history)),
+        partially_pooled_rates(*sums, a_map().with_known(history)),
     )
     assert alone.shape == helped.shape == (1, 3)
     assert np.ptp(alone) == pytest.approx(0.0)
@@ -92,7 +92,7 @@ def test_reference_models_inform_the_rates_and_are_not_among_them() -> None:
 def test_clusters_with_the_same_prompts_have_the_same_rates() -> None:
     """Every prompt lies half in the first cluster and half in the second; their sums then differ by accident only."""
     shared = Assignment(np.array([[0, 1]] * 8), np.full((8, 2), 0.5, dtype=np.float32))
-    aware = a_map(top=2).with_reference_models(reference_models_of(shared, 3, np.empty((8, 0)), ()))
+    aware = a_map(top=2).with_known(reference_models_of(shared, 3, np.empty((8, 0)), ()))
     errors, labels = np.array([[6.0, 2.0, 0.0], [2.0, 6.0, 0.0]]), np.array([[8.0, 8.0, 0.0]] * 2)
     unaware_gap, aware_gap = (
         np.ptp(partially_pooled_rates(errors, labels, known)[0, :2]) for known in (a_map(top=2), aware)

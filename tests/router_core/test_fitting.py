@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from router_core.clustering import kmeans
+from router_core.clustering import MAX_CLUSTERS_FOR_OVERLAP, NOVEL_SHARE, ClusterMap, kmeans
 from router_core.errors import InvalidInput
 from router_core.fitting import (
     BATCH_SIZE,
@@ -163,3 +163,33 @@ def test_a_word_of_every_cluster_names_none() -> None:
     prompts = ["answer the sum", "answer the sum", "answer the poem", "answer the poem"]
     names = cluster_names(prompts, np.array([0, 0, 1, 1]), 2)
     assert [name.split(",")[0] for name in names] == ["sum", "poem"]
+
+
+def test_a_fitted_map_knows_how_its_prompts_spread_and_what_is_far_from_them() -> None:
+    cluster_map = fit_map((str(n * 0.01) for n in range(9_000)), NumberEmbedder(), 6)
+    known = cluster_map.fitted_prompts
+    assert known is not None
+    seen = cluster_map.assign(NumberEmbedder().embed([str(n * 0.01) for n in range(9_000)]))
+
+    assert known.count == 9_000
+    assert known.shares == pytest.approx(seen.dense(6).mean(axis=0))
+    assert seen.cosines is not None
+    assert np.mean(seen.cosines < known.novel_below) == pytest.approx(NOVEL_SHARE, abs=0.002)
+
+
+def test_a_map_fitted_before_has_its_shares_in_the_overlap_of_its_clusters() -> None:
+    cluster_map = fit_map((str(n % 70 + n / 3_000) for n in range(3_000)), NumberEmbedder(), 5)
+    known = cluster_map.fitted_prompts
+    assert known is not None
+    before = ClusterMap(cluster_map.centroids, embedder_id="number", reference_models=cluster_map.reference_models)
+
+    assert before.fitted_prompts is None
+    assert before.prompt_shares == pytest.approx(known.shares, abs=1e-6)
+    assert ClusterMap(cluster_map.centroids, embedder_id="number").prompt_shares is None
+
+
+def test_a_map_of_more_clusters_than_overlaps_are_kept_for_knows_its_prompts_too() -> None:
+    cluster_map = fit_map((str(n * 0.01) for n in range(9_000)), NumberEmbedder(), MAX_CLUSTERS_FOR_OVERLAP + 1)
+    assert cluster_map.reference_models is None
+    assert cluster_map.fitted_prompts is not None
+    assert len(cluster_map.fitted_prompts.shares) == MAX_CLUSTERS_FOR_OVERLAP + 1

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
+from router_core.eligibility import eligible
 from router_core.estimators import SHRUNK, Estimator
 from router_core.pool import CachedEstimator
 from router_core.profiles import Profile
-from router_core.types import Doubles
-from tests.router_core.makers import a_map, a_profile
+from router_core.scoring import ScoringParams, rank
+from router_core.types import Doubles, Requirements
+from tests.router_core.makers import a_candidate, a_map, a_pool, a_profile, an_assignment
 
 
 def measured(errors: float, labels: float = 4.0) -> Profile:
@@ -34,3 +38,13 @@ def test_rates_are_computed_again_only_if_sums_changed() -> None:
     assert calls == [2]
     rates.rates([measured(1.0), measured(3.0)])
     assert calls == [2, 2]
+
+
+def test_a_pool_with_other_errors_ranks_by_these() -> None:
+    pool = a_pool(a_candidate("a", (0.1, 0.1, 0.1)), a_candidate("b", (0.9, 0.9, 0.9)))
+    changed = replace(pool, errors=pool.errors[::-1].copy())
+    chosen = [
+        rank(eligible(each, Requirements()), an_assignment(0), Requirements(), ScoringParams()).chosen
+        for each in (pool, changed)
+    ]
+    assert chosen == ["a", "b"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail
+from proxy.server.request_log import MAX_CANDIDATES, Costs, decision_detail, with_earlier_turn_cached
+from proxy.storage.usage import TokenCounts
 from tests.bench.decision_records import Context, a_selection
 from tests.server.conftest import Fleet, open_fleet
 from tests.support.keyed_proxy import ASK, KeyedProxy
@@ -88,6 +90,34 @@ def test_a_decision_has_attempts_times_usage_and_cost(fleet: Fleet) -> None:
     assert kept["cost_usd"] > 0
 
 
+def test_a_prompt_far_from_all_clusters_is_novel_in_the_dry_run_the_record_and_the_metrics(fleet: Fleet) -> None:
+    known = "Write a function in Python that returns the sum of a list of integers."
+    dry = {words: route(fleet, words) for words in (SECRET_WORDS, known)}
+    before = novel_prompts(fleet)
+    kept = [decision_of(fleet, ask(fleet, messages=[{"role": "user", "content": words}])) for words in dry]
+
+    assert [each["novel"] for each in (*dry.values(), *kept)] == [True, False, True, False]
+    assert [each["nearest_cosine"] for each in kept] == [each["nearest_cosine"] for each in dry.values()]
+    assert kept[0]["nearest_cosine"] < 0.353 < kept[1]["nearest_cosine"]
+    assert novel_prompts(fleet) == before + 1
+
+
+def route(fleet: Fleet, words: str, model: str = "auto") -> dict[str, Any]:
+    body = {"model": model, "messages": [{"role": "user", "content": words}]}
+    found: dict[str, Any] = httpx.post(f"{fleet.base_url}/route", json=body, timeout=60).json()
+    return found
+
+
+def novel_prompts(fleet: Fleet) -> float:
+    page = fleet.proxy.admin("GET", "/metrics").text
+    return float(re.findall(r"^uniroute_novel_prompts_total (.*)$", page, re.MULTILINE)[0])
+
+
+def test_without_an_assignment_it_is_not_known_whether_a_prompt_is_novel(fleet: Fleet) -> None:
+    kept = decision_of(fleet, ask(fleet, model="fair"))
+    assert (kept["novel"], kept["nearest_cosine"]) == (None, None)
+
+
 def test_no_word_of_a_prompt_or_an_answer_is_kept(fleet: Fleet) -> None:
     kept = decision_of(fleet, ask(fleet))
 
@@ -127,6 +157,29 @@ def test_savings_are_against_what_was_asked_for_by_name_or_else_the_best_single_
     assert routed["saved_usd"] == pytest.approx(routed["baseline"]["cost_usd"] - routed["cost_usd"])
     assert routed["baseline"]["cost_usd"] == pytest.approx(100 * routed["cost_usd"])
     assert (pinned["baseline"]["model"], pinned["saved_usd"]) == ("fair", 0)
+
+
+def test_the_baseline_is_taken_to_have_the_earlier_turn_in_its_cache() -> None:
+    counts = TokenCounts(prompt_tokens=1000, cached_tokens=100, output_tokens=5)
+
+    assert with_earlier_turn_cached(counts, 700) == replace(counts, cached_tokens=700)
+    assert with_earlier_turn_cached(counts, 50) == counts
+    assert with_earlier_turn_cached(counts, 5000) == replace(counts, cached_tokens=1000)
+    assert with_earlier_turn_cached(TokenCounts(), 700) == TokenCounts()
+
+
+def test_within_a_session_the_baselines_cache_makes_it_cheaper(tmp_path: Path, embedder_cache: Path) -> None:
+    with open_fleet(tmp_path, embedder_cache, info={"cache_read_input_token_cost": 1e-9}) as fleet:
+        usage = {"prompt_tokens": 1000, "completion_tokens": 1, "total_tokens": 1001}
+        fleet.fair.always = Step(usage=usage)
+        alone, first, second = (
+            decision_of(fleet, ask(fleet, uniroute={"session": session})) for session in (None, "s", "s")
+        )
+
+    assert {each["model"] for each in (alone, first, second)} == {"fair"}
+    assert first["baseline"]["cost_usd"] == pytest.approx(alone["baseline"]["cost_usd"])
+    assert second["baseline"]["cost_usd"] < alone["baseline"]["cost_usd"] / 10
+    assert second["cost_usd"] == pytest.approx(first["cost_usd"])
 
 
 @pytest.mark.parametrize(

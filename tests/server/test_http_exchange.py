@@ -131,6 +131,19 @@ async def test_a_client_that_does_not_read_a_stream_is_cut_off() -> None:
             await until(lambda: bool(Recording.opened) and Recording.opened[0].disconnect.is_set)
 
 
+async def test_a_client_that_does_not_read_the_rest_of_an_answer_that_broke_off_is_cut_off() -> None:
+    async def break_off(exchange: Exchange) -> None:
+        Recording.opened[0].transport.set_write_buffer_limits(high=2**25)  # writing does not wait
+        await exchange.begin(200, JSON)
+        await exchange.write(b"x" * 2**24)
+
+    async with served(break_off) as address:
+        with socket.create_connection(address) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.sendall(framed(b"{}"))
+            await until(lambda: bool(Recording.opened) and Recording.opened[0].disconnect.is_set, 20)
+
+
 async def test_a_whole_answer_of_many_megabytes_waits_for_its_reader_in_pieces() -> None:
     body = bytes(range(256)) * 2**16  # 16 MiB
 
@@ -241,3 +254,22 @@ async def test_requests_of_both_ways_share_one_connection_in_order(between: byte
                 assert await read_answer(reader) == (b"204", b"")
             assert await read_answer(reader) == (b"200", b"100000")
         writer.close()
+
+
+async def test_under_asgi_the_first_of_several_requests_notices_that_its_client_left() -> None:
+    began, left = asyncio.Event(), asyncio.Event()
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "http.request"
+        began.set()
+        assert (await receive())["type"] == "http.disconnect"
+        left.set()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"late"})
+
+    async with served(echo, app) as address:
+        _, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n" * 2)
+        await asyncio.wait_for(began.wait(), 60)
+        writer.transport.abort()
+        await asyncio.wait_for(left.wait(), 60)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,17 +10,26 @@ import pytest
 
 from proxy.storage.decisions import FEEDBACK
 from proxy.storage.feedback import (
+    HOURS_KEPT,
+    MAX_SOURCE_FIELDS,
     OBSERVED,
+    SOURCES,
     FeedbackLimits,
     FeedbackStore,
+    HourlyLabels,
     Labels,
+    Observed,
     ObservedErrors,
     ObservedProfiles,
+    SourceVolume,
     comparison,
     owner_of,
+    parse_hours,
+    parse_sources,
     two_proportion_p,
 )
 from proxy.storage.redis import Store
+from router_core.text import rfc3339
 from tests.support.makers import CORNERS, a_profile, a_record
 
 DAY_S = 86_400
@@ -28,9 +39,15 @@ OWNER = owner_of(CORNERS.id, RECORD.fingerprint)
 SAID = {"score": 0.25, "source": "tests", "at": 1.0}
 
 
-def labels(score: float = 0.25, *, owner: str = OWNER, **clusters: float) -> Labels:
+NOW = int(time.time() // 3600)
+
+
+def labels(
+    score: float = 0.25, *, owner: str = OWNER, expected: float = 0.5, hour: int = 0, **clusters: float
+) -> Labels:
+    """`hour`: of the answer; 0 is this one."""
     weights = {int(name[1:]): weight for name, weight in clusters.items()} or {0: 0.75, 2: 0.25}
-    return Labels(owner, 1 - score, weights)
+    return Labels(owner, 1 - score, weights, expected, NOW + hour)
 
 
 class Ledger:
@@ -49,7 +66,14 @@ class Ledger:
         found = await self.store.observed(RECORD, CORNERS.id, CORNERS.size)
         if found is None:
             return [], []
-        return found.labels.round(3).tolist(), found.error_sums.round(3).tolist()
+        return found.errors.labels.round(3).tolist(), found.errors.error_sums.round(3).tolist()
+
+    async def hourly(self) -> list[tuple[int, list[float]]]:
+        """Labels, errors and expected errors by hour, of now: 0 is this hour."""
+        found = await self.store.observed(RECORD, CORNERS.id, CORNERS.size)
+        hours = found.hourly if found else HourlyLabels()
+        columns = zip(hours.labels, hours.error_sums, hours.expected_sums, strict=True)
+        return [(hour - NOW, [round(each, 3) for each in row]) for hour, row in zip(hours.hours, columns, strict=True)]
 
     async def age(self, seconds: float) -> None:
         """Let all labels grow older."""
@@ -155,22 +179,127 @@ async def test_every_process_reads_what_was_observed_and_notes_a_change_once(sto
     assert blended.errors()[1:].tolist() == pytest.approx([0.2, 0.3, 0.4])
 
 
-def observed(count: float, wrong: float) -> ObservedErrors:
-    return ObservedErrors(np.array([count, 0, 0, 0]), np.array([wrong, 0, 0, 0]))
+def observed(count: float, wrong: float, *more: tuple[float, float], expected: float = 0.1) -> Observed:
+    """Labels of one cluster and the errors among them; `more` are those of the hours after the first."""
+    hours = [(count, wrong), *more]
+    counts, errors = (np.array(column, dtype=float) for column in zip(*hours, strict=True))
+    rows = tuple(range(NOW - len(hours) + 1, NOW + 1))
+    whole = [np.array([column.sum(), 0, 0, 0]) for column in (counts, errors)]
+    return Observed(ObservedErrors(*whole), HourlyLabels(rows, counts, errors, expected * counts))
 
 
-def test_measured_and_observed_are_compared_in_the_same_mix_of_clusters() -> None:
+def test_measured_and_observed_are_compared_by_what_was_expected_of_the_same_answers() -> None:
     found = comparison(a_profile((0.1, 0.9, 0.9, 0.9)), observed(30, 3))
+    (cluster,) = found["clusters"]
 
     assert (found["measured_mean_error"], found["mean_error"]) == pytest.approx((0.1, 0.1))
-    assert (found["p"], found["differs"]) == (pytest.approx(1), False)
-    assert found["clusters"] == [{"id": 0, "labels": 30, "error": 0.1, "measured_error": 0.1}]
+    assert found["mean_error_low"] < 0.1 < found["mean_error_high"]
+    assert found["measured_mean_error_low"] < 0.1 < found["measured_mean_error_high"]
+    assert (found["labels"], found["measured_labels"]) == (30, 5)
+    assert (found["p"], found["differs"], found["change"]) == (pytest.approx(1), False, None)
+    assert (cluster["id"], cluster["labels"], cluster["error"]) == (0, 30, 0.1)
+    assert (cluster["measured_labels"], cluster["measured_error"]) == (5, 0.1)
+    assert cluster["error_low"] < 0.1 < cluster["error_high"] < cluster["measured_error_high"]
 
 
 def test_they_part_when_chance_does_not_explain_it_and_not_on_few_labels() -> None:
     profile = a_profile((0.1,) * 4)
     assert comparison(profile, observed(300, 240))["differs"] is True
     assert comparison(profile, observed(19, 19))["differs"] is None
+
+
+def test_a_model_that_becomes_worse_is_told_by_the_hour_and_compared_from_then_on() -> None:
+    found = comparison(a_profile((0.1,) * 4), observed(40, 4, (40, 5), (40, 3), (40, 20)))
+    change = found["change"]
+
+    assert change["worse"] is True
+    assert change["since"] == found["since"] == rfc3339(NOW * 3600)
+    assert (change["before"]["labels"], change["after"]["labels"], found["labels"]) == (120, 40, 40)
+    assert (change["before"]["mean_error"], change["after"]["mean_error"]) == (0.1, 0.5)
+    assert change["statistic"] > change["threshold"]
+
+
+def test_labels_of_before_a_model_was_measured_say_nothing_of_it_as_measured() -> None:
+    worse_before = observed(40, 30, (40, 30), (40, 4), (40, 4))
+    measured = replace(a_profile((0.1,) * 4), measured_at=rfc3339((NOW - 2) * 3600 + 60))
+    found = comparison(measured, worse_before)
+
+    assert (found["labels"], found["differs"], found["change"]) == (80, False, None)
+    assert comparison(a_profile((0.1,) * 4), worse_before)["change"]["worse"] is False
+
+
+async def test_labels_are_kept_by_the_hour_of_the_answer_beside_what_was_expected(store: Store) -> None:
+    ledger = Ledger(store)
+    await ledger.give("dec-1", labels(0.0, hour=-3, expected=0.2))
+    await ledger.give("dec-2", labels(1.0, hour=-3, expected=0.4))
+    await ledger.give("dec-3", labels(0.5, expected=0.1))
+    assert await ledger.hourly() == [(-3, [2, 1, 0.6]), (0, [1, 0.5, 0.1])]
+
+    await ledger.give("dec-2", labels(0.0, hour=-3, expected=0.4))
+    await ledger.give("dec-3", None, taken_back=True)
+    assert await ledger.hourly() == [(-3, [2, 2, 0.6])]
+    await ledger.give("dec-9", labels(owner="map other"))
+    assert await ledger.hourly() == []
+
+
+async def test_hours_of_long_ago_are_dropped_and_not_counted(store: Store) -> None:
+    ledger = Ledger(store)
+    await store.client.hset(f"{OBSERVED}:small:hours", f"n:{NOW - HOURS_KEPT}", "1")
+    await ledger.give("dec-1", labels())
+    await store.client.hset(f"{OBSERVED}:small:hours", f"n:{NOW - HOURS_KEPT}", "1")
+    await ledger.give("dec-2", labels(hour=-HOURS_KEPT))
+    assert (await ledger.hourly())[-1][1][0] == 1
+    await ledger.give("dec-3", labels(hour=-1))
+    assert [hour for hour, _ in await ledger.hourly()] == [-1, 0]
+
+
+async def test_a_label_counts_by_the_hour_as_much_as_the_keys_bound_lets_it(store: Store) -> None:
+    ledger = Ledger(store)
+    for number in range(5):
+        await ledger.give(f"dec-{number}", labels(0.0, c0=1.0))
+    assert (await ledger.hourly())[0][1][:2] == [3, 3]
+    await ledger.give("dec-4", None, taken_back=True)
+    assert (await ledger.hourly())[0][1][:2] == [3, 3]
+
+
+async def test_the_volume_of_feedback_is_counted_by_source_and_taken_back(store: Store) -> None:
+    feedback = FeedbackStore(store, LIMITS)
+
+    async def say(decision: str, score: float | None, source: str | None) -> None:
+        said = None if score is None else {"score": score, "source": source, "at": 1.0}
+        await feedback.give(decision, "small", "k", said, None)
+
+    await say("dec-1", 1.0, "thumbs: up")
+    await say("dec-2", 0.5, "thumbs: up")
+    await say("dec-3", 0.0, None)
+    volumes = await feedback.sources()
+    assert [(each.source, each.decisions, each.mean_score) for each in volumes] == [
+        ("thumbs: up", 2, 0.75),
+        ("(none)", 1, 0),
+    ]
+
+    await say("dec-2", 1.0, "judge")
+    await say("dec-1", None, None)
+    assert [(each.source, each.decisions) for each in await feedback.sources()] == [("(none)", 1), ("judge", 1)]
+
+
+async def test_made_up_sources_are_counted_together_once_there_are_many(store: Store) -> None:
+    await store.client.hset(SOURCES, mapping={f"n:{NOW // 24}:{number}": 1 for number in range(MAX_SOURCE_FIELDS)})
+    feedback = FeedbackStore(store, LIMITS)
+    await feedback.give("dec-1", "small", "k", {"score": 1.0, "source": "one more", "at": 1.0}, None)
+    assert await store.client.hexists(SOURCES, f"n:{NOW // 24}:(others)")
+    assert not await store.client.hexists(SOURCES, f"n:{NOW // 24}:one more")
+
+
+def test_sources_of_long_ago_and_odd_fields_are_left_out() -> None:
+    stored = {"n:10:old": "1", "n:20:new": "2", "s:20:new": "1", "n:x:y": "1", "q:20:new": "1", "n:20:odd": "nan"}
+    assert parse_sources(stored, 20) == [SourceVolume("new", 2, 0.5, 20)]
+
+
+@pytest.mark.parametrize("odd", [{"n:x": "1"}, {"q:1": "1"}, {"n:1": "x"}, {"n:1": "inf"}])
+def test_odd_hours_in_redis_count_as_none(odd: dict[str, str]) -> None:
+    assert parse_hours({"for": OWNER, "n:5": "1", **odd}, OWNER).hours == ()
+    assert parse_hours({"for": OWNER, "n:5": "1"}, OWNER).hours == (5,)
 
 
 @pytest.mark.parametrize(

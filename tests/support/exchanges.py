@@ -64,6 +64,8 @@ async def served(serve: Serve, app: Any = None) -> AsyncIterator[Any]:
         yield bound.getsockname()
         await until(lambda: not server.server_state.tasks)
     finally:
+        for task in server.server_state.tasks:  # what a failed test has left would hold up the end
+            task.cancel()
         server.should_exit = True
         await serving
         bound.close()
