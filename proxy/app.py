@@ -437,7 +437,7 @@ async def app_state(
         feedback = FeedbackStore(store, _feedback_limits(settings))
         if settings.feedback != "off":
             watch = QualityWatch(feedback, state, metrics.values)
-            metrics.registry.register(watch)
+            metrics.register(watch)
             await closing.enter_async_context(background("uniroute-quality", watch.run))
         metrics.on_refresh(lambda: _update_gauges(settings, metrics, state, usage, jobs))
         tracing = await closing.enter_async_context(open_telemetry(settings, environ, metrics))

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ class Metrics:
             self._add(each)
         self.on_refresh(self._refresh_own)
 
-    def register(self, collector: HealthCollector | ModelCollector) -> None:
+    def register(self, collector: PartsCollector) -> None:
         """Show the metrics of a collector too."""
         self.registry.register(collector)
         self.every += collector.parts
@@ -198,7 +199,19 @@ def worker_deaths(values: Values) -> FastCounter:
     return FastCounter("uniroute_worker_deaths", text, ["cause"], values=values)
 
 
-class HealthCollector(Collector):
+class PartsCollector(Collector):
+    """Show several metrics of which something else knows the numbers."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[FastMetric]: ...
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Set the numbers of this process."""
+
+
+class HealthCollector(PartsCollector):
     """Show the health of registered models. The series of a removed one are gone."""
 
     def __init__(
@@ -241,7 +254,7 @@ class HealthCollector(Collector):
         yield self._opened.family(known)
 
 
-class ModelCollector(Collector):
+class ModelCollector(PartsCollector):
     """Show what is known of registered models, and how busy they are. The series of a removed one are gone."""
 
     def __init__(

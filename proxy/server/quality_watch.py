@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
 
-from proxy.server.metrics import FastGauge, Values
+from proxy.server.metrics import FastGauge, FastMetric, PartsCollector, Values
 from proxy.storage.feedback import FeedbackStore, Observed, comparison, finding, in_words
 from proxy.storage.redis import Availability, StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher
@@ -22,7 +21,7 @@ INTERVAL_S = 60.0
 TOLD_S = 86_400
 
 
-class QualityWatch(Collector):
+class QualityWatch(PartsCollector):
     """Compare now and then what is observed of every model with what was measured. One per process."""
 
     def __init__(self, feedback: FeedbackStore, snapshots: SnapshotWatcher, values: Values) -> None:
@@ -37,6 +36,13 @@ class QualityWatch(Collector):
             combine=max,
             values=values,
         )
+
+    @property
+    def parts(self) -> Sequence[FastMetric]:
+        return (self._worse,)
+
+    def refresh(self) -> None:
+        self._worse.keep(self._snapshots.current.profiles)
 
     def collect(self) -> Iterator[Metric]:
         yield self._worse.family(sorted(self._snapshots.current.profiles))

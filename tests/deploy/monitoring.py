@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from proxy.server.metrics import Description, HealthCollector, Metrics, ModelCollector, Values, worker_deaths
+from proxy.server.quality_watch import QualityWatch
 from proxy.settings.schema import CircuitBreakerSettings
 from proxy.upstream.concurrency_limit import ConcurrencyLimiter
 from proxy.upstream.health import HealthRegistry
@@ -90,6 +91,7 @@ def described() -> tuple[Description, ...]:
     metrics = Metrics()
     metrics.register(HealthCollector(HealthRegistry(CircuitBreakerSettings()), list))
     metrics.register(ModelCollector(lambda: None, ConcurrencyLimiter()))  # type: ignore[arg-type,return-value]
+    metrics.register(QualityWatch(None, None, Values()))  # type: ignore[arg-type]
     found = [each.description for each in (*metrics.every, worker_deaths(Values()))]
     return tuple(sorted(found, key=lambda each: each.name))
 

@@ -207,7 +207,8 @@ def scraped(tmp_path: Path, embedder_cache: Path) -> Iterator[tuple[ProxyProcess
 
 def _is_up(prometheus: Prometheus) -> bool:
     try:
-        return prometheus.value("sum(up)") == 1
+        ready = httpx.get(f"{prometheus.url}/-/ready", timeout=60).is_success
+        return ready and prometheus.value("sum(up)") == 1
     except httpx.TransportError:
         return False
 
