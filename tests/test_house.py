@@ -39,9 +39,9 @@ FOLDER_ORDER = (
     ("cli",),
 )
 MAX_TOP_ENTRIES = 14
-# Beside server/api, which grows with the APIs that clients speak. Nine of them are the page.
-MAX_PROXY_FILES = 132
-MAX_CORE_FILES = 41
+# Beside server/api, which grows with the APIs that clients speak. Eleven of them are the page.
+MAX_PROXY_FILES = 138
+MAX_CORE_FILES = 44
 MIN_LINES_OF_ONE_FUNCTION = 40
 
 Graph = Mapping[str, frozenset[str]]

@@ -9,24 +9,23 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from proxy.errors import ServiceUnavailable
 from proxy.profiling.job_store import KEPT_S, Job
-from proxy.storage.decisions import DecisionFilter
-from proxy.storage.redis import StoreUnavailable
+from proxy.profiling.jobs import Jobs
+from proxy.settings.schema import Settings
+from proxy.storage.decisions import DecisionFilter, DecisionStore
+from proxy.storage.redis import Store, StoreUnavailable
 from proxy.storage.savings import Evidence, MeasuredLabels, SavingsReport
-from proxy.storage.snapshot import RoutingSnapshot
+from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher
 from proxy.storage.usage_writer import DAY_S, MAX_DAYS, read_day_totals
 from router_core.errors import InvalidInput
 from router_core.estimators import ESTIMATORS
 from router_core.pricing import PICO, picousd
 from router_core.selection_bias import GradedPrompts, SelectionBias
-
-if TYPE_CHECKING:
-    from proxy.server.dependencies import AppState
 
 # While they are summed, no request is served.
 DECISIONS_AT_ONCE = 25
@@ -40,6 +39,25 @@ MAX_RUNNING, MAX_KEPT = 4, 16
 Report = Mapping[str, Any]
 
 
+class ReportSources(Protocol):
+    """What reports are made from: parts of the app's state."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def store(self) -> Store: ...
+
+    @property
+    def snapshots(self) -> SnapshotWatcher: ...
+
+    @property
+    def jobs(self) -> Jobs: ...
+
+    @property
+    def decisions(self) -> DecisionStore: ...
+
+
 @dataclass
 class ReportWork:
     task: asyncio.Task[Report] | None = None
@@ -49,7 +67,7 @@ class ReportWork:
     """Monotonic seconds."""
 
 
-Make = Callable[["AppState", DecisionFilter, ReportWork], Coroutine[Any, Any, Report]]
+Make = Callable[[ReportSources, DecisionFilter, ReportWork], Coroutine[Any, Any, Report]]
 
 
 class Reports:
@@ -61,7 +79,7 @@ class Reports:
         self._work: dict[Hashable, ReportWork] = {}
 
     async def get(
-        self, state: AppState, wanted: DecisionFilter, wait_s: float, name: Hashable = None
+        self, state: ReportSources, wanted: DecisionFilter, wait_s: float, name: Hashable = None
     ) -> tuple[Report | None, int]:
         """Return the report of these decisions; None if it is not made within `wait_s`. And the decisions read so far.
 
@@ -89,7 +107,7 @@ class Reports:
             self._work.pop(key, None)
         return task.result(), work.decisions
 
-    async def _run(self, state: AppState, wanted: DecisionFilter, work: ReportWork) -> Report:
+    async def _run(self, state: ReportSources, wanted: DecisionFilter, work: ReportWork) -> Report:
         try:
             return await self._make(state, wanted, work)
         finally:
@@ -106,7 +124,7 @@ class Reports:
                     task.exception()  # mark it as retrieved: nobody waits for it any more
 
 
-async def make_report(state: AppState, wanted: DecisionFilter, work: ReportWork) -> Report:
+async def make_report(state: ReportSources, wanted: DecisionFilter, work: ReportWork) -> Report:
     """Sum up the decisions, some at a time: requests are served in between. Raises StoreUnavailable."""
     snapshot, cursor = state.snapshots.current, None
     report = SavingsReport(await _selection_bias(state, snapshot))
@@ -124,7 +142,7 @@ async def make_report(state: AppState, wanted: DecisionFilter, work: ReportWork)
     return await asyncio.to_thread(report.to_json, evidence_of(snapshot), spending)
 
 
-async def _selection_bias(state: AppState, snapshot: RoutingSnapshot) -> SelectionBias:
+async def _selection_bias(state: ReportSources, snapshot: RoutingSnapshot) -> SelectionBias:
     """Compute it from the graded answers of the last jobs, as far as they are kept."""
     graded, estimator = None, ESTIMATORS[state.settings.recipe]
     try:
@@ -142,7 +160,7 @@ async def _selection_bias(state: AppState, snapshot: RoutingSnapshot) -> Selecti
     return await asyncio.to_thread(SelectionBias, snapshot.profiles, snapshot.cluster_map, estimator, graded)
 
 
-async def spending_between(state: AppState, since: float | None, until: float | None) -> dict[str, Any]:
+async def spending_between(state: ReportSources, since: float | None, until: float | None) -> dict[str, Any]:
     """Return what was spent between two times, Unix seconds. None: as far back as it is kept, and now.
 
     Days are those that lie wholly in this time (UTC), and today so far. A job counts with all that it spent, at the
