@@ -100,7 +100,7 @@ def mix_deviations(weights: Doubles, errors: Doubles, labels: Doubles) -> Double
 
     Deviations of several models add up at most to their sum, as they were measured on the same prompts, and the
     deviation of a difference between models is at most the root of the sum of squares. On public outcome data such
-    bounds held what they should in 92 to 100 of 100 profiles of 60 to 800 labels; see docs/evaluation.md.
+    bounds held the truth in 92 to 98 of 100 draws of 60 to 800 labels; see docs/evaluation.md.
 
     Args:
         weights, errors, labels: (M, K); labels with the shrinkage, as `Pool.label_weights` has them.

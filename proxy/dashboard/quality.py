@@ -44,8 +44,8 @@ REPORT_DAYS = 7
 STEPS: Mapping[str, tuple[int, int]] = {"hour": (1, 48), "day": (24, HOURS_KEPT // 24)}
 
 
-# Times below the marks of a course.
-MAX_TICKS = 4
+# Times below the marks of a course, and about how wide one is.
+MAX_TICKS, LABEL_WIDTH = 4, 60
 
 
 @router.get("/quality")
@@ -218,7 +218,11 @@ def course_chart(name: str, hourly: HourlyLabels, by: str) -> CourseChart | None
         points,
         dots,
         " ".join(f"{x(hour)},{y(point.expected)}" for (hour, _), point in zip(groups, points, strict=True)),
-        [Tick(dot.x, point.when[5:]) for dot, point in list(zip(dots, points, strict=True))[::every]],
+        [
+            Tick(dot.x, point.when[5:])
+            for dot, point in list(zip(dots, points, strict=True))[::every]
+            if dot.x <= empty.right - LABEL_WIDTH / 2
+        ],
         [Tick(y(highest * share), f"{highest * share:.2g}") for share in (0.0, 0.5, 1.0)],
     )
 

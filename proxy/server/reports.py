@@ -40,7 +40,7 @@ Report = Mapping[str, Any]
 
 
 class ReportSources(Protocol):
-    """What a report is made from: a part of AppState."""
+    """What reports are made from: parts of the app's state."""
 
     @property
     def settings(self) -> Settings: ...

@@ -48,6 +48,8 @@ KEYS, CONNECTIONS = 40, 12
 
 LOOK_EVERY, FEEDBACK_AFTER = 10, 20
 
+MAX_TRIES, RETRY_S = 20, 0.25
+
 PROMPTS = 200
 
 
@@ -289,12 +291,15 @@ class Driver:
             await asyncio.sleep(0.01)
 
     async def _post(self, client: LeanClient, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
-        headers = {"authorization": f"Bearer {key}"}
-        try:
-            status, raw = await client.post(path, body, headers)
-        except (asyncio.IncompleteReadError, OSError):  # it was idle for too long, and was closed
-            client.close()
-            status, raw = await client.post(path, body, headers)
+        headers, status, raw = {"authorization": f"Bearer {key}"}, 503, b""
+        for _ in range(MAX_TRIES):  # a busy machine may keep the store from answering in time
+            try:
+                status, raw = await client.post(path, body, headers)
+            except (asyncio.IncompleteReadError, OSError):  # it was idle for too long, and was closed
+                client.close()
+            if status != 503:
+                break
+            await asyncio.sleep(RETRY_S)
         assert status == 200, raw[:500]
         found: dict[str, Any] = json.loads(raw)
         return found

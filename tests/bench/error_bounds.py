@@ -54,13 +54,19 @@ def made_up() -> Truth:
 
 
 def of_files(outcomes: Path, prices: Path) -> Truth:
+    texts, errors, costs = outcomes_of(outcomes, prices)
+    return Truth(_placed(texts), errors, costs)
+
+
+def outcomes_of(outcomes: Path, prices: Path) -> tuple[list[str], Doubles, Doubles]:
+    """Return n prompts that every model was asked, the (n, M) errors, and the (M,) costs of the models."""
     rows = [parse_row(where, line) for where, line in read_rows(outcomes)]
     models = sorted({name for row in rows for name in row.scores})
     rows = [row for row in rows if len(row.scores) == len(models)]
     listed = json.loads(prices.read_text())
     costs = np.array([listed[name]["output_cost_per_token"] for name in models])
     errors = np.array([[1.0 - row.scores[name] for name in models] for row in rows])
-    return Truth(_placed([truncate_middle(row.prompt) for row in rows]), errors, costs / costs.max())
+    return [truncate_middle(row.prompt) for row in rows], errors, costs / costs.max()
 
 
 def _placed(texts: list[str]) -> Assignment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,14 @@ class Pair:
 
     def remembered(self) -> int:
         return len(self.valkey.keys("uniroute:conversation:*"))
+
+    def settled(self) -> int:
+        """Return how many are remembered once what the requests before have left behind has been written too."""
+        found, before = self.remembered(), -1
+        while found != before:
+            time.sleep(0.2)
+            found, before = self.remembered(), found
+        return found
 
     def looked_up(self) -> int:
         stats: Any = self.valkey.info("commandstats")
@@ -111,7 +120,7 @@ def result(message: Any) -> Any:
 def test_a_tool_loop_stays_with_its_model_across_processes(pair: Pair, ids: tuple[str, str]) -> None:
     question = [{**ASK[0], "content": f"{ASK[0]['content']} {ids[0]}"}]
     pair.good.then(calling(ids[0]), calling(ids[1], "Rome"), Step(message={"role": "assistant", "content": "A coat."}))
-    before = pair.remembered()
+    before = pair.settled()
     first, model_and_reason = pair.ask(0, question, BEST, tools=TOOLS)
     assert model_and_reason == ("good", "scored")
     assert wait_until(lambda: pair.remembered() == before + 1)
@@ -130,7 +139,7 @@ def test_a_tool_loop_stays_with_its_model_across_processes(pair: Pair, ids: tupl
 
 
 def test_a_streamed_tool_call_keeps_its_model_too(pair: Pair) -> None:
-    before = pair.remembered()
+    before = pair.settled()
     pair.good.then(calling("call_9pw1qnYScqvStr"))
     with pair.client(0) as client:
         stream = client.chat.completions.create(
@@ -156,7 +165,7 @@ def test_thinking_blocks_stay_with_the_model_that_signed_them_and_go_to_no_other
     events = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
     pair.good.then(Step(events=[{"id": "c", "object": "chat.completion.chunk", **event} for event in (*events, end)]))
-    before = pair.remembered()
+    before = pair.settled()
     with pair.client(0) as client:
         for _ in client.chat.completions.create(model="auto", messages=ASK, stream=True, extra_headers=BEST):
             pass
@@ -201,7 +210,7 @@ def test_a_tool_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pai
 def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:
     """Return the model that answers 1,000 tokens after "warm" answered this session with so many of them."""
     pair.good.then(Step(usage={"prompt_tokens": tokens - 50, "completion_tokens": 50, "total_tokens": tokens}))
-    before = pair.remembered()
+    before = pair.settled()
     headers = {"x-session-id": session}
     pair.ask(0, ASK, headers, model="warm")
     assert wait_until(lambda: pair.remembered() == before + 1)
