@@ -172,7 +172,9 @@ class MessageStream:
         self._has_calls = False
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
-        if self._before_text and (text := simple_text(chunk)):
+        if self._queue:
+            pass  # a call that is not complete, and what comes after it
+        elif self._before_text and (text := simple_text(chunk)):
             choice = chunk["choices"][0]
             if not (choice.get("finish_reason") or choice.get("index") or chunk.get("usage")):
                 return self._before_text + _encode_text(text) + b"}}\n\n"

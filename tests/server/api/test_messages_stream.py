@@ -224,6 +224,22 @@ def test_any_mixed_stream_has_blocks_in_sequence_that_hold_what_the_whole_answer
     assert found.stop_reason == whole["stop_reason"]
 
 
+@pytest.mark.parametrize(("name", "kind"), [("reasoning_content", "thinking"), ("content", "text")])
+def test_text_that_comes_while_a_call_waits_stays_in_order(name: str, kind: str) -> None:
+    """The first call is complete before the second, and what follows the second waits for it."""
+    deltas = [
+        a_call_delta("", 0, id="c0", name="f0"),
+        {name: "0"},
+        a_call_delta("", 1, id="c1", name="f1"),
+        {name: "1"},
+        a_call_delta("{}", 0),
+        {name: "2"},
+    ]
+    found = accumulated(streamed(ASKED, [*map(a_chunk, deltas), a_chunk({}, "stop")])).to_dict()
+
+    assert merged(found["content"])[kind] == "012"  # type: ignore[arg-type]
+
+
 @given(mixed_streams())
 @settings(deadline=None, max_examples=60)
 def test_one_chunk_holds_what_its_pieces_hold(mixed: Any) -> None:
