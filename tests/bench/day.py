@@ -40,11 +40,11 @@ from tests.conftest import CACHE
 from tests.dashboard.site import Site
 from tests.support.command import environment, run_command
 from tests.support.proxy_process import ADMIN_KEY, ROOT, ProxyProcess, model_entry
-from tests.support.waiting import wait_until
+from tests.support.waiting import until, wait_until
 
 MINUTES, NOON = 24 * 60, 12 * 60
 
-KEYS, CONNECTIONS = 40, 12
+KEYS, CONNECTIONS, CRITICS = 40, 12, 8
 
 LOOK_EVERY, FEEDBACK_AFTER = 10, 20
 
@@ -248,6 +248,7 @@ class Driver:
         self._clock = clock
         self._worse = worse
         self._now = 0
+        self._giving = 0
         self._rng = Random(plan.seed)
         self._prompts = Library.open().held_back
         self._day = Day(plan)
@@ -260,12 +261,12 @@ class Driver:
         for _ in range(CONNECTIONS):
             self._clients.put_nowait(LeanClient(port))
         # Feedback on a decision that is on its way to the store waits for it.
-        self._critic = LeanClient(port)
+        self._critics = [LeanClient(port) for _ in range(CRITICS)]
         self._graded: dict[tuple[str, str], bool] = {}
 
     async def run(self) -> Day:
         async with asyncio.TaskGroup() as tasks:
-            critic = tasks.create_task(self._criticise())
+            critics = [tasks.create_task(self._criticise(client)) for client in self._critics]
             for minute, count in enumerate(requests_of(self._day.plan)):
                 self._clock.set(minute)
                 self._now = minute
@@ -273,22 +274,34 @@ class Driver:
                     self._worse.touch()
                 await asyncio.gather(*(self._ask(minute) for _ in range(count)))
                 if minute % LOOK_EVERY == 0:
+                    await self._wait_for_critics()
                     await asyncio.to_thread(self._look, minute)
-            critic.cancel()
+            self._now = MINUTES + FEEDBACK_AFTER
+            await self._wait_for_critics()
+            for critic in critics:
+                critic.cancel()
+        for client in self._critics:
+            client.close()
         while not self._clients.empty():
             self._clients.get_nowait().close()
-        self._critic.close()
         return self._day
 
-    async def _criticise(self) -> None:
-        """Give the feedback that is due, one after the other."""
+    async def _wait_for_critics(self) -> None:
+        """Wait until all feedback that is due was given."""
+        await until(lambda: not self._giving and all(each[0] > self._now for each in self._said))
+
+    async def _criticise(self, client: LeanClient) -> None:
+        """Give feedback that is due, one after the other."""
         while True:
-            due = [each for each in self._said if each[0] <= self._now]
-            self._said = [each for each in self._said if each[0] > self._now]
-            for _, decision, score, key in due:
-                said = {"decision": decision, "score": score, "source": "thumbs"}
-                await self._post(self._critic, "/v1/feedback", said, key)
-            await asyncio.sleep(0.01)
+            due = next((place for place, each in enumerate(self._said) if each[0] <= self._now), None)
+            if due is None:
+                await asyncio.sleep(0.01)
+                continue
+            _, decision, score, key = self._said.pop(due)
+            said = {"decision": decision, "score": score, "source": "thumbs"}
+            self._giving += 1
+            await self._post(client, "/v1/feedback", said, key)
+            self._giving -= 1
 
     async def _post(self, client: LeanClient, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
         headers, status, raw = {"authorization": f"Bearer {key}"}, 503, b""
@@ -348,6 +361,7 @@ def lines(day: Day) -> Iterator[str]:
         part = [each for each in day.answers if half(each.minute)]
         expected = sum(each.expected_error or 0.0 for each in part) / len(part)
         yield f"{title}: {sum(not each.right for each in part) / len(part):.4f} wrong, {expected:.4f} expected"
+    yield f"report: {total['requests']:,} requests, {total['scored']:,} with feedback"
     for name in ("expected_error", "baseline_expected_error", "error_difference", "observed_error"):
         yield f"report, {name}: {total[name]:.4f} ({total[f'{name}_low']:.4f} to {total[f'{name}_high']:.4f})"
     yield (
