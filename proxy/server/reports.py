@@ -129,7 +129,7 @@ async def make_report(state: ReportSources, wanted: DecisionFilter, work: Report
     snapshot, cursor = state.snapshots.current, None
     report = SavingsReport(await _selection_bias(state, snapshot))
     while True:
-        page = await state.decisions.page(DECISIONS_AT_ONCE, wanted, cursor)
+        page = await state.decisions.page(DECISIONS_AT_ONCE, wanted, cursor, flips=False)
         for decision in page.decisions:
             report.add(decision)
         work.decisions += len(page.decisions)

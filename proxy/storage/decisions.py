@@ -131,12 +131,18 @@ class DecisionStore:
             return None
         return _parsed(text, said)
 
-    async def page(self, limit: int, wanted: DecisionFilter = ALL, after: Cursor | None = None) -> Page:
-        """Return up to `limit` decisions. Fewer may come although there are more: `next` says so."""
+    async def page(
+        self, limit: int, wanted: DecisionFilter = ALL, after: Cursor | None = None, *, flips: bool = True
+    ) -> Page:
+        """Return up to `limit` decisions. Fewer may come although there are more: `next` says so.
+
+        Args:
+            flips: whether to find the λ at which each candidate would have been chosen, which takes half of the time.
+        """
         found: list[dict[str, Any]] = []
         seen = 0
         chunk_size = min(limit, CHUNK_SIZE) if wanted.only_times else CHUNK_SIZE
-        async for cursor, decision in self._newest_first(wanted, after, chunk_size):
+        async for cursor, decision in self._newest_first(wanted, after, chunk_size, flips=flips):
             seen += 1
             if decision is not None and wanted.matches(decision):
                 found.append(decision)
@@ -145,7 +151,7 @@ class DecisionStore:
         return Page(found, None)
 
     async def _newest_first(
-        self, wanted: DecisionFilter, after: Cursor | None, chunk_size: int
+        self, wanted: DecisionFilter, after: Cursor | None, chunk_size: int, *, flips: bool
     ) -> AsyncIterator[tuple[Cursor, dict[str, Any] | None]]:
         """Yield every decision within the time that is asked for; None in place of one that cannot be read."""
         oldest = max(time.time() - self._ttl_s, wanted.since or 0.0)
@@ -164,17 +170,17 @@ class DecisionStore:
             for (name, at), text, words in zip(listed, texts, said, strict=True):
                 # Of decisions of the same time the last by name comes first, here as in Redis.
                 if after is None or (at, name) < (after.at, after.id):
-                    yield Cursor(at, name), None if text is None else _parsed(text, words)
+                    yield Cursor(at, name), None if text is None else _parsed(text, words, flips=flips)
             if len(listed) < chunk_size:
                 return
             offset += chunk_size
 
 
-def _parsed(text: str, said: str | None) -> dict[str, Any] | None:
+def _parsed(text: str, said: str | None, *, flips: bool = True) -> dict[str, Any] | None:
     try:
         feedback = json_object(said) if said else {}
         return {
-            **decision_to_json(json_object(text)),
+            **decision_to_json(json_object(text), flips=flips),
             "score": feedback.get("score"),
             "score_source": feedback.get("source"),
         }
@@ -188,11 +194,11 @@ _USAGE = (
 )
 
 
-def decision_to_json(stored: Mapping[str, Any]) -> dict[str, Any]:
+def decision_to_json(stored: Mapping[str, Any], *, flips: bool = True) -> dict[str, Any]:
     """Return a stored decision as the admin API shows it."""
     detail, ended_at = stored[DETAIL], float(stored["at"])
     attempts = detail["attempts"]
-    candidates = list(_candidates(detail))
+    candidates = list(_candidates(detail, flips=flips))
     return {
         "id": stored["decision"],
         "request": detail["request"],
@@ -251,8 +257,8 @@ def _sum(first: float | None, *others: float | None, sign: int = 1) -> float | N
     return total
 
 
-def _candidates(detail: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the models that were scored, the best first, with the λ at which each would have been chosen."""
+def _candidates(detail: Mapping[str, Any], *, flips: bool) -> Iterator[dict[str, Any]]:
+    """Yield the models that were scored, the best first, with the λ at which each would have been chosen if `flips`."""
     stated = detail.get("candidates")
     if not stated:
         return
@@ -260,9 +266,9 @@ def _candidates(detail: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     columns = np.frombuffer(a2b_base64(stated["columns"])).reshape(4, len(names))
     errors, costs, scores, usd = columns.tolist()
     # If some are left out it is not known when they would win.
-    flips = [math.nan] * len(names)
-    if not detail.get("unlisted"):
-        flips = lambda_thresholds(columns[0], columns[1], detail["lambda"], stated["tie"]).tolist()
+    thresholds = [math.nan] * len(names)
+    if flips and not detail.get("unlisted"):
+        thresholds = lambda_thresholds(columns[0], columns[1], detail["lambda"], stated["tie"]).tolist()
     for row in sorted(range(len(names)), key=lambda row: (names[row] != stated["chosen"], scores[row], costs[row])):
         yield {
             "model": names[row],
@@ -270,5 +276,5 @@ def _candidates(detail: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "expected_cost_usd": usd[row],
             "cost": costs[row],
             "score": scores[row],
-            "flips_at_lambda": None if math.isnan(flips[row]) else flips[row],
+            "flips_at_lambda": None if math.isnan(thresholds[row]) else thresholds[row],
         }

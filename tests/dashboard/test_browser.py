@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from tests.dashboard.screenshots import (
     open_browser,
     open_view,
 )
-from tests.dashboard.site import Site
+from tests.dashboard.site import Site, open_site
 
 MISSING = browser_path() is None or find_spec("playwright") is None or find_spec("axe_playwright_python") is None
 
@@ -139,8 +140,11 @@ def test_arrow_keys_go_from_mark_to_mark_and_say_what_each_means(browser: Any, s
     assert len({first, beside, below}) == 3
 
 
-def test_quality_is_read_by_keyboard_and_a_flagged_model_measured_again(browser: Any, site: Site) -> None:
-    with visit(browser, site) as page:
+def test_quality_is_read_by_keyboard_and_a_flagged_model_measured_again(
+    browser: Any, tmp_path: Path, embedder_cache: Path
+) -> None:
+    with open_site(tmp_path, embedder_cache) as site, visit(browser, site) as page:
+        grade(site)
         open_view(page, site, "/quality?by=hour")
         page.get_by_text("large became worse.").wait_for()
         chart = page.get_by_role("group", name="Observed errors of large by hour")
