@@ -83,7 +83,7 @@ def _candidate(card: Mapping[str, Any], price_map: PriceMap) -> Candidate:
         capabilities=capabilities_of(
             ModelInfo.model_validate(card["model_info"]), price_map.find(str(card["litellm_params"]["model"]))
         ),
-        excluded="paused" if card["paused"] else None,
+        excluded="paused" if card.get("paused") else None,
     )
 
 

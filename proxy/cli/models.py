@@ -257,7 +257,7 @@ def _row(card: Mapping[str, Any]) -> tuple[str, ...]:
     far = f" {job['done']}/{job['total']}" if card["state"] == "profiling" else ""
     return (
         card["model_name"],
-        card["state"] + far + (", paused" if card["paused"] else ""),
+        card["state"] + far + (", paused" if card.get("paused") else ""),
         "" if error is None else f"{error:.2f}",
         *shown,
         price.get("source", ""),
