@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from proxy.profiling.job_store import KEPT_S, Job
 from proxy.profiling.jobs import Jobs
 from proxy.settings.schema import Settings
 from proxy.storage.decisions import DecisionFilter, DecisionStore
-from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.redis import Store
 from proxy.storage.savings import Evidence, MeasuredLabels, SavingsReport
 from proxy.storage.snapshot import RoutingSnapshot, SnapshotWatcher
 from proxy.storage.usage_writer import DAY_S, MAX_DAYS, read_day_totals
@@ -145,18 +146,14 @@ async def make_report(state: ReportSources, wanted: DecisionFilter, work: Report
 async def _selection_bias(state: ReportSources, snapshot: RoutingSnapshot) -> SelectionBias:
     """Compute it from the graded answers of the last jobs, as far as they are kept."""
     graded, estimator = None, ESTIMATORS[state.settings.recipe]
-    try:
-        found = await state.jobs.graded_answers()
-        assigned = await state.jobs.validation_prompts()
-    except (StoreUnavailable, InvalidInput):
-        found = {}
-    if found:
-        weights = assigned.assignment.dense(assigned.clusters)
-        scores = {
-            name: np.array([answers.get(prompt.id, np.nan) for prompt in assigned.prompts])
-            for name, answers in found.items()
-        }
-        graded = GradedPrompts(weights, scores)
+    with suppress(InvalidInput):  # the validation set is broken, or another one now
+        if found := await state.jobs.graded_answers():
+            assigned = await state.jobs.validation_prompts()
+            scores = {
+                name: np.array([answers.get(prompt.id, np.nan) for prompt in assigned.prompts])
+                for name, answers in found.items()
+            }
+            graded = GradedPrompts(assigned.assignment.dense(assigned.clusters), scores)
     return await asyncio.to_thread(SelectionBias, snapshot.profiles, snapshot.cluster_map, estimator, graded)
 
 
