@@ -59,8 +59,8 @@ def requests(samples: dict[str, float]) -> float:
 
 
 def counted(samples: dict[str, float]) -> dict[str, float]:
-    """Return the values that never go back, without the times at which they began."""
-    return {n: v for n, v in samples.items() if re.match(r"\w+_(total|count|sum|bucket)\b", n)}
+    """Return the values that never go back, without the times at which they began, and CPU that the scrapes use."""
+    return {n: v for n, v in samples.items() if re.match(r"uniroute\w+_(total|count|sum|bucket)\b", n)}
 
 
 def both_ready(gateway: Gateway, gone: set[int]) -> Callable[[], bool]:
