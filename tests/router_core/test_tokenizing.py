@@ -66,7 +66,7 @@ WORDS = st.text(st.sampled_from("aeinrstXYZ019zq\u00e9\u4e2d\u306e-_'"), min_siz
 
 @pytest.fixture(scope="module")
 def description(embedder_cache: Path) -> Path:
-    return embedder_cache / f"static-{distill.TABLE_VERSION}" / distill.TOKENIZER
+    return embedder_cache / distill.embedder_id() / distill.TOKENIZER
 
 
 @pytest.fixture(scope="module")

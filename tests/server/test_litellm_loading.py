@@ -127,6 +127,7 @@ def test_a_translated_model_becomes_eligible_once_every_worker_has_imported_lite
     tmp_path: Path, embedder_cache: Path, upstream: ScriptedUpstream
 ) -> None:
     with serving(tmp_path, embedder_cache, upstream, "--workers", "2") as server:
+        assert wait_until(lambda: len(serving_pids(server)) == 2)  # one of them is ready before the other
         both = serving_pids(server)
         assert not any(holds_litellm(pid) for pid in both)
         add(server, "far", upstream, "translate")
