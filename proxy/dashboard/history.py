@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.dashboard.pictures import Mark, Tick
+from proxy.dashboard.pictures import Mark, Scale, Tick
 from proxy.server.admin import past_profiles
 from proxy.server.dependencies import AppState
 from proxy.storage.redis import StoreUnavailable
@@ -49,14 +49,8 @@ def history_chart(rows: Sequence[Row]) -> HistoryChart | None:
     empty = HistoryChart((), "", (), ())
     rows = rows[::-1]
     most = max(0.1, math.ceil(10 * max(float(row["error_high"]) for row in rows)) / 10)
-    step = (empty.right - empty.left - 40) / (len(rows) - 1)
-
-    def x(place: int) -> float:
-        return round(empty.left + 20 + step * place, 1)
-
-    def y(error: float) -> float:
-        return round(empty.floor - (empty.floor - empty.top) * error / most, 1)
-
+    x = Scale(0, len(rows) - 1, empty.left + 20, empty.right - 20)
+    y = Scale(0.0, most, empty.floor, empty.top)
     marks = [
         Mark(x(place), y(row["mean_error"]), _title(row), height=y(row["error_high"]), label_y=y(row["error_low"]))
         for place, row in enumerate(rows)

@@ -92,7 +92,9 @@ class CurveChart:
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
+    """Values on an axis, as coordinates with one digit."""
+
     low: float
     high: float
     start: float
@@ -117,10 +119,10 @@ def curve_chart(drawn: DrawnCurve, today: CurvePoint, chosen: CurvePoint | None)
     logarithmic = len(positive) == len(costs) and max(costs) / min(costs) > 30
     pad = 1.15 if logarithmic else 1.04
     low, high = (min(costs) / pad, max(costs) * pad) if logarithmic else (0.0, (max(costs) or 1.0) * pad)
-    x = _Scale(low, high, empty.left, empty.right, logarithmic)
+    x = Scale(low, high, empty.left, empty.right, logarithmic)
     ends = [bound for each in shown for bound in (each.low, each.high)]
     bottom = max(0.0, math.floor(10 * min(ends)) / 10)
-    y = _Scale(bottom, min(1.0, math.ceil(10 * max(ends)) / 10), empty.floor, empty.top)
+    y = Scale(bottom, min(1.0, math.ceil(10 * max(ends)) / 10), empty.floor, empty.top)
 
     def mark(point: CurvePoint, prefix: str = "") -> Mark:
         return Mark(x(1e3 * point.usd), y(point.quality), f"{prefix}{_point_text(point)}")

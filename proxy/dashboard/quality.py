@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import HTMLResponse
 
 from proxy.dashboard.page import DashboardRoute, SessionDep, render
-from proxy.dashboard.pictures import Mark, RateInterval, Tick
+from proxy.dashboard.pictures import Mark, RateInterval, Scale, Tick
 from proxy.dashboard.traffic import DAYS, FIT_COMMANDS, share_chart, traffic_view
 from proxy.dashboard.views import StateDep, savings_of
 from proxy.server.auth import DASHBOARD
@@ -197,11 +197,13 @@ def course_chart(name: str, hourly: HourlyLabels, by: str) -> CourseChart | None
     step = (empty.right - empty.left) / slots
     highest = min(1.0, math.ceil(10 * max(max(each.rate.high, each.expected) for each in points)) / 10)
 
+    scale = Scale(0.0, highest, empty.floor, empty.top)
+
     def x(hour: int) -> float:
         return round(empty.left + step * ((hour - groups[0][0]) / hours + 0.5), 1)
 
     def y(rate: float) -> float:
-        return round(empty.floor - (empty.floor - empty.top) * min(rate / highest, 1.0), 1)
+        return scale(min(rate, highest))
 
     dots = [
         Mark(

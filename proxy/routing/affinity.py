@@ -84,6 +84,10 @@ class AffinityRecorder:
         self._messages = messages
         self._turns: dict[int, TurnFingerprints] = {}
 
+    def cached_prompt(self, settings: Settings) -> tuple[str, int] | None:
+        """Return what `Affinity.cached_prompt` does."""
+        return self._affinity.cached_prompt(settings)
+
     def observe(self, chunk: Mapping[str, Any], model: str) -> None:
         """Look at a chunk before it goes out: once its last piece is sent, the next turn may arrive anywhere."""
         if simple_text(chunk) is not None and not (self._turns and chunk["choices"][0].get("finish_reason")):

@@ -475,6 +475,21 @@ def _moment(text: str | None) -> float | None:
 Moment = Annotated[float | None, Query(), BeforeValidator(_moment), WithJsonSchema(_TIME_SCHEMA)]
 
 
+async def decision_filter(
+    model: Wanted = None,
+    key: Wanted = None,
+    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
+    ending: Wanted = None,
+    reason: Wanted = None,
+    since: Moment = None,
+    until: Moment = None,
+) -> DecisionFilter:
+    return DecisionFilter(model, key, tag, ending, reason, since, until)
+
+
+WantedDecisions = Annotated[DecisionFilter, Depends(decision_filter)]
+
+
 @decisions_router.get(
     "",
     summary="The decisions that asked a model, newest first",
@@ -485,21 +500,14 @@ Moment = Annotated[float | None, Query(), BeforeValidator(_moment), WithJsonSche
 )
 async def list_decisions(
     state: AdminState,
+    wanted: WantedDecisions,
     limit: EntryCount = 100,
     cursor: Wanted = None,
-    model: Wanted = None,
-    key: Wanted = None,
-    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
-    ending: Wanted = None,
-    reason: Wanted = None,
-    since: Moment = None,
-    until: Moment = None,
     format: Literal["json", "jsonl"] = "json",  # noqa: A002  its name in the query
 ) -> Response:
     after = None if cursor is None else Cursor.parse(cursor)
     if cursor is not None and after is None:
         raise BadRequest("`cursor` must be the `next` of another page", param="cursor")
-    wanted = DecisionFilter(model, key, tag, ending, reason, since, until)
     page = await state.decisions.page(limit, wanted, after)
     following = None if page.next is None else str(page.next)
     if format == "jsonl":
@@ -539,17 +547,7 @@ REPORT_WAIT_S = 5.0
     response_model=SavingsDocument,
     responses={202: {"model": ReportUnderWay, "description": "It is being made"}},
 )
-async def get_report(
-    state: AdminState,
-    model: Wanted = None,
-    key: Wanted = None,
-    tag: Annotated[str | None, Query(min_length=1, max_length=MAX_TAG_CHARS)] = None,
-    ending: Wanted = None,
-    reason: Wanted = None,
-    since: Moment = None,
-    until: Moment = None,
-) -> Response:
-    wanted = DecisionFilter(model, key, tag, ending, reason, since, until)
+async def get_report(state: AdminState, wanted: WantedDecisions) -> Response:
     report, decisions = await state.reports.get(state, wanted, REPORT_WAIT_S)
     if report is None:
         return JSONResponse({"decisions": decisions}, 202, {"retry-after": "1"})

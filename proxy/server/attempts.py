@@ -393,9 +393,13 @@ class UpstreamStream:
         return UpstreamError(f"the model's stream {reason}", timed_out=True)
 
     async def _close_source(self) -> None:
-        close = getattr(self._source, "aclose", None)
-        if close is not None:
-            await close()
+        await _close(self._source)
+
+
+async def _close(source: Blocks) -> None:
+    close = getattr(source, "aclose", None)
+    if close is not None:
+        await close()
 
 
 async def _observed(source: Blocks, trace: RequestTrace) -> AsyncGenerator[list[JSONPayload]]:
@@ -407,9 +411,7 @@ async def _observed(source: Blocks, trace: RequestTrace) -> AsyncGenerator[list[
                 trace.observe(chunk)
             yield block
     finally:
-        close = getattr(source, "aclose", None)
-        if close is not None:
-            await close()
+        await _close(source)
 
 
 def _index_of_content(block: list[JSONPayload]) -> int:

@@ -103,9 +103,9 @@ class Exchange(ABC):
     def body_complete(self) -> bool:
         """Whether the whole body has arrived, so that `next_piece` does not wait."""
 
-    @abstractmethod
     async def wait_for_disconnect(self) -> None:
-        """Wait until the client leaves. The body must have been read."""
+        """Wait until the client leaves, where `disconnect` is None. The body must have been read."""
+        raise NotImplementedError
 
     @abstractmethod
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:

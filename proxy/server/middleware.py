@@ -5,7 +5,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
@@ -14,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, SHUTTING_DOWN_MESSAGE, ShuttingDown, error_body
+from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, error_body
 from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side
@@ -29,7 +28,14 @@ from proxy.server.requests import (
     path_of,
     request_ids_from,
 )
-from proxy.server.responses import error_response, http_error_body
+from proxy.server.responses import (
+    RETRY_AFTER_S,
+    error_response,
+    http_error_body,
+    internal_error_body,
+    shutting_down,
+    too_many_connections_body,
+)
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
 from proxy.upstream.sse import decode_json, encode_json
@@ -41,8 +47,6 @@ log = logging.getLogger("uniroute.edge")
 FIXED_PATHS = CLIENT_PATHS | {"/", "/healthz", "/readyz", "/metrics", "/openapi.json"}
 
 _ID_HEADERS = (b"x-request-id", b"traceparent")
-
-RETRY_AFTER_S = "1"
 
 
 class RequestContextMiddleware:
@@ -86,9 +90,7 @@ class RequestContextMiddleware:
         except Exception:  # the only broad one: nothing of what failed may reach the client
             log.exception("request=%s failed", ids.request_id, extra={"fields": {"request": ids.request_id}})
             if not response_started:
-                message = f"an error of ours, logged under request id {ids.request_id}"
-                body = error_body(message, "server_error", "internal_error")
-                await JSONResponse(body, 500)(scope, receive, send_with_ids)
+                await JSONResponse(internal_error_body(ids.request_id), 500)(scope, receive, send_with_ids)
 
     async def _turn_away(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer probes alone: a full or a starting process must not be taken for a dead one."""
@@ -120,12 +122,7 @@ class RequestContextMiddleware:
 async def _say_shutting_down(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-            refusal = ShuttingDown(SHUTTING_DOWN_MESSAGE, headers={"retry-after": RETRY_AFTER_S, "connection": "close"})
-            await error_response(refusal)(scope, receive, send)
-
-
-def too_many_connections_body() -> dict[str, Any]:
-    return error_body("this server has no room for one more connection", "server_error", "too_many_connections")
+            await error_response(shutting_down())(scope, receive, send)
 
 
 class MessagesMiddleware:

@@ -10,19 +10,22 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
-    SHUTTING_DOWN_MESSAGE,
     APIError,
     ClientDisconnected,
-    ShuttingDown,
-    error_body,
 )
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import RequestAuthorizer, check_role
 from proxy.server.completions import Answer, Endpoint
 from proxy.server.exchange import JSON, ASGIExchange, Exchange
-from proxy.server.middleware import RETRY_AFTER_S, too_many_connections_body
 from proxy.server.requests import OVERLOADED
-from proxy.server.responses import HANDLED_EXCEPTIONS, render_error
+from proxy.server.responses import (
+    HANDLED_EXCEPTIONS,
+    RETRY_AFTER_S,
+    internal_error_body,
+    render_error,
+    shutting_down,
+    too_many_connections_body,
+)
 from proxy.server.startup import Startup
 from proxy.upstream.sse import encode_json
 
@@ -62,8 +65,7 @@ class ModelEndpoints:
             request_id = exchange.ids.request_id
             log.exception("request=%s failed", request_id, extra={"fields": {"request": request_id}})
             if not exchange.started:
-                message = f"an error of ours, logged under request id {request_id}"
-                await self._refuse(exchange, 500, error_body(message, "server_error", "internal_error"))
+                await self._refuse(exchange, 500, internal_error_body(request_id))
 
     async def _answer(self, exchange: Exchange) -> Answer | None:
         """Let the request in, and return what its endpoint answers; None: it was answered with an error."""
@@ -100,8 +102,6 @@ class ModelEndpoints:
             app.metrics.errors.labels(str(status)).inc()
 
     async def _say_shutting_down(self, exchange: Exchange) -> None:
-        headers = {"retry-after": RETRY_AFTER_S, "connection": "close"}
-        error = ShuttingDown(SHUTTING_DOWN_MESSAGE, headers=headers)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-                await self._refuse(exchange, *render_error(error))
+                await self._refuse(exchange, *render_error(shutting_down()))

@@ -194,14 +194,6 @@ class HTTPExchange(Exchange):
         piece, self.body = bytes(self.body), bytearray()
         return piece, self.more_body
 
-    async def wait_for_disconnect(self) -> None:
-        left = asyncio.Event()
-        self.disconnect.callbacks.add(left.set)
-        try:
-            await left.wait()
-        finally:
-            self.disconnect.callbacks.discard(left.set)
-
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         if await self._can_write():
             self._head = self._head_bytes(status, headers)

@@ -70,9 +70,6 @@ class RequestRecord:
         self.native_document: Mapping[str, Any] | None = None
         self._ctx = ctx
         self._reservation = reservation
-        cached = affinity.cached_prompt(ctx.app.settings) if affinity.last_turn is not None else None
-        # Of the session's last turn, if that was a moment ago: a model that answers every turn has them in its cache.
-        self._earlier_tokens = 0 if cached is None else cached[1]
         self._output_bytes = 0
         self._reported_bytes = 0
         self._timed_out = False
@@ -313,7 +310,9 @@ class RequestRecord:
         """Set what the answer cost against what the same tokens would have cost at the baseline."""
         baseline = baseline_of(self._ctx)
         price = self._ctx.app.snapshots.current.prices.get(baseline) if baseline else None
-        there = counts if baseline == self.model else with_earlier_turn_cached(counts, self._earlier_tokens)
+        # A model that answers every turn of a session has the last one in its cache, if that was a moment ago.
+        cached = None if baseline == self.model else self.affinity.cached_prompt(self._ctx.app.settings)
+        there = counts if cached is None else with_earlier_turn_cached(counts, cached[1])
         baseline_usd = cost_of(there, price.price, observed, billed=billed).usd if price else None
         return Costs(usd, self._failed_usd, baseline, baseline_usd)
 

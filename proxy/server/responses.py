@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from proxy.errors import (
+    SHUTTING_DOWN_MESSAGE,
     BadRequest,
     BodyTimeout,
     BudgetExceeded,
@@ -86,6 +87,8 @@ RESPONSES: Mapping[type[Exception], tuple[int, str, str | None]] = {
     ModelPaused: (503, "server_error", "model_paused"),
 }
 
+RETRY_AFTER_S = "1"
+
 HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ClientDisconnected, *RESPONSES)
 
 
@@ -95,6 +98,20 @@ def error_response(error: Exception) -> Response:
         return Response(status_code=499)
     status, body, headers = render_error(error)
     return Response(encode_json(body), status, headers, "application/json")
+
+
+def internal_error_body(request_id: str) -> dict[str, Any]:
+    """Say that we failed, and nothing of what failed: that is in the log."""
+    return error_body(f"an error of ours, logged under request id {request_id}", "server_error", "internal_error")
+
+
+def shutting_down() -> ShuttingDown:
+    """Return the error of a request that the end of the server interrupts before its answer has begun."""
+    return ShuttingDown(SHUTTING_DOWN_MESSAGE, headers={"retry-after": RETRY_AFTER_S, "connection": "close"})
+
+
+def too_many_connections_body() -> dict[str, Any]:
+    return error_body("this server has no room for one more connection", "server_error", "too_many_connections")
 
 
 async def handle_error(_: Request, error: Exception) -> Response:

@@ -363,15 +363,3 @@ def coverage_in_words(report: Mapping[str, Any]) -> str:
         limits = "max_decisions, max_decision_bytes and max_decisions_per_s"
         return f"{told} {in_all}, of which these have {share:.1%}: see the settings {limits}."
     return f"{told} {in_all}, and these are all of them."
-
-
-def savings_report(
-    decisions: Iterable[Decision],
-    evidence: Evidence,
-    spending: Mapping[str, Any] | None = None,
-    bias: SelectionBias | None = None,
-) -> dict[str, Any]:
-    report = SavingsReport(bias)
-    for decision in decisions:
-        report.add(decision)
-    return report.to_json(evidence, spending)

@@ -46,22 +46,21 @@ ScriptArgument = str | int | float
 
 async def read_key_totals(store: Store, key_ids: Collection[str]) -> dict[str, dict[str, int]]:
     """Return the sums of what each client key has used ever since, by field. Raise StoreUnavailable."""
-    async with store.operation("read what keys have used") as client:
-        found: Any = await asyncio.gather(*(client.hgetall(f"{KEY_TOTALS}:{key_id}") for key_id in key_ids))
-    return {
-        key_id: {name: int(value) for name, value in totals.items() if value.lstrip("-").isdecimal()}
-        for key_id, totals in zip(key_ids, found, strict=True)
-    }
+    return await _read_totals(store, "read what keys have used", KEY_TOTALS, key_ids)
 
 
 async def read_day_totals(store: Store, days: Collection[str]) -> dict[str, dict[str, int]]:
     """Return the sums of each of these days that has any, by field. Raise StoreUnavailable."""
-    async with store.operation("read what was used by day") as client:
-        found: Any = await asyncio.gather(*(client.hgetall(f"{DAY_TOTALS}:{day}") for day in days))
+    found = await _read_totals(store, "read what was used by day", DAY_TOTALS, days)
+    return {day: totals for day, totals in found.items() if totals}
+
+
+async def _read_totals(store: Store, what: str, prefix: str, names: Collection[str]) -> dict[str, dict[str, int]]:
+    async with store.operation(what) as client:
+        found: Any = await asyncio.gather(*(client.hgetall(f"{prefix}:{name}") for name in names))
     return {
-        day: {name: int(value) for name, value in totals.items() if value.lstrip("-").isdecimal()}
-        for day, totals in zip(days, found, strict=True)
-        if totals
+        name: {field: int(value) for field, value in totals.items() if value.lstrip("-").isdecimal()}
+        for name, totals in zip(names, found, strict=True)
     }
 
 

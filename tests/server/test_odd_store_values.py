@@ -35,6 +35,7 @@ from proxy.storage.redis import (
 )
 from proxy.upstream.health import CHANNEL, health_key
 from router_core.errors import InvalidInput
+from tests.support.makers import PAST_PROFILE
 from tests.support.proxy_process import ProxyProcess, model_entry, uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.valkey import ValkeyServer
@@ -122,20 +123,6 @@ JOB: dict[Any, Any] = {
     "error": "e",
     "measured_at": "2026-01-01T00:00:00Z",
     "map": "",
-}
-PAST_PROFILE: dict[str, Any] = {
-    "stored_at": 1.0,
-    "source": "job",
-    "map_id": "m",
-    "fingerprint": "f",
-    "recipe": "pooled",
-    "job": "j",
-    "measured_at": "2026-01-01T00:00:00Z",
-    "spent_usd": 0.1,
-    "mean_output_tokens": 5.0,
-    "mean_seconds": 0.5,
-    "error_sums": [1.0, 0.5],
-    "labels": [2.0, 1.0],
 }
 PAUSE = {"at": 1.0, "who": "root"}
 LAMBDA = {"value": 0.5, **PAUSE}

@@ -21,21 +21,7 @@ from proxy.storage.profile_history import (
 from proxy.storage.redis import PROFILES, VERSION, Store, StoreUnavailable
 from router_core.errors import InvalidInput
 from tests.support.makers import CORNERS, a_profile, a_record, a_registry
-
-ENTRY = {
-    "stored_at": 1.0,
-    "source": "job",
-    "map_id": "m",
-    "fingerprint": "f",
-    "recipe": "pooled",
-    "job": "j",
-    "measured_at": "2026-01-01T00:00:00Z",
-    "spent_usd": 0.1,
-    "mean_output_tokens": 5.0,
-    "mean_seconds": 0.5,
-    "error_sums": [1.0, 0.5],
-    "labels": [2.0, 1.0],
-}
+from tests.support.makers import PAST_PROFILE as ENTRY
 
 
 def an_entry(*rates: float, labels: float = 25.0, **more: Any) -> ProfileEntry:
@@ -96,8 +82,16 @@ async def test_the_profile_and_its_entry_are_written_together_or_not_at_all(stor
     "odd",
     [
         *("", "null", "[]", "{}"),
-        *({**ENTRY, "source": "thin air"}, {**ENTRY, "labels": [1.0]}, {**ENTRY, "labels": "x", "error_sums": "x"}),
-        *({**ENTRY, "error_sums": [9.0, 9.0]}, {**ENTRY, "stored_at": None}, {**ENTRY, "labels": [float("inf"), 1.0]}),
+        *(
+            {**ENTRY, "source": "thin air"},
+            {**ENTRY, "labels": [1.0]},
+            {**ENTRY, "labels": "x", "error_sums": "x"},
+        ),
+        *(
+            {**ENTRY, "error_sums": [9.0, 9.0]},
+            {**ENTRY, "stored_at": None},
+            {**ENTRY, "labels": [float("inf"), 1.0]},
+        ),
         *({**ENTRY, "job": 5}, {**ENTRY, "labels": [True, None]}),
     ],
     ids=str,

@@ -12,9 +12,9 @@ from proxy.storage.savings import (
     MAX_GROUPS,
     OTHERS,
     MeasuredLabels,
+    SavingsReport,
     coverage_in_words,
     quality_in_words,
-    savings_report,
 )
 from router_core.decision import Z_90
 from router_core.estimators import SHRINKAGE
@@ -23,6 +23,15 @@ MAP = "map-1"
 # Twenty labels in each of four clusters.
 EVIDENCE = {name: MeasuredLabels(MAP, (20.0,) * 4) for name in ("small", "large")}
 NOTHING_SPENT: dict[str, Any] = {"days": {}, "profiling": {"usd": 0.0, "jobs": 0, "unpriced": 0, "by_model": {}}}
+
+
+def savings_report(
+    decisions: Iterable[Mapping[str, Any]], evidence: Any, spending: Any = None, bias: Any = None
+) -> dict[str, Any]:
+    report = SavingsReport(bias)
+    for decision in decisions:
+        report.add(decision)
+    return report.to_json(evidence, spending)
 
 
 def total_of(decisions: Iterable[Mapping[str, Any]], evidence: Any = EVIDENCE, **more: Any) -> dict[str, Any]:

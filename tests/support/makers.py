@@ -18,6 +18,21 @@ from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 
 CORNERS = ClusterMap(np.eye(4, dtype=np.float32), embedder_id="corners", top=2)
+# A profile as the history of a model has it.
+PAST_PROFILE: dict[str, Any] = {
+    "stored_at": 1.0,
+    "source": "job",
+    "map_id": "m",
+    "fingerprint": "f",
+    "recipe": "pooled",
+    "job": "j",
+    "measured_at": "2026-01-01T00:00:00Z",
+    "spent_usd": 0.1,
+    "mean_output_tokens": 5.0,
+    "mean_seconds": 0.5,
+    "error_sums": [1.0, 0.5],
+    "labels": [2.0, 1.0],
+}
 PRICED: dict[str, Any] = {"input_cost_per_token": 1e-6, "output_cost_per_token": 4e-6}
 
 
