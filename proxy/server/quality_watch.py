@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import Metric
@@ -42,9 +43,15 @@ class QualityWatch(PartsCollector):
         return (self._worse,)
 
     def refresh(self) -> None:
-        self._worse.keep(self._snapshots.current.profiles)
+        """Forget models that are gone. One that was not compared yet is shown as fine: a series must not come late."""
+        profiles = self._snapshots.current.profiles
+        self._worse.keep(profiles)
+        compared = {labels[0] for labels, series in self._worse.own().items() if not math.isnan(series.numbers[0])}
+        for name in profiles.keys() - compared:
+            self._worse.set(0, (name,))
 
     def collect(self) -> Iterator[Metric]:
+        self.refresh()
         yield self._worse.family(sorted(self._snapshots.current.profiles))
 
     async def run(self) -> None:

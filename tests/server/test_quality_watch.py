@@ -62,6 +62,11 @@ async def test_a_model_that_became_worse_is_in_the_metrics_and_told_once(
     assert "67% of its answers are graded wrong (30 labels), and before 10% (40 labels)" in line
 
 
+async def test_a_model_is_in_the_metrics_before_it_was_compared(store: Store, tmp_path: Path) -> None:
+    async with watch(store, tmp_path) as (found, _):
+        assert shown(found) == {"small": 0}
+
+
 async def test_a_model_that_is_as_measured_or_has_too_few_labels_is_not_told(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
