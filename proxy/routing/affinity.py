@@ -57,7 +57,8 @@ async def load_affinity(
     Redis is asked only if the request has a session, or fingerprints that this process does not know.
     """
     scope = key.id if key else ""
-    history = inspect_history(request.body["messages"])
+    plain = request.contents is not None and request.contents.plain_messages
+    history = NO_HISTORY if plain else inspect_history(request.body["messages"])
     name = request.options.session
     session = None if name is None or settings.sticky_sessions == "off" else scoped_key(scope, f"session:{name}")
     if session is None and not history.fingerprints:

@@ -300,7 +300,7 @@ _READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", 
 
 def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> RoutingOptions:
     """Read the routing options of a body and its headers; the body wins. Raises BadRequest naming the field."""
-    if _READ_FIELDS.isdisjoint(body) and not any(name in READ_HEADERS for name, _ in headers):
+    if not headers and _READ_FIELDS.isdisjoint(body):
         return NO_OPTIONS
     stated = body.get("uniroute", {})
     if not isinstance(stated, dict):

@@ -122,14 +122,62 @@ def parse_fast(raw: bytes) -> ParsedBody | None:
         return None
     if type(document) is not dict:
         return None
+    contents = summarize_plain(document, raw) or summarize_any(document, raw)
+    return None if contents is None else ParsedBody(document, contents)
+
+
+def summarize_any(document: dict[str, Any], raw: bytes) -> ContentSummary | None:
+    """Count what a document holds. None: something may be wrong with it."""
     scan = _BodyScanner()
     if not scan.scan(document) or (b"\\" in raw and _ESCAPED_COLON.search(raw)):
         return None
     size, colons = _size_and_colons(scan.read, len(raw))
     colons += _size_and_colons(scan.unread, len(raw))[1]
-    if len(raw) - len(raw.replace(b":", b"")) != scan.keys + colons:  # faster than count(), which takes byte by byte
+    if _colons(raw) != scan.keys + colons:
         return None
-    return ParsedBody(document, ContentSummary(size + SCALAR_BYTES * scan.scalars, scan.attachments, scan.needs))
+    return ContentSummary(size + SCALAR_BYTES * scan.scalars, scan.attachments, scan.needs)
+
+
+def _colons(raw: bytes) -> int:
+    return len(raw) - len(raw.replace(b":", b""))  # faster than count(), which takes byte by byte
+
+
+# A longer body may hold more values than are allowed.
+MAX_PLAIN_BYTES = MAX_VALUES
+
+# Who speaks in messages that answer no tool.
+_SPEAKERS = frozenset({"assistant", "developer", "system", "user"})
+
+
+def summarize_plain(document: dict[str, Any], raw: bytes) -> ContentSummary | None:
+    """Count a plain chat in one pass: messages of a role and one text each, and no lists or objects beside them.
+
+    Returns:
+        As `summarize_any`. None: it is no plain chat, or something may be wrong with it.
+    """
+    messages = document.get("messages")
+    if type(messages) is not list or len(raw) > MAX_PLAIN_BYTES or b"\\u003" in raw:
+        return None
+    read: list[str] = []
+    unread = list(document)
+    for message in messages:
+        if type(message) is not dict or len(message) != 2:
+            return None
+        role, text = message.get("role"), message.get("content")
+        if type(text) is not str or type(role) is not str or role not in _SPEAKERS:
+            return None
+        read += ("role", "content", role, text)
+    for value in document.values():
+        kind = type(value)
+        if kind is str:
+            unread.append(value)
+        elif kind is dict or (kind is list and value is not messages) or (kind is float and not _is_exact(value)):
+            return None
+    together = "".join(read)
+    colons = together.count(":") + "".join(unread).count(":") + len(document) + 2 * len(messages)
+    if _colons(raw) != colons:
+        return None
+    return ContentSummary(text_bytes(together), plain_messages=True)
 
 
 def _size_and_colons(texts: Sequence[str], size: int) -> tuple[int, int]:
@@ -232,5 +280,9 @@ class _BodyScanner:
     def _scalar(self, value: Any, mode: int) -> None:
         if mode:
             self.scalars += 1
-        if type(value) is float and not -_MAX_FLOAT_INTEGER < value < _MAX_FLOAT_INTEGER:
+        if type(value) is float and not _is_exact(value):
             self.exact = False
+
+
+def _is_exact(value: float) -> bool:
+    return -_MAX_FLOAT_INTEGER < value < _MAX_FLOAT_INTEGER

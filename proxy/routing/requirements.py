@@ -45,6 +45,8 @@ class ContentSummary:
     attachments: int = 0
     needs: dict[str, str] = field(default_factory=dict)
     """Capability → the type of the first part that needs it."""
+    plain_messages: bool = False
+    """Each message is known to be one text of the user, the system or the model."""
 
 
 def summarize(values: Iterable[Any], *, parts: bool) -> ContentSummary:
@@ -187,6 +189,7 @@ def requirements_of(
         wishes: capabilities that rule out no model: what asks for them is left out for one that lacks them.
     """
     contents = _summarize_body(body) if contents is None else contents
+    needs = _detect(body, contents)
     return Requirements(
         prompt_tokens=_tokens(contents),
         max_output_tokens=output_limit(body),
@@ -194,7 +197,7 @@ def requirements_of(
         answers=requested_answers(body),
         max_input_cost_per_token=caps[0],
         max_output_cost_per_token=caps[1],
-        **dict.fromkeys(_detect(body, contents).keys() - wishes, True),
+        **dict.fromkeys(needs.keys() - wishes if needs else (), True),
     )
 
 
@@ -231,7 +234,10 @@ def _summarize_body(body: Mapping[str, Any]) -> ContentSummary:
 
 
 def _detect(body: Mapping[str, Any], contents: ContentSummary) -> dict[str, str]:
-    asked = _tools(body) | contents.needs
+    if contents.plain_messages and _TOOLS.isdisjoint(body):
+        asked: dict[str, str] = {}
+    else:
+        asked = _tools(body) | contents.needs
     if _SPECIAL.isdisjoint(body):
         return asked
     if isinstance(body.get("audio"), Mapping):

@@ -16,7 +16,7 @@ from proxy.errors import (
     ServiceUnavailable,
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
-from proxy.routing.chat_request import ChatRequest, RoutingOptions
+from proxy.routing.chat_request import NO_OPTIONS, ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
 from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
 from proxy.settings.schema import PRESET_PREFIX, Preset, Settings
@@ -25,7 +25,7 @@ from proxy.storage.snapshot import RoutingSnapshot
 from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel
 from router_core.scoring import ScoringParams
-from router_core.types import CAPABILITY_NAMES, Requirements
+from router_core.types import CAPABILITY_NAMES, Requirements, frozen
 
 # In `route_names`: every name that is not registered is routed.
 ANY = "*"
@@ -68,12 +68,43 @@ class SelectionContext:
         self.affinity = affinity
         self.cooling_down = cooling_down
         self.not_ready = not_ready
-        self.mode = routing_mode(request.model, settings, snapshot, key)
-        self.preset = preset_of(request.model, settings, snapshot) if settings.presets else None
-        # The names that may be selected; None: all.
-        self.allowed = restrict_candidates(request.options, snapshot, key, self.preset)
+        terms = self._terms()
+        self.mode = terms.mode
+        self.preset = terms.preset
+        self.allowed = terms.allowed
+        self.params = terms.params
         self.requirements = self._requirements()
-        self.params = self._scoring_params()
+
+    def _terms(self) -> SelectionTerms:
+        """Return the terms of this request. Those of a request without options are kept with the snapshot."""
+        if self.request.options is not NO_OPTIONS or self.affinity.last_turn is not None:
+            return self._work_out_terms()
+        kept, key, settings = self.snapshot.selection_terms, self.key, self.settings
+        place = (self.request.model, None if key is None else key.id)
+        entry: tuple[ClientKey | None, Settings, SelectionTerms] | None = kept.get(place)
+        if entry is not None and entry[0] is key and entry[1] is settings:
+            return entry[2]
+        if len(kept) >= MAX_KEPT_TERMS:
+            kept.clear()
+        terms = self._work_out_terms()
+        kept[place] = (key, settings, terms)
+        return terms
+
+    def _work_out_terms(self) -> SelectionTerms:
+        request, settings, snapshot, key = self.request, self.settings, self.snapshot, self.key
+        options = request.options
+        mode = routing_mode(request.model, settings, snapshot, key)
+        preset = preset_of(request.model, settings, snapshot) if settings.presets else None
+        allowed = restrict_candidates(options, snapshot, key, preset)
+        params = ScoringParams(
+            lambda_=cost_weight(request, mode, snapshot.default_lambda(settings), key, preset),
+            latency_weight=settings.latency_weight if options.latency_weight is None else options.latency_weight,
+            max_cost_usd=smaller(options.max_cost_usd, preset.max_cost_usd if preset else None),
+            cost_unit=settings.cost_unit,
+            reference=settings.reference_price,
+            cached=self.affinity.cached_prompt(settings),
+        )
+        return SelectionTerms(mode, preset, allowed, params)
 
     def _requirements(self) -> Requirements:
         """Read what the body needs of a model, at prices within the request's caps."""
@@ -87,17 +118,20 @@ class SelectionContext:
             wishes=WISHES if translated else (),
         )
 
-    def _scoring_params(self) -> ScoringParams:
-        options, settings = self.request.options, self.settings
-        weight = settings.latency_weight if options.latency_weight is None else options.latency_weight
-        return ScoringParams(
-            lambda_=cost_weight(self.request, self.mode, self.snapshot.default_lambda(settings), self.key, self.preset),
-            latency_weight=weight,
-            max_cost_usd=smaller(options.max_cost_usd, self.preset.max_cost_usd if self.preset else None),
-            cost_unit=settings.cost_unit,
-            reference=settings.reference_price,
-            cached=self.affinity.cached_prompt(settings),
-        )
+
+# Of one snapshot: pairs of a model's name and a key.
+MAX_KEPT_TERMS = 10_000
+
+
+@frozen
+class SelectionTerms:
+    """What a request's model, options and key say of its selection, whatever its messages hold."""
+
+    mode: RoutingMode
+    preset: Preset | None
+    allowed: Collection[str] | None
+    """The names that may be selected; None: all."""
+    params: ScoringParams
 
 
 def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:

@@ -24,6 +24,9 @@ COUNTS = ("n", "best_of")
 # OpenAI's bound of `n`. Without one, a request could cost any multiple of what is reserved for it.
 MAX_ANSWERS = 128
 
+# Most requests state none of these, which is quick to tell.
+_STATED = frozenset((*LIMITS, *COUNTS))
+
 # Names by which other upstreams read the same. They are compared without case, underscores and hyphens.
 _OTHER_LIMITS = frozenset(
     """
@@ -97,12 +100,16 @@ class TokenLimits:
 
 def output_limit(body: Mapping[str, Any]) -> int | None:
     """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated."""
+    if _STATED.isdisjoint(body):
+        return None
     limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
     return (max(limits) or None) if limits else None
 
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """Return how many answers OpenAI's fields ask for."""
+    if _STATED.isdisjoint(body):
+        return 1
     counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
     return min(max(counts), MAX_ANSWERS) if counts else 1
 
@@ -113,6 +120,8 @@ def check_token_limits(body: Mapping[str, Any]) -> None:
     Raises:
         BadRequest: a limit is no whole number, its two names contradict each other, or too many answers are requested.
     """
+    if _STATED.isdisjoint(body):
+        return
     stated = [(name, body[name]) for name in LIMITS if body.get(name) is not None]
     for name, value in stated:
         if not _is_whole(value):

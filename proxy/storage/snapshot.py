@@ -177,6 +177,8 @@ class RoutingSnapshot:
     """Registered models that are left out of traffic."""
     lambda_override: LambdaOverride | None = None
     """The default λ that was set while the server runs."""
+    selection_terms: dict[tuple[str, str | None], Any] = field(default_factory=dict, repr=False, compare=False)
+    """Kept for `routing`, by the name of a model and the id of a key."""
 
     def default_lambda(self, settings: Settings) -> float:
         """Return the λ of requests for which nothing else states one."""

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
+import orjson
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
+from proxy.routing.affinity import ConversationHistory, inspect_history
 from proxy.routing.chat_request import ChatRequest, parse_chat
-from proxy.routing.requirements import estimate_tokens, requirements_of, routing_text
+from proxy.routing.json_body import summarize_any, summarize_plain
+from proxy.routing.requirements import ContentSummary, estimate_tokens, requirements_of, routing_text
 from proxy.upstream.sse import encode_json
 
 NAMES = st.sampled_from(
@@ -82,6 +86,41 @@ def test_nothing_in_a_body_breaks_what_reads_it(body: dict[str, Any]) -> None:
     assert isinstance(routing_text(request.body["messages"]), str)
     assert estimate_tokens(request.body) >= 0
     assert requirements_of(request.body).prompt_tokens >= 0
+
+
+SPEAKERS = st.sampled_from(["user", "assistant", "system", "developer", "tool", "data:", 5, ["user"], None])
+PLAIN = st.fixed_dictionaries(
+    {"model": WORDS, "messages": st.lists(
+        st.fixed_dictionaries({"role": SPEAKERS, "content": st.text(":aé\\\"", max_size=9) | SCALARS},
+                              optional={"name": WORDS}) | VALUES)},
+    optional={"stream": SCALARS, "a:b": SCALARS, "temperature": NUMBERS, "user": st.text(":a", max_size=4),
+              "stop": VALUES, "max_tokens": SCALARS},
+)  # fmt: skip
+
+
+@given(PLAIN, st.booleans(), st.booleans())
+@settings(max_examples=1500, deadline=None)
+def test_a_plain_chat_is_counted_as_any_other(body: dict[str, Any], ascii_only: bool, repeated: bool) -> None:
+    raw = json.dumps(body, ensure_ascii=ascii_only).encode()
+    if repeated:
+        raw = raw[:-1] + b', "model": "x:y"}'
+    try:
+        document = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return
+    plain, counted = summarize_plain(document, raw), summarize_any(document, raw)
+
+    assert plain is None or plain == replace(counted or ContentSummary(), plain_messages=True)
+    if plain is not None:
+        assert inspect_history(document["messages"]) == ConversationHistory()
+        assert requirements_of(document, plain) == requirements_of(document)
+
+
+def test_a_plain_chat_is_recognised() -> None:
+    body = {"model": "auto", "stream": True, "messages": [{"role": "user", "content": "1: 2"}] * 3}
+    raw = json.dumps(body).encode()
+
+    assert summarize_plain(body, raw) == ContentSummary(3 * len("rolecontentuser1: 2"), plain_messages=True)
 
 
 @given(st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS, inner, max_size=2)))
