@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -10,7 +10,6 @@ from proxy.routing.token_limits import with_limit
 from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext, RequestTrace
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
@@ -42,22 +41,22 @@ class AttemptRunner:
         self._ctx = ctx
         self._record = record
         self._deadline = ctx.received_at + timeout_s
-        self._headers = ctx.ids.upstream_headers(instance_id(str(settings.data_dir)))
+        self._headers = ctx.ids.upstream_headers(ctx.app.instance)
         # Models that rejected the prompt as too long.
         self._rejected_as_too_long: list[str] = []
 
-    async def complete(self) -> JSONPayload:
+    def complete(self) -> Coroutine[Any, Any, JSONPayload]:
         """Return the first answer that is not empty, or else the last one, which may be empty.
 
         Raises:
             UpstreamError: the last model that was asked has failed.
             ModelAtCapacity: no model had a free slot.
         """
-        return await self.run(self._complete, lambda answer: is_empty_completion(answer.body))
+        return self.run(self._complete, lambda answer: is_empty_completion(answer.body))
 
-    async def open_stream(self) -> UpstreamStream:
+    def open_stream(self) -> Coroutine[Any, Any, UpstreamStream]:
         """Return the first stream with content. Raises as `complete` does."""
-        return await self.run(self._stream, lambda stream: stream.is_empty)
+        return self.run(self._stream, lambda stream: stream.is_empty)
 
     async def run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
         """Ask the candidates in their order. If every circuit is open, ask the model that recovers first."""
@@ -67,7 +66,7 @@ class AttemptRunner:
         models_asked = 0
         for name in self._candidates():
             try:
-                outcome = await self._with_reconnect(name, call)
+                outcome = await self._attempt(name, call)
             except CircuitOpen:
                 cooling_down.append(name)
             except ModelAtCapacity as full:
@@ -84,7 +83,7 @@ class AttemptRunner:
             if models_asked == self._record.selection.max_attempts or self._remaining_s() <= 0:
                 break
         if outcome is None and cooling_down and not at_capacity:
-            return await self._with_reconnect(self._first_to_recover(cooling_down), call, even_if_open=True)
+            return await self._attempt(self._first_to_recover(cooling_down), call, even_if_open=True)
         return _result(outcome, at_capacity)
 
     def _candidates(self) -> Iterator[str]:
@@ -95,7 +94,7 @@ class AttemptRunner:
         for place, name in enumerate(self._record.selection.candidates):
             if place and name in self._ctx.app.snapshots.current.paused:
                 continue
-            if name in self._ctx.snapshot.models and not self._is_too_small(name):
+            if name in self._ctx.snapshot.models and not (self._rejected_as_too_long and self._is_too_small(name)):
                 yield name
 
     def _is_too_small(self, name: str) -> bool:
@@ -110,29 +109,30 @@ class AttemptRunner:
         row = pool.index.get(name)
         return NO_LIMIT if row is None else int(pool.max_input_tokens[row])
 
-    async def _with_reconnect(self, name: str, call: Call[Answer], *, even_if_open: bool = False) -> Answer:
-        """Ask a model, and once more if its connection was lost before any response."""
-        try:
-            return await self._attempt(name, call, even_if_open=even_if_open)
-        except UpstreamError as failure:
-            if not failure.connection_lost or self._remaining_s() <= 0:
-                raise
-        # The lost connection may just have opened the circuit; the second try is made all the same.
-        return await self._attempt(name, call, even_if_open=True)
+    async def _attempt(
+        self, name: str, call: Call[Answer], *, even_if_open: bool = False, reconnects: bool = True
+    ) -> Answer:
+        """Ask a model within its time limits, and record a failure.
 
-    async def _attempt(self, name: str, call: Call[Answer], *, even_if_open: bool) -> Answer:
-        """Ask a model once, within its time limits, and record a failure."""
+        Args:
+            reconnects: ask once more if the connection is lost before any response.
+        """
         app, model = self._ctx.app, self._ctx.snapshot.models[name]
         plan = app.plans.get(name)
         if plan is None or plan.record is not model:
             plan = app.renew_plan(model)
-        attempt = await self._start(plan, even_if_open=even_if_open)
+        attempt = self._start_at_once(plan, even_if_open=even_if_open)
+        if attempt is None:
+            attempt = await self._wait_and_start(plan, even_if_open=even_if_open)
         timeouts, overrides = plan.timeouts, self._ctx.request.options.timeouts
         if overrides is not NO_OVERRIDES:
             timeouts = timeouts_for(app.settings, model.info, overrides)
             attempt.is_cut_short = timeouts.stricter_than(plan.timeouts)
         remaining_s = self._remaining_s()
-        if self._record.has_asked and remaining_s < timeouts.first_token_s:
+        if remaining_s <= 0:  # the wait for a slot took it, which is no fault of this model
+            attempt.abandoned()
+            raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
+        if remaining_s < timeouts.first_token_s and self._record.has_asked:
             attempt.is_cut_short = True  # the attempts before took the time
         self._record.start_attempt(name)
         if self._record.trace is not None:
@@ -149,34 +149,40 @@ class AttemptRunner:
             raise failure from None
         except UpstreamError as failure:
             self._fail(attempt, failure)
-            raise
+            if not (reconnects and failure.connection_lost and self._remaining_s() > 0):
+                raise
         except BaseException:
             attempt.abandoned()
             raise
+        # The lost connection may just have opened the circuit; the second try is made all the same.
+        return await self._attempt(name, call, even_if_open=True, reconnects=False)
 
-    async def _start(self, plan: ModelPlan, *, even_if_open: bool) -> Attempt:
-        """Wait for one of the model's slots, and start an attempt that will release it.
+    def _start_at_once(self, plan: ModelPlan, *, even_if_open: bool) -> Attempt | None:
+        """Start an attempt that will release its slot of the model; None: there is no free slot.
 
         Raises:
-            CircuitOpen, ModelAtCapacity: the model is not asked.
-            UpstreamError: the time for all attempts together was over.
+            CircuitOpen: the model is not asked.
         """
         app, name = self._ctx.app, plan.record.name
         if not even_if_open and name in app.health.cooling_down():
             raise CircuitOpen(name)
+        acquired_at = app.concurrency_limiter.acquire_nowait(name, plan.limits)
+        return None if acquired_at is None else app.health.start_attempt(name, app.concurrency_limiter, acquired_at)
+
+    async def _wait_and_start(self, plan: ModelPlan, *, even_if_open: bool) -> Attempt:
+        """Wait for one of the model's slots, and start an attempt as `_start_at_once` does.
+
+        Raises:
+            CircuitOpen, ModelAtCapacity: the model is not asked.
+        """
+        app, name = self._ctx.app, plan.record.name
         max_wait_s = max(0.0, min(app.settings.queue_wait_s, self._remaining_s()))
         acquired_at = await app.concurrency_limiter.acquire(name, plan.limits, max_wait_s)
         # The circuit may have opened during the wait, or another request may have become its probe.
         if not even_if_open and name in app.health.cooling_down():
             app.concurrency_limiter.release(name, acquired_at)
             raise CircuitOpen(name)
-        # The wait for a slot took all the time that remained, which is no fault of this model.
-        if self._remaining_s() <= 0:
-            app.concurrency_limiter.release(name, acquired_at)
-            raise UpstreamError("no model was asked in time (request_timeout_s)", timed_out=True, retryable=False)
-        attempt = app.health.start_attempt(name)
-        attempt.take_slot(app.concurrency_limiter, acquired_at)
-        return attempt
+        return app.health.start_attempt(name, app.concurrency_limiter, acquired_at)
 
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:
         self._record.attempt_failed(failure)
@@ -244,7 +250,9 @@ class AttemptRunner:
         """Return the token limit that the model needs in place of a larger one of the caller's, and note it."""
         selection = self._record.selection
         requested = selection.requirements.max_output_tokens
-        sent = None if requested is None else selection.output_limit_for(self._ctx.snapshot.pool, name)
+        if requested is None or (name == selection.model and selection.max_tokens is None):
+            return None
+        sent = selection.output_limit_for(self._ctx.snapshot.pool, name)
         if sent == requested:
             return None
         self._record.clamped = sent

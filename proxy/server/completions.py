@@ -31,7 +31,7 @@ from proxy.server.dependencies import AppState, AppStateDep, CurrentKey, Request
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.exchange import ASGIExchange, Exchange, read_body
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import check_hops, instance_id, random_ids
+from proxy.server.requests import check_hops, random_ids
 from proxy.server.reservations import (
     Reservation,
     UsageEstimate,
@@ -148,7 +148,7 @@ async def create_completion(ctx: RequestContext) -> Answer:
         ProxyError: before any byte was sent to the client.
     """
     if ctx.ids.hops:
-        check_hops(ctx.ids.hops, instance_id(str(ctx.app.settings.data_dir)))
+        check_hops(ctx.ids.hops, ctx.app.instance)
     selection, affinity = await select(ctx)
     if selection.degraded_reason:
         ctx.app.metrics.degraded.inc()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
@@ -16,7 +17,7 @@ from proxy.server.auth import KEY_IN_SCOPE, PRINCIPAL
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reports import Reports
-from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds
+from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds, instance_id
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
@@ -108,6 +109,11 @@ class AppState:
     plans: dict[str, ModelPlan] = field(default_factory=dict, repr=False)
     """By model; one is out of date once the model has another record."""
     reports: Reports = field(default_factory=Reports, repr=False)
+
+    @cached_property
+    def instance(self) -> str:
+        """The name by which requests that come back to this server are recognised."""
+        return instance_id(str(self.settings.data_dir))
 
     def renew_plan(self, record: ModelRecord) -> ModelPlan:
         """Work out a model's plan once for all attempts of this record."""

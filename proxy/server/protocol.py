@@ -342,9 +342,6 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._rejected or self.transport.is_closing():
             return
-        self._unset_keepalive_if_required()
-        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
-            self._start_header_timer()
         self._parser_progressed = False
         self._silent_bytes += len(data)
         try:
@@ -356,6 +353,9 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._silent_bytes = 0
         elif self._silent_bytes > MAX_HEADER_BYTES:
             self._reject(HEADERS_TOO_LARGE)
+            return
+        if self._header_timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_header_timer()  # the head came in part
 
     def _parse(self, data: bytes) -> None:
         """Feed the parser, ignoring offers of another protocol, as HTTP allows: Java's client makes one a request."""
@@ -487,11 +487,22 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self.scope[BODY_COMPLETE] = True  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self.timeout_keep_alive_task is not None:
-            self._mark_idle()
-        elif self.transport.is_closing():
+        """Begin the next request that waits, or the wait for one."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
             self.close()
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._mark_idle()
+        # One that runs already looks at the clock when it ends: most connections have their next request by then.
+        if self.timeout_keep_alive_task is None:
+            self._start_keep_alive_timer(self.timeout_keep_alive)
+
+    def _start_keep_alive_timer(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def close(self) -> None:
         """Close once the client has taken what was written; abort if it takes nothing for too long."""
@@ -500,7 +511,14 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self._start_write_timer()
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():
+        self.timeout_keep_alive_task = None
+        since = self._idle.get(self)
+        if since is None or self._header_timer is not None:
+            return  # a request is being served, or its head is on the way
+        left_s = since + self.timeout_keep_alive - self.loop.time()
+        if left_s > 0:
+            self._start_keep_alive_timer(left_s)
+        elif self.transport.get_write_buffer_size():
             self.transport.abort()  # close() would wait for a client that has not read its last response
         else:
             self.transport.close()

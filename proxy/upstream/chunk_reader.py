@@ -59,7 +59,10 @@ def is_completion(body: Mapping[str, Any]) -> bool:
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
         return False
-    return all(isinstance(choice, dict) and isinstance(choice.get("message"), dict) for choice in choices)
+    for choice in choices:  # noqa: SIM110  # all() over a generator takes three times as long
+        if not (isinstance(choice, dict) and isinstance(choice.get("message"), dict)):
+            return False
+    return True
 
 
 def is_finished(chunk: Mapping[str, Any]) -> bool:

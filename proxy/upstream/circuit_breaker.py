@@ -106,6 +106,8 @@ class SlidingWindow:
 
     def _advance(self, now: float) -> int:
         current = int(now // self._bucket_s)
+        if current == self._newest:
+            return current % BUCKETS
         newest = current if self._newest is None else self._newest
         current = max(current, newest)
         for passed in range(newest + 1, min(current, newest + BUCKETS) + 1):
@@ -254,9 +256,12 @@ class CircuitBreaker:
         """
         if permit is not self._confirming and permit.epoch != self.epoch:
             return
-        self.abandoned(permit)
+        if permit is self._probe:
+            self._probe = None
         if not self.closed:
             if self.cooldown_s(now) > 0:
+                if permit is self._confirming:
+                    self._confirming = None
                 return
             self._close()
         self._confirming = None  # another success has confirmed it too

@@ -61,10 +61,9 @@ class _Queue:
 
     def change_limits(self, limits: ConcurrencyLimits) -> None:
         """Apply the newest limits to all requests: those that fit now are admitted."""
-        if limits is not self.limits:
-            self.limits = limits
-            self.slots.limit = limits.max_parallel
-            self.slots.admit()
+        self.limits = limits
+        self.slots.limit = limits.max_parallel
+        self.slots.admit()
 
 
 class ConcurrencyLimiter:
@@ -89,6 +88,15 @@ class ConcurrencyLimiter:
         self._on_full = on_full
         self._queues: dict[str, _Queue] = {}
 
+    def acquire_nowait(self, model: str, limits: ConcurrencyLimits) -> float | None:
+        """Take a free slot, as `acquire` does; None: the caller has to wait for one."""
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = _Queue(limits, FairQueue(limits.max_parallel))
+        elif queue.limits is not limits:
+            queue.change_limits(limits)
+        return self._clock() if queue.slots.acquire_nowait() else None
+
     async def acquire(self, model: str, limits: ConcurrencyLimits, max_wait_s: float = 5.0) -> float:
         """Take a slot, at once or after waiting for one.
 
@@ -100,15 +108,13 @@ class ConcurrencyLimiter:
         Raises:
             ModelAtCapacity: the queue is full, or the wait was too long.
         """
-        queue = self._queues.get(model)
-        if queue is None:
-            queue = self._queues[model] = _Queue(limits, FairQueue(limits.max_parallel))
-        else:
-            queue.change_limits(limits)
-        if not queue.slots.acquire_nowait():
-            if queue.is_full:
-                raise self._at_capacity(model, queue, queue.slots.waiting)
-            await self._wait(model, queue, max_wait_s)
+        acquired_at = self.acquire_nowait(model, limits)
+        if acquired_at is not None:
+            return acquired_at
+        queue = self._queues[model]
+        if queue.is_full:
+            raise self._at_capacity(model, queue, queue.slots.waiting)
+        await self._wait(model, queue, max_wait_s)
         return self._clock()
 
     def release(self, model: str, acquired_at: float) -> None:

@@ -47,20 +47,24 @@ class Attempt(Permit):
 
     __slots__ = ("_breaker", "_ended", "_health", "_slots", "acquired_at", "is_cut_short", "model")
 
-    def __init__(self, health: HealthRegistry, model: str, breaker: CircuitBreaker) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        health: HealthRegistry,
+        model: str,
+        breaker: CircuitBreaker,
+        slots: ConcurrencyLimiter | None,
+        acquired_at: float,
+    ) -> None:
+        self.epoch = breaker.epoch
+        self.is_probe = False
         self.model = model
         # Whether the attempt has less time than is configured for the model: a timeout then says nothing of the model.
         self.is_cut_short = False
         self._health = health
         self._breaker = breaker
-        self._slots: ConcurrencyLimiter | None = None
-        self.acquired_at = 0.0
+        self._slots = slots
+        self.acquired_at = acquired_at
         self._ended = False
-
-    def take_slot(self, slots: ConcurrencyLimiter, acquired_at: float) -> None:
-        """Take over a slot that was acquired of `slots`, to release it when this attempt ends."""
-        self._slots, self.acquired_at = slots, acquired_at
 
     def first_content(self) -> None:
         """Report the first content. A probe closes its circuit now, without waiting for the end of the answer."""
@@ -68,8 +72,13 @@ class Attempt(Permit):
             self._health._change(self.model, self._breaker, self._breaker.first_content, self)
 
     def succeeded(self) -> None:
-        if self._end():
-            self._health._change(self.model, self._breaker, self._breaker.succeeded, self)
+        if not self._end():
+            return
+        breaker, now = self._breaker, self._health._clock()
+        if breaker.closed and breaker.epoch == self.epoch:  # which stays so
+            breaker.succeeded(self, now)
+        else:
+            self._health._change(self.model, breaker, breaker.succeeded, self)
 
     def failed(self, failure: UpstreamError) -> None:
         if failure.timed_out and self.is_cut_short:
@@ -136,22 +145,27 @@ class HealthRegistry:
         waits = ((model, breaker.unavailable_s(now)) for model, breaker in self._open_breakers.items())
         return {model: wait for model, wait in waits if wait is not None}
 
-    def start_attempt(self, model: str) -> Attempt:
+    def start_attempt(self, model: str, slots: ConcurrencyLimiter | None = None, acquired_at: float = 0.0) -> Attempt:
         """Start an attempt at a model, even if its circuit is open. The first attempt after a cooldown is the probe.
 
         To respect an open circuit, check `cooling_down` right before this call, with no await in between. Acquire a
         slot before that check, so that no probe waits in a queue.
+
+        Args:
+            slots: of which a slot was acquired, to be released when the attempt ends.
+            acquired_at: when it was.
         """
-        breaker = self._breaker(model)
-        attempt = Attempt(self, model, breaker)
-        breaker.start(attempt, self._clock())
+        breaker = self._breakers.get(model) or self._make_breaker(model)
+        attempt = Attempt(self, model, breaker, slots, acquired_at)
+        if model in self._open_breakers:
+            breaker.start(attempt, self._clock())
         return attempt
 
     def open(self, model: str, seconds: float, why: str, *, from_peer: bool = False) -> None:
         """Open a model's circuit, for no longer than the longest cooldown. Does nothing if `seconds` is not above 0."""
         if not seconds > 0:
             return
-        breaker = self._breaker(model)
+        breaker = self._breakers.get(model) or self._make_breaker(model)
         change = breaker.open_from_peer if from_peer else breaker.open
         self._change(model, breaker, change, seconds, why, from_peer=from_peer)
 
@@ -190,13 +204,11 @@ class HealthRegistry:
         """Return how often this process opened the circuit of each model that it has asked."""
         return {model: breaker.open_count for model, breaker in self._breakers.items()}
 
-    def _breaker(self, model: str) -> CircuitBreaker:
-        breaker = self._breakers.get(model)
-        if breaker is None:
-            if len(self._breakers) >= MAX_MODELS:
-                closed = (name for name in self._breakers if name not in self._open_breakers)
-                self.reset(next(chain(closed, self._open_breakers)))
-            breaker = self._breakers[model] = CircuitBreaker(self.settings)
+    def _make_breaker(self, model: str) -> CircuitBreaker:
+        if len(self._breakers) >= MAX_MODELS:
+            closed = (name for name in self._breakers if name not in self._open_breakers)
+            self.reset(next(chain(closed, self._open_breakers)))
+        breaker = self._breakers[model] = CircuitBreaker(self.settings)
         return breaker
 
     def _change(

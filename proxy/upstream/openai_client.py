@@ -133,24 +133,22 @@ class OpenAIClient:
             body = endpoint.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
         else:
             body = encode({**request.body, "model": endpoint.model, "stream": stream})
+        origin = endpoint.head.origin
         try:
-            response = await self._send(endpoint, request, body)
+            connection = self._pool.acquire_idle(origin) or await self._pool.acquire(
+                origin, request.connect_timeout_s or self._connect_timeout_s
+            )
+            response = UpstreamResponse(self._pool, origin, connection)
+            try:
+                await connection.send(endpoint.render_head(request.headers), body)
+                await response.receive_head()
+            except BaseException:
+                response.close()
+                raise
         except (ProxyError, OutboundError, *READ_ERRORS) as error:
             raise redact(endpoint.secrets, _error_from_exception(error, endpoint)) from error
         if response.status != 200:
             await self._raise_for_status(response, endpoint)
-        return response
-
-    async def _send(self, endpoint: Endpoint, request: UpstreamRequest, body: bytes) -> UpstreamResponse:
-        origin = endpoint.head.origin
-        connection = await self._pool.acquire(origin, request.connect_timeout_s or self._connect_timeout_s)
-        response = UpstreamResponse(self._pool, origin, connection)
-        try:
-            await connection.send(endpoint.render_head(request.headers), body)
-            await response.receive_head()
-        except BaseException:
-            response.close()
-            raise
         return response
 
     async def _raise_for_status(self, response: UpstreamResponse, endpoint: Endpoint) -> None:
@@ -193,7 +191,7 @@ class UpstreamChunks:
     async def _read(self) -> bytes:
         """Return nothing at the end of the stream, and where it broke after the end of its answer."""
         try:
-            return await _read_next(self._response, self._reader)
+            return await (_read_tail(self._response) if self._reader.finished else self._response.read())
         except READ_ERRORS as error:
             self._response.close()
             if self._reader.break_off():
@@ -229,13 +227,11 @@ async def read_completion(
     with ResponseBounds(memory) as bounds:
         reader = CompletionReader(name, bounds, choices=choices, headers=response.headers)
         await _read_body(response, name, reader)
-        return await reader.completion_in_thread()
+        return reader.completion() if reader.is_small else await reader.completion_in_thread()
 
 
-async def _read_next(response: UpstreamResponse, reader: ChunkReader | BodyReader) -> bytes:
-    """Read the next piece. TimeoutError if the answer has finished and nothing more comes soon."""
-    if not reader.finished:
-        return await response.read()
+async def _read_tail(response: UpstreamResponse) -> bytes:
+    """Read what comes after the end of the answer. TimeoutError if nothing comes soon."""
     async with asyncio.timeout(MAX_TAIL_S):
         return await response.read()
 
@@ -247,7 +243,10 @@ async def _read_body(response: UpstreamResponse, name: str, reader: BodyReader) 
         UpstreamError: the body breaks off, or is larger than can be held.
     """
     try:
-        while not reader.done and (piece := await _read_next(response, reader)):
+        while not reader.done:
+            piece = await (_read_tail(response) if reader.finished else response.read())
+            if not piece:
+                break
             reader.feed(piece)
     except READ_ERRORS as error:
         if not reader.break_off():

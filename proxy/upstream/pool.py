@@ -99,10 +99,12 @@ class ConnectionPool:
             TimeoutError: it could not be opened in time.
             OSError, ProxyError: it cannot be opened.
         """
+        if (idle := self.acquire_idle(origin)) is not None:
+            return idle
         if not self._slots.acquire_nowait():
             await self._wait_for_slot(wait_s)
-        if (idle := self._pop_idle(origin)) is not None:
-            return idle
+            if (idle := self._pop_idle(origin)) is not None:
+                return idle
         try:
             while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
                 self._close_oldest()
@@ -111,6 +113,15 @@ class ConnectionPool:
         except BaseException:
             self._slots.release()
             raise
+
+    def acquire_idle(self, origin: Origin) -> HTTP11Connection | None:
+        """Return an idle connection that can be used at once, to be given back as by `acquire`; None: there is none."""
+        if not self._slots.acquire_nowait():
+            return None
+        idle = self._pop_idle(origin)
+        if idle is None:
+            self._slots.release()
+        return idle
 
     async def _wait_for_slot(self, wait_s: float | None) -> None:
         try:

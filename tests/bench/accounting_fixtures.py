@@ -60,10 +60,7 @@ class AccountingParts:
         model, slots = self.selection.model, self.app.concurrency_limiter
         self.app.health.cooling_down()
         acquired_at = await slots.acquire(model, LIMITS, 5.0)
-        self.app.health.cooling_down()
-        attempt = self.app.health.start_attempt(model)
-        attempt.take_slot(slots, acquired_at)
-        return attempt
+        return self.app.health.start_attempt(model, slots, acquired_at)
 
     async def valkey_s(self) -> float:
         """Return the CPU seconds that the store has taken."""

@@ -67,8 +67,7 @@ def test_the_first_end_of_an_attempt_is_its_end() -> None:
 async def test_an_attempt_gives_its_slot_back_once() -> None:
     health, _ = a_health()
     limiter, one = ConcurrencyLimiter(), ConcurrencyLimits(max_parallel=1, max_queued=2)
-    attempt = health.start_attempt("small")
-    attempt.take_slot(limiter, await limiter.acquire("small", one))
+    attempt = health.start_attempt("small", limiter, await limiter.acquire("small", one))
     waiting = [asyncio.create_task(limiter.acquire("small", one)) for _ in range(2)]
     await asyncio.sleep(0)
     attempt.succeeded()
