@@ -17,9 +17,10 @@ from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import Blocks, NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
+from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, simple_text
 from proxy.upstream.sse import encode_json
 from router_core.pool import NO_LIMIT
+from router_core.text import text_bytes
 
 T = TypeVar("T")
 
@@ -201,9 +202,12 @@ class AttemptRunner:
         attempt.succeeded()
         if record.trace is not None:
             record.trace.observe(answer)
-        record.add_output(content_bytes(answer.body))
-        record.set_usage(answer.body)
-        record.affinity.observe_completion(answer.body, model.name)
+        body = answer.body
+        text = simple_text(body)
+        record.add_output(content_bytes(body) if text is None else text_bytes(text))
+        record.set_usage(body)
+        if text is None:  # text leaves no fingerprint
+            record.affinity.observe_completion(body, model.name)
         return answer
 
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:

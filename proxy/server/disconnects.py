@@ -38,7 +38,9 @@ class Client(Protocol):
     async def wait_for_disconnect(self) -> None: ...
 
 
-async def cancel_on_disconnect(client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None) -> T:
+def cancel_on_disconnect(
+    client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None
+) -> Coroutine[Any, Any, T]:
     """Return the result of `work`, which is cancelled when the client leaves.
 
     The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the
@@ -51,7 +53,11 @@ async def cancel_on_disconnect(client: Client, work: Coroutine[Any, Any, T], dis
         ClientDisconnected: after `work` was cancelled and has ended.
     """
     if client.disconnect is not None:
-        return await _run(client.disconnect, work, dispose)
+        return _run(client.disconnect, work, dispose)
+    return _run_watched(client, work, dispose)
+
+
+async def _run_watched(client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None) -> T:
     disconnect = DisconnectEvent()
     watching = asyncio.create_task(_watch(client, disconnect))
     try:

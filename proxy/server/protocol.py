@@ -196,8 +196,8 @@ class HTTPExchange(Exchange):
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         if await self._can_write():
-            self._head = self._head_bytes(status, headers)
             self.status, self._chunked = status, "content-length" not in headers
+            self._head = self._head_bytes(status, headers, "transfer-encoding: chunked\r\n" if self._chunked else "")
             self._flushing = self._protocol.loop.call_soon(self._flush)
 
     async def write(self, data: bytes) -> None:
@@ -216,7 +216,7 @@ class HTTPExchange(Exchange):
         if len(body) > MAX_JOINED_BYTES:
             await super().send(status, headers, body)
         elif await self._can_write():
-            head = self._head_bytes(status, {**headers, "content-length": str(len(body))})
+            head = self._head_bytes(status, headers, f"content-length: {len(body)}\r\n")
             self.status = status
             self._transport.write(head + body)
             self._complete()
@@ -228,20 +228,18 @@ class HTTPExchange(Exchange):
             await flow.drain()
         return not (self.disconnect.is_set or self.response_complete)
 
-    def _head_bytes(self, status: int, headers: Mapping[str, str]) -> bytes:
-        if headers.get("connection") == "close":
+    def _head_bytes(self, status: int, headers: Mapping[str, str], framing: str) -> bytes:
+        """Return the head of the answer. `framing`: the line that says where the body ends; empty: a header does."""
+        stated = {**headers, **self.id_headers()}
+        if stated.get("connection") == "close":
             self.keep_alive = False
         elif not self.keep_alive:
-            headers = {**headers, "connection": "close"}
-        if "content-length" not in headers:
-            headers = {**headers, "transfer-encoding": "chunked"}
-        lines = [f"{name}: {value}\r\n" for name, value in {**headers, **self.id_headers()}.items()]
-        raw = "".join(lines).encode("latin-1")
-        if len(raw.translate(None, _CONTROL_BYTES)) != len(raw) - 2 * len(lines):
+            stated["connection"] = "close"
+        raw = "".join([f"{name}: {value}\r\n" for name, value in stated.items()]).encode("latin-1")
+        if len(raw.translate(None, _CONTROL_BYTES)) != len(raw) - 2 * len(stated):
             raise ValueError("a header of the answer has a control character")
-        return b"".join(
-            (STATUS_LINE[status], _lines_of(tuple(self._protocol.server_state.default_headers)), raw, b"\r\n")
-        )
+        default = _lines_of(tuple(self._protocol.server_state.default_headers))
+        return b"%b%b%b%b\r\n" % (STATUS_LINE[status], default, raw, framing.encode())
 
     def _write(self, data: bytes) -> None:
         if self._head is not None:

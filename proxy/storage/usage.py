@@ -218,6 +218,8 @@ def parse_usage(usage: object) -> TokenCounts:
     """
     if not isinstance(usage, Mapping):
         return TokenCounts()
+    if usage.keys() == _PLAIN_REPORT and (plain := _read_plain(usage)) is not None:
+        return plain
     found: dict[str, int] = {}
     _read(usage, _MEANINGS, found, depth=0)
     get = found.get
@@ -244,6 +246,18 @@ def parse_usage(usage: object) -> TokenCounts:
         audio_output_tokens=get("audio_out"),
         image_output_tokens=get("image_out"),
     )
+
+
+# What servers of OpenAI's format report of most answers.
+_PLAIN_REPORT = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+
+
+def _read_plain(usage: Mapping[str, Any]) -> TokenCounts | None:
+    """Read a report of these three alone, quickly; None: they are no whole numbers above 0, or do not add up."""
+    prompt, output, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
+    if type(prompt) is int and type(output) is int and prompt + output == total and min(prompt, output) > 0:
+        return TokenCounts(prompt_tokens=prompt, output_tokens=output) if max(prompt, output) < MAX_TOKENS else None
+    return None
 
 
 def _has_no_parts(found: Mapping[str, int]) -> bool:

@@ -3,21 +3,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
+from proxy.json_limits import SMALL_BYTES
 from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
-from proxy.upstream.completion_reader import CompletionReader
+from proxy.upstream.completion_reader import CompletionReader, check_completion
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.endpoint import Endpoint, Endpoints, encode
 from proxy.upstream.errors import connection_lost, error_from_response, not_http, redact, redirect_refused, unreachable
 from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
-from proxy.upstream.payload import JSONPayload, NativePayload
+from proxy.upstream.payload import JSONPayload, NativePayload, parse
 from proxy.upstream.pool import (
     READ_ERRORS,
     ConnectionClosed,
@@ -215,7 +217,7 @@ class UpstreamChunks:
 async def read_completion(
     response: UpstreamResponse, name: str, memory: ResponseMemory, choices: int = 1
 ) -> JSONPayload:
-    """Read a whole completion in OpenAI's format.
+    """Read a whole completion in OpenAI's format, and close the response.
 
     Args:
         name: of the model.
@@ -224,9 +226,16 @@ async def read_completion(
     Raises:
         UpstreamError: there is none. The provider's keys may be in it: see `redact`.
     """
+    start = response.take_whole()
+    if start is not None and start.startswith(b"{") and len(start) <= min(SMALL_BYTES, memory.max_response_bytes):
+        with suppress(ValueError):  # most answers come at once, and are small
+            return check_completion(name, *parse(start), response.headers)
     with ResponseBounds(memory) as bounds:
         reader = CompletionReader(name, bounds, choices=choices, headers=response.headers)
-        await _read_body(response, name, reader)
+        if start is None:
+            await _read_body(response, name, reader)
+        elif start:
+            reader.feed(start)
         return reader.completion() if reader.is_small else await reader.completion_in_thread()
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import aiohappyeyeballs
@@ -54,8 +54,7 @@ class PoolTimeout(TimeoutError):
 READ_ERRORS = (ConnectionClosed, IncompleteResponse, RemoteProtocolError, OSError)
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """What a connection connects to, and through which proxy. Connections of one origin are interchangeable."""
 
     host: str
@@ -280,6 +279,14 @@ class UpstreamResponse:
     def ended(self) -> bool:
         return self._connection is None or self._connection.ended
 
+    def take_whole(self) -> bytes | None:
+        """Return the whole body and close the response; None, and do neither, while more is to come or to unpack."""
+        connection = self._connection
+        if connection is None or not connection.ended or (body := connection.take_whole()) is None:
+            return None
+        self.close()
+        return body
+
     def close(self) -> None:
         """Keep the connection if the response has ended, else close it. May be called again."""
         connection, self._connection = self._connection, None
@@ -454,11 +461,22 @@ class HTTP11Connection(asyncio.Protocol):
                 raise self._error
             await self._wait(timeout_s)
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._release_pieces()
+        return data
+
+    def _release_pieces(self) -> None:
         self._pieces.clear()
         self._unread = 0
         if self._reading_paused:
             self._reading_paused = False
             self._transport.resume_reading()
+
+    def take_whole(self) -> bytes | None:
+        """Return all of the body of a response that has ended and is not compressed, else None."""
+        if not self.ended or self._decompressor is not None:
+            return None
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._release_pieces()
         return data
 
     @property
