@@ -119,9 +119,7 @@ class AttemptRunner:
             reconnects: ask once more if the connection is lost before any response.
         """
         app, model = self._ctx.app, self._ctx.snapshot.models[name]
-        plan = app.plans.get(name)
-        if plan is None or plan.record is not model:
-            plan = app.renew_plan(model)
+        plan = app.plan_of(model)
         attempt = self._start_at_once(plan, even_if_open=even_if_open)
         if attempt is None:
             attempt = await self._wait_and_start(plan, even_if_open=even_if_open)

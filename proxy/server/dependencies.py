@@ -115,8 +115,11 @@ class AppState:
         """The name by which requests that come back to this server are recognised."""
         return instance_id(str(self.settings.data_dir))
 
-    def renew_plan(self, record: ModelRecord) -> ModelPlan:
-        """Work out a model's plan once for all attempts of this record."""
+    def plan_of(self, record: ModelRecord) -> ModelPlan:
+        """Return a model's plan, worked out once for all attempts of this record."""
+        plan = self.plans.get(record.name)
+        if plan is not None and plan.record is record:
+            return plan
         if len(self.plans) > 2 * len(self.snapshots.current.models):  # most of them are of models that were removed
             self.plans.clear()
         plan = ModelPlan(record, timeouts_for(self.settings, record.info), ConcurrencyLimits.of(record.info))

@@ -196,7 +196,7 @@ async def read_body(
     Raises:
         UnsupportedMediaType, ContentTooLarge, BodyTimeout, ClientDisconnected.
     """
-    _check_headers(exchange.headers, limit, content_type)
+    _check_headers(exchange.headers, content_type)
     pieces: list[bytes] = []
     size = 0
     if exchange.body_complete:
@@ -206,6 +206,7 @@ async def read_body(
                 raise _too_large(limit)
             return piece
         pieces, size = [piece], len(piece)
+    _check_length(exchange.headers, limit)
     now = asyncio.get_running_loop().time
     deadline = now() + total_timeout_s
     try:
@@ -224,13 +225,17 @@ async def read_body(
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _check_headers(headers: RequestHeaders, limit: int, content_type: str) -> None:
+def _check_headers(headers: RequestHeaders, content_type: str) -> None:
     if headers.value(b"content-type") != content_type.encode():
         _check_content_type(headers, content_type)
     if headers.has_any(_CONTENT_ENCODING):
         encoding = headers.getlist("content-encoding")[0].strip().lower()
         if encoding not in ("", "identity"):
             raise UnsupportedMediaType(f"compressed bodies are not read; got content-encoding {encoding[:40]!r}")
+
+
+def _check_length(headers: RequestHeaders, limit: int) -> None:
+    """Refuse a body that states to be too large, before it comes."""
     lengths = headers.getlist("content-length")
     if not lengths:
         return

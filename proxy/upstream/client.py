@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -78,7 +78,7 @@ class UpstreamClient:
         # Models that cannot be called until litellm is imported.
         self.not_ready: frozenset[str] = frozenset()
 
-    async def complete(
+    def complete(
         self,
         record: ModelRecord,
         body: Mapping[str, Any],
@@ -86,7 +86,7 @@ class UpstreamClient:
         *,
         raw: bytes | None = None,
         connect_timeout_s: float | None = None,
-    ) -> JSONPayload:
+    ) -> Coroutine[Any, Any, JSONPayload]:
         """Return a whole completion in OpenAI's format.
 
         Args:
@@ -96,10 +96,17 @@ class UpstreamClient:
             UpstreamError: there is none.
         """
         resolved = self._resolved(record)
-        if resolved is not None:
-            return await self._openai.complete(
-                UpstreamRequest(record, resolved, body, headers or {}, raw, connect_timeout_s)
-            )
+        if resolved is None:
+            return self._complete_through_litellm(record, body, headers, connect_timeout_s)
+        return self._openai.complete(UpstreamRequest(record, resolved, body, headers or {}, raw, connect_timeout_s))
+
+    async def _complete_through_litellm(
+        self,
+        record: ModelRecord,
+        body: Mapping[str, Any],
+        headers: Mapping[str, str] | None,
+        connect_timeout_s: float | None,
+    ) -> JSONPayload:
         await self.ensure_litellm()
         return await self._litellm.complete(record, body, headers, connect_timeout_s=connect_timeout_s)
 

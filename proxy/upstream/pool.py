@@ -9,7 +9,6 @@ import ssl
 import zlib
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 

@@ -10,7 +10,7 @@ import pytest
 from proxy.cli.models import per_million
 from proxy.profiling.model_client import cost_of as cost_of_answer
 from proxy.profiling.model_client import read_answer
-from proxy.storage.usage import TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
+from proxy.storage.usage import MAX_TOKENS, TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
 from router_core.types import Price
 from tests.support.usage_reports import openai
 
@@ -162,6 +162,14 @@ def test_a_chunk_without_usage_has_none(body: dict[str, Any]) -> None:
 def test_a_count_is_a_whole_number_or_unknown(value: Any, read: int | None) -> None:
     assert parse_usage({"prompt_tokens": value}).prompt_tokens == read
     assert parse_usage({"input_tokens": value, "prompt_tokens": "odd"}).prompt_tokens == read
+
+
+@pytest.mark.parametrize("prompt", [7, 0, -1, 1.0, True, None, "7", MAX_TOKENS, MAX_TOKENS - 1])
+@pytest.mark.parametrize("output", [5, 0, True, 10**30])
+@pytest.mark.parametrize("total", [12, 5, 0, None])
+def test_a_plain_report_reads_as_any_other(prompt: Any, output: Any, total: Any) -> None:
+    plain = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": total}
+    assert parse_usage(plain) == parse_usage({**plain, "of_no_meaning": 1})
 
 
 def test_parts_are_never_more_than_their_whole() -> None:
