@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -20,6 +20,7 @@ from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.reservations import Reservation, Settlement
 from proxy.storage.client_keys import MAX_TAGS
+from proxy.storage.redis import StoreUnavailable
 from proxy.storage.usage import (
     ObservedTraffic,
     TokenCounts,
@@ -181,9 +182,10 @@ class RequestRecord:
         self._log(entry)
 
     async def wait_until_settled(self) -> None:
-        """Wait until the key's limits include what this request used, or until that takes too long."""
-        if self._settlement is not None and self._reservation is not None:
-            await asyncio.wait({self._settlement}, timeout=self._reservation.wait_s)
+        """Wait until the key's limits include what this request used, or until Redis is given up."""
+        if self._settlement is not None:
+            with contextlib.suppress(StoreUnavailable):
+                await self._settlement
 
     def headers(self) -> dict[str, str]:
         """Return the response headers about the decision and about the key's limits."""
