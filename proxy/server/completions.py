@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -203,7 +202,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
     try:
         return estimate.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(estimate, limits))
     except BudgetExceeded:
-        cheaper = replace(estimate, selection=drop_pricier_fallbacks(estimate))
+        cheaper = estimate.of(drop_pricier_fallbacks(estimate))
         if cheaper.selection.candidates == estimate.selection.candidates:
             raise
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))

@@ -38,6 +38,7 @@ from proxy.storage.redis import Availability, Store, StoreUnavailable, StoreUnre
 from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
 from router_core.text import rfc3339
+from router_core.types import frozen
 
 log = logging.getLogger("uniroute.limits")
 
@@ -255,7 +256,7 @@ def _configured(limits: KeyLimits) -> tuple[str, ...]:
     return tuple("" if limit is None else str(limit) for limit in configured)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LimitStatus:
     """What a key has used, this request included if it was granted."""
 

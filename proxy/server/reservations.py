@@ -17,7 +17,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -38,7 +38,7 @@ from proxy.storage.redis_pipeline import PipelinedConnection
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.native_api import native_apis
 from router_core.pricing import max_price_usd, picousd
-from router_core.types import Doubles, Price
+from router_core.types import Doubles, Price, frozen
 
 # From the last moment of a request until its usage record must have reached Redis.
 MARGIN_S = 30.0
@@ -55,7 +55,7 @@ _REASONING_WITHIN_LIMIT = frozenset(
 _REASONING_BEYOND_LIMIT = frozenset(["dashscope", "xai"])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReservationRequest:
     """What is to be reserved for one request."""
 
@@ -74,7 +74,7 @@ def _settle_nothing(_tokens: int | None, _picousd: int | None) -> None:
     """Settle a reservation of no tokens and no money."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reservation:
     """The permission to send one request, and what is reserved for it."""
 
@@ -89,7 +89,7 @@ class Reservation:
 
 def limit_to_reserved(selection: Selection, limits: KeyLimits) -> Selection:
     """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
-    if not limits.money:
+    if not limits.money or len(selection.candidates) <= selection.max_attempts:
         return selection
     return replace(selection, candidates=selection.candidates[: selection.max_attempts])
 
@@ -114,17 +114,38 @@ def reservation_request(estimate: UsageEstimate, limits: KeyLimits) -> Reservati
     return ReservationRequest(estimate.selection.id, tokens, min(picodollars, MAX_PICOUSD), ttl_s)
 
 
-@dataclass(frozen=True)
 class UsageEstimate:
     """Estimate how many tokens, and how much money, one request may take of each model that may answer it."""
 
-    selection: Selection
-    body: Mapping[str, Any]
-    """The request's, as the caller sent it."""
-    snapshot: RoutingSnapshot
-    settings: Settings
-    translation: Translation | None = None
-    """Of a body that the caller did not send as it is."""
+    __slots__ = ("_limits", "_native_prompt", "_sent", "body", "selection", "settings", "snapshot", "translation")
+
+    def __init__(
+        self,
+        selection: Selection,
+        body: Mapping[str, Any],
+        snapshot: RoutingSnapshot,
+        settings: Settings,
+        translation: Translation | None = None,
+    ) -> None:
+        """
+        Args:
+            body: the request's, as the caller sent it, or as it was translated.
+            translation: of a body that the caller did not send as it is.
+        """
+        self.selection = selection
+        self.body = body
+        self.snapshot = snapshot
+        self.settings = settings
+        self.translation = translation
+        self._limits = token_limits_of(body)
+        # Tokens of what the caller sent itself, which may hold what no chat body can. None: not counted yet.
+        self._native_prompt: int | None = None
+        # Model → the tokens of the prompt, and the limits, as they are sent to it.
+        self._sent: dict[str, tuple[int, TokenLimits]] = {}
+
+    def of(self, selection: Selection) -> UsageEstimate:
+        """Estimate the same request with another selection of models."""
+        return UsageEstimate(selection, self.body, self.snapshot, self.settings, self.translation)
 
     @property
     def models(self) -> Sequence[str]:
@@ -156,27 +177,28 @@ class UsageEstimate:
         )
         return picousd(largest_usd)
 
-    @cached_property
-    def _limits(self) -> TokenLimits:
-        return token_limits_of(self.body)
-
-    @cached_property
-    def _native_prompt(self) -> int:
-        """Return the tokens of what the caller sent itself, which may hold what no chat body can."""
-        return 0 if self.translation is None else estimate_document_tokens(self.translation.document)
-
     def _tokens(self, name: str, per_minute: int) -> int:
         prompt, limits = self._as_sent_to(name)
-        pool = self.snapshot.pool
-        usual = round(_mean(pool.output_tokens[pool.index[name]]))
+        usual = 0
+        if limits.limit is None or limits.unlimited:
+            pool = self.snapshot.pool
+            usual = round(_mean(pool.output_tokens[pool.index[name]]))
         total = prompt + limits.output_tokens(usual, thinking_within=_reasons_within_limit(self.snapshot.models[name]))
         return total if limits.stated else max(prompt, min(total, per_minute))
 
     def _as_sent_to(self, name: str) -> tuple[int, TokenLimits]:
+        sent = self._sent.get(name)
+        if sent is None:
+            sent = self._sent[name] = self._work_out(name)
+        return sent
+
+    def _work_out(self, name: str) -> tuple[int, TokenLimits]:
         """Return the tokens of the prompt, and the limits, as they are sent to this model."""
         record, needs = self.snapshot.models[name], self.selection.requirements
         prompt, limits = needs.prompt_tokens, self._limits
         if self.translation is not None and self.translation.api in native_apis(record):
+            if self._native_prompt is None:
+                self._native_prompt = estimate_document_tokens(self.translation.document)
             prompt = max(prompt, self._native_prompt)
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
