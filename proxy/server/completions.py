@@ -30,7 +30,7 @@ from proxy.server.dependencies import AppState, AppStateDep, CurrentKey, Request
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.exchange import ASGIExchange, Exchange, read_body
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import check_hops, instance_id, random_ids
+from proxy.server.requests import check_hops, instance_id, random_id
 from proxy.server.reservations import (
     Reservation,
     UsageEstimate,
@@ -116,7 +116,7 @@ async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None,
         reject_control_fields(document)
         if api is RESPONSES:
             document = await expand(document, app.responses, scope_of(key))
-        translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
+        translation = api.translate(document, answer_id=random_id(), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
         # A list may be sent in several headers.
         native_headers = tuple((name, ",".join(headers.getlist(name))) for name in NATIVE_HEADERS)
@@ -172,7 +172,7 @@ async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selecti
     app = ctx.app
     affinity = await load_affinity(app.sessions, ctx.request, ctx.key, app.settings)
     selecting = SelectionContext(
-        f"dec-{next(random_ids)}",
+        f"dec-{random_id()}",
         ctx.request,
         ctx.key,
         ctx.snapshot,

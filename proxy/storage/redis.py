@@ -21,8 +21,9 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as ConnectionFailed
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.concurrency import BackgroundTasks, run_uncancelled
@@ -97,6 +98,21 @@ async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:
         return replies
     finally:
         await pool.release(connection)
+
+
+async def evaluate(client: Redis, script: AsyncScript, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+    """Run a registered script, and return its reply. Raise RedisError, OSError.
+
+    A long list of arguments takes a quarter of the time that redis-py takes for it.
+    """
+    command = encode_command(("EVALSHA", script.sha, str(len(keys)), *keys, *arguments))
+    (reply,) = await pipeline(client, [command])
+    if isinstance(reply, NoScriptError):
+        await client.script_load(script.script)
+        (reply,) = await pipeline(client, [command])
+    if isinstance(reply, RedisError):
+        raise reply
+    return reply
 
 
 async def _exchange(connection: Any, commands: Sequence[bytes]) -> list[Any]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -104,18 +104,32 @@ class UsageRecord:
         return None if self.cost_usd is None else picousd(self.cost_usd)
 
     def to_json(self) -> str:
-        stored = dict(zip(_STORED, (*_values(self), self.cost_picousd), strict=True))
+        stored = {
+            "decision": self.decision,
+            "at": self.at,
+            "model": self.model,
+            "key_id": self.key_id,
+            "reason": self.reason,
+            "ending": self.ending,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+            "cost_usd": self.cost_usd,
+            "seconds": self.seconds,
+            "first_token_s": self.first_token_s,
+            "reservation": self.reservation,
+            "estimated": self.estimated,
+            "cache_write_tokens": self.cache_write_tokens,
+            "audio_input_tokens": self.audio_input_tokens,
+            "audio_output_tokens": self.audio_output_tokens,
+            "tags": self.tags,
+            "cost_picousd": self.cost_picousd,
+        }
         try:
             return orjson.dumps(stored).decode()
         except TypeError:  # a cost beyond 64 bits
             return json.dumps(stored)
-
-
-_NAMES = tuple(column.name for column in fields(UsageRecord))
-
-_STORED = (*_NAMES, "cost_picousd")
-
-_values = attrgetter(*_NAMES)
 
 
 # Of one request. A report of more is ignored.
