@@ -121,7 +121,11 @@ class Journal:
         return batch
 
     def acknowledge(self, applied: int, end: int | None = None) -> None:
-        """Note that Redis has every record up to the number `applied`; `end`: what comes next begins there at the earliest."""
+        """Note that Redis has every record up to the number `applied`.
+
+        Args:
+            end: offset in the file before which nothing has to be read any more. None: as before.
+        """
         if end is not None:
             self._position = end
         self.applied = max(self.applied, applied)
