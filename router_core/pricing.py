@@ -86,8 +86,12 @@ _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 def rate_usd(price: Price, bucket: str) -> float:
     """Return the USD for a token of this bucket, at one tier."""
-    stated = (getattr(price, name) for name in RATES[bucket])
-    return float(next(usd for usd in stated if usd is not None))
+    *apart, always = RATES[bucket]
+    for name in apart:
+        usd: float | None = getattr(price, name)
+        if usd is not None:
+            return float(usd)
+    return float(getattr(price, always))
 
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:

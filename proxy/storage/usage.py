@@ -331,6 +331,7 @@ _parts_of = attrgetter(
     "reasoning_tokens",
     "written_tokens",
     "audio_input_tokens",
+    "cached_audio_tokens",
     "image_input_tokens",
     "audio_output_tokens",
     "image_output_tokens",
@@ -340,16 +341,18 @@ _parts_of = attrgetter(
 def buckets_of(counts: TokenCounts) -> TokenUsage:
     """Make the counts disjoint. None is larger than what is left of its whole; an unknown whole is empty."""
     prompt, output = counts.prompt_tokens or 0, counts.output_tokens or 0
-    if not any(_parts_of(counts)):
-        return TokenUsage(prompt, 0, output)
-    cached = min(counts.cached_tokens or 0, prompt)
+    all_cached, all_reasoning, *others = _parts_of(counts)
+    cached = min(all_cached or 0, prompt)
+    if not any(others):
+        reasoning = min(all_reasoning or 0, output)
+        return TokenUsage(prompt - cached, cached, output - reasoning, reasoning_tokens=reasoning)
     written = min(counts.written_tokens or 0, prompt - cached)
     written_1h = min(counts.written_1h_tokens or 0, written)
     left = prompt - cached - written
     cached_audio = min(counts.cached_audio_tokens or 0, cached)
     audio_in = min(max((counts.audio_input_tokens or 0) - cached_audio, 0), left)
     images_in = min(counts.image_input_tokens or 0, left - audio_in)
-    reasoning = min(counts.reasoning_tokens or 0, output)
+    reasoning = min(all_reasoning or 0, output)
     audio_out = min(counts.audio_output_tokens or 0, output - reasoning)
     images_out = min(counts.image_output_tokens or 0, output - reasoning - audio_out)
     return TokenUsage(
