@@ -34,7 +34,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, load_script
-from proxy.storage.redis_pipeline import PipelinedConnection
+from proxy.storage.redis_connections import PipelinedConnection
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.native_api import native_apis
 from router_core.pricing import max_price_usd, picousd

@@ -15,7 +15,7 @@ from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store, StoreUnavailable, encode_command
-from proxy.storage.redis_pipeline import PipelinedConnection
+from proxy.storage.redis_connections import PipelinedConnection
 from proxy.storage.registry import Registry, RegistryError
 from tests.support.sentinels import Sentinels, TlsProxy, sentinels
 from tests.support.tls import a_certificate, served_by

@@ -9,7 +9,7 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 from proxy.storage.redis import MAX_CONNECTIONS, Store, encode_command, pipeline
-from proxy.storage.redis_pipeline import PipelinedConnection
+from proxy.storage.redis_connections import PipelinedConnection
 
 
 @pytest.fixture
