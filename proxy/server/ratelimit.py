@@ -74,6 +74,7 @@ class RateLimiter:
         self._metrics = metrics
         self._open = open_without_store
         self._clock = clock
+        self._timeout_s = timeout_s
         self._scripts = ScriptBatcher(store, (RESERVE, END), timeout_s)
         self._settle_script = store.client.register_script(SETTLE)
         self._buckets: LRU[str, BucketState] = LRU(MAX_KEYS)
@@ -106,7 +107,7 @@ class RateLimiter:
             if not (request.tokens or request.picousd):
                 return Reservation(key.id, request.id, headers)
             settle = partial(self._settle, key.id, request.id)
-            return Reservation(key.id, request.id, headers, settle)
+            return Reservation(key.id, request.id, headers, settle, self._timeout_s)
         self._metrics.limited.labels(verdict).inc()
         if verdict in ("day", "month"):
             raise budget_error(verdict, limits, status, request)

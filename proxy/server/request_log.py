@@ -182,10 +182,12 @@ class RequestRecord:
         self._log(entry)
 
     async def wait_until_settled(self) -> None:
-        """Wait until the key's limits include what this request used, or until Redis is given up."""
-        if self._settlement is not None:
-            with contextlib.suppress(StoreUnavailable):
-                await self._settlement
+        """Wait until the key's limits include what this request used, or until that takes too long."""
+        settlement, reservation = self._settlement, self._reservation
+        if settlement is None or reservation is None or settlement.done():
+            return
+        with contextlib.suppress(StoreUnavailable, TimeoutError), self._ctx.app.deadlines.within(reservation.wait_s):
+            await settlement
 
     def headers(self) -> dict[str, str]:
         """Return the response headers about the decision and about the key's limits."""

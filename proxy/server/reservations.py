@@ -84,7 +84,9 @@ class Reservation:
     headers: dict[str, str]
     settle: Callable[[int | None, int | None], Settlement | None] = _settle_nothing
     """Replace what is reserved by the tokens and picodollars that the request took, None where unknown. The future that
-    it returns is done, or has failed, when the next request is judged by them, and soon in any case."""
+    it returns is done, or has failed, when the next request is judged by them."""
+    wait_s: float = 0.0
+    """How long to wait for that future, at most."""
 
 
 def limit_to_reserved(selection: Selection, limits: KeyLimits) -> Selection:
@@ -364,10 +366,11 @@ class ScriptBatcher:
         return call.answer
 
     async def close(self) -> None:
+        """Stop. Calls that have no answer yet fail."""
         self._closed = True
+        self._fail(StoreUnavailable(_CLOSING), StoreUnavailableNow(_CLOSING))
         await cancel_and_wait(self._opening)
         await self._tasks.close()
-        self._fail(StoreUnavailable(_CLOSING), StoreUnavailableNow(_CLOSING))
         if self._connection is not None:
             await self._connection.dispose()
             self._connection = None
@@ -464,6 +467,8 @@ class ScriptBatcher:
             self._connection.abort()  # a late answer would be taken for another's
         self._availability.mark_unavailable(str(error))
         self._fail(error, StoreUnavailableNow(str(error)))
+        if self._closed:
+            return
         poll = partial(self._availability.poll, self._answers_in_time)
         self._tasks.start("uniroute-limits-listening", poll, restart=False)
 

@@ -329,16 +329,19 @@ class PipelinedConnection(asyncio.Protocol):
         try:
             while (read := self._read(unread, place, MAX_NESTING)) is not None:
                 reply, place = read
-                if reply is not PUSHED:
-                    self._replies.append(reply)
+                if reply is PUSHED:
+                    continue
+                if len(self._replies) == self._expected:
+                    raise ValueError("a reply to nothing")
+                self._replies.append(reply)
         except (ValueError, LookupError):
             self._end(ConnectionFailed("Redis sent what is no reply"))
             self._transport.abort()
             return
         self._unread = unread[place:]
-        if self._expected and len(self._replies) >= self._expected:
-            self._expected = 0
-            self._on_replies(self._replies)
+        if self._expected and len(self._replies) == self._expected:
+            replies, self._replies, self._expected = self._replies, [], 0
+            self._on_replies(replies)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._former.connection_lost(exc)

@@ -56,6 +56,12 @@ async def test_what_is_no_reply_ends_the_connection(connection: PipelinedConnect
     assert not connection.is_open
 
 
+async def test_a_reply_that_answers_nothing_ends_the_connection(connection: PipelinedConnection) -> None:
+    assert await ask(connection, "ECHO x") == ["x"]
+    connection.data_received(b"+OK\r\n")
+    assert not connection.is_open
+
+
 async def test_a_lost_connection_answers_with_its_error(connection: PipelinedConnection, second_store: Store) -> None:
     (own,) = await ask(connection, "CLIENT ID")
     asking = asyncio.create_task(ask(connection, "BLPOP nothing 9"))
