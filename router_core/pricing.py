@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from types import MappingProxyType
 
@@ -85,8 +86,12 @@ _AUDIO_IN = frozenset({"audio_input_tokens", "cached_audio_tokens"})
 
 def rate_usd(price: Price, bucket: str) -> float:
     """Return the USD for a token of this bucket, at one tier."""
-    stated = (getattr(price, name) for name in RATES[bucket])
-    return float(next(usd for usd in stated if usd is not None))
+    *apart, always = RATES[bucket]
+    for name in apart:
+        usd: float | None = getattr(price, name)
+        if usd is not None:
+            return float(usd)
+    return float(getattr(price, always))
 
 
 def bill_usd(price: Price, usage: TokenUsage) -> float:
@@ -95,7 +100,8 @@ def bill_usd(price: Price, usage: TokenUsage) -> float:
     usd = usage.fresh_tokens * tier.input_cost_per_token + usage.output_tokens * tier.output_cost_per_token
     if any(apart := _tokens_apart(usage)):
         for bucket, tokens in zip(_APART, apart, strict=True):
-            usd += tokens * rate_usd(tier, bucket)
+            if tokens:
+                usd += tokens * rate_usd(tier, bucket)
     return usd
 
 
@@ -113,14 +119,31 @@ def max_price_usd(
     Args:
         audio_input, audio_output, images: whether the request can have any; buckets that it cannot have are ignored.
     """
+    dearest = 0.0
+    for above, usd_in, usd_out in _max_rates(price, audio_input, audio_output, images):
+        if prompt_tokens > above:
+            dearest = max(dearest, prompt_tokens * usd_in + output_tokens * usd_out)
+    return dearest
+
+
+@lru_cache(maxsize=1024)
+def _max_rates(
+    price: Price,
+    audio_input: bool,  # noqa: FBT001  keywords would take longer
+    audio_output: bool,  # noqa: FBT001
+    images: bool,  # noqa: FBT001
+) -> tuple[tuple[int, float, float], ...]:
+    """Return of each tier: the tokens above which it applies, and the highest price of a token in and out."""
     possible = {bucket for bucket in RATES if images or not bucket.startswith("image_")}
     possible -= set() if audio_input else _AUDIO_IN
     possible -= set() if audio_output else {"audio_output_tokens"}
-    tiers = (price, *(tier for tokens, tier in price.tiers if prompt_tokens > tokens))
-    return max(
-        prompt_tokens * max(rate_usd(tier, bucket) for bucket in RATES_IN if bucket in possible)
-        + output_tokens * max(rate_usd(tier, bucket) for bucket in RATES_OUT if bucket in possible)
-        for tier in tiers
+    return tuple(
+        (
+            above,
+            max(rate_usd(tier, bucket) for bucket in RATES_IN if bucket in possible),
+            max(rate_usd(tier, bucket) for bucket in RATES_OUT if bucket in possible),
+        )
+        for above, tier in ((-1, price), *price.tiers)
     )
 
 

@@ -148,6 +148,8 @@ def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
 
 def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
     """Read every limit that some upstream could read in a body. Never fails."""
+    if body.keys() <= _NOT_SEARCHED:
+        return TokenLimits(output_limit(body), predicted=_predicted(body.get("prediction")))
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
@@ -216,6 +218,8 @@ def _positive(value: Any) -> int | None:
 
 def _predicted(prediction: Any) -> int:
     """Estimate the tokens of a body's `prediction`."""
+    if prediction is None:
+        return 0
     content = prediction.get("content") if isinstance(prediction, Mapping) else None
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") for part in parts if isinstance(part, Mapping)]

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ from proxy.server.dependencies import AppState, AppStateDep, CurrentKey, Request
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.exchange import ASGIExchange, Exchange, read_body
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import check_hops, random_ids
+from proxy.server.requests import check_hops, random_id
 from proxy.server.reservations import (
     Reservation,
     UsageEstimate,
@@ -117,7 +116,7 @@ async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None,
         reject_control_fields(document)
         if api is RESPONSES:
             document = await expand(document, app.responses, scope_of(key))
-        translation = api.translate(document, answer_id=next(random_ids), created_at=int(time.time()))
+        translation = api.translate(document, answer_id=random_id(), created_at=int(time.time()))
         parsed = read_chat(dict(translation.body), stated, translated=True)
         # A list may be sent in several headers.
         native_headers = tuple((name, ",".join(headers.getlist(name))) for name in NATIVE_HEADERS)
@@ -173,7 +172,7 @@ async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selecti
     app = ctx.app
     affinity = await load_affinity(app.sessions, ctx.request, ctx.key, app.settings)
     selecting = SelectionContext(
-        f"dec-{next(random_ids)}",
+        f"dec-{random_id()}",
         ctx.request,
         ctx.key,
         ctx.snapshot,
@@ -203,7 +202,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
     try:
         return estimate.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(estimate, limits))
     except BudgetExceeded:
-        cheaper = replace(estimate, selection=drop_pricier_fallbacks(estimate))
+        cheaper = estimate.of(drop_pricier_fallbacks(estimate))
         if cheaper.selection.candidates == estimate.selection.candidates:
             raise
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))

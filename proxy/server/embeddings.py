@@ -21,7 +21,7 @@ from proxy.server.disconnects import cancel_on_disconnect
 from proxy.server.exchange import Exchange, read_body
 from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, UNSET, Error, client_key, errors, null_or
 from proxy.server.request_log import RequestRecord
-from proxy.server.requests import check_hops, random_ids
+from proxy.server.requests import check_hops, random_id
 from proxy.server.reservations import MARGIN_S, MAX_PICOUSD, Reservation, ReservationRequest, known_price
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.settings.schema import Timeouts
@@ -197,7 +197,7 @@ async def create_embeddings(ctx: RequestContext, asked: EmbeddingsBody) -> Answe
         check_hops(ctx.ids.hops, ctx.app.instance)
     check_embeds(ctx, asked.model)
     selection = Selection(
-        f"dec-{next(random_ids)}",
+        f"dec-{random_id()}",
         asked.model,
         "pinned",
         ctx.snapshot.default_lambda(ctx.app.settings),

@@ -4,7 +4,6 @@ import asyncio
 import functools
 import logging
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from proxy.server.api.client_apis import CLIENT_APIS, EMBEDDINGS, MESSAGES, spea
 from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.disconnects import DisconnectEvent
 from proxy.server.exchange import Exchange
-from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders, request_ids_from
+from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders, random_id, request_ids_from
 from proxy.upstream.sse import encode_json
 
 MAX_URL_BYTES = 8 * 1024
@@ -66,7 +65,7 @@ def rejection_bytes(
     Args:
         in_messages: the client speaks Anthropic's API.
     """
-    request_id = f"req-{uuid.uuid4().hex}"
+    request_id = f"req-{random_id()}"
     error = error_body(why.message, "invalid_request_error", why.code)
     body = encode_json(anthropic_error(error["error"], why.status, request_id) if in_messages else error)
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]

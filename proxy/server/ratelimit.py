@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import Literal
 
 from redis.exceptions import ResponseError
@@ -38,6 +38,7 @@ from proxy.storage.redis import Availability, Store, StoreUnavailable, StoreUnre
 from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
 from router_core.text import rfc3339
+from router_core.types import frozen
 
 log = logging.getLogger("uniroute.limits")
 
@@ -129,17 +130,19 @@ class RateLimiter:
         await cancel_and_wait(self._releasing)
 
     async def _run_reserve(self, key: ClientKey, request: ReservationRequest) -> list[str]:
-        answer = self._scripts.call(RESERVE, state_key(key.id), _arguments(key, request))
+        release = partial(self._release_soon, key.id, request.id)
+        answer = self._scripts.call(RESERVE, state_key(key.id), _arguments(key, request), release)
         try:
-            return str(await asyncio.shield(answer)).split()
+            return str(await answer).split()
         except asyncio.CancelledError:  # the client left; what may still be granted is released
-            answer.add_done_callback(lambda _: self._release_soon(key.id, request.id))
+            if not answer.cancelled():
+                release()
             raise
 
     def _settle(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None) -> Settlement | None:
         """Replace what is reserved by what was used. If Redis does not hear of it, the usage record settles it."""
         known = picousd is not None and picousd <= MAX_COUNT
-        took = ("" if tokens is None else tokens, picousd if picousd is not None and known else "")
+        took = ("" if tokens is None else str(tokens), str(picousd) if known else "")
         try:
             settlement = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
         except StoreUnavailableNow:
@@ -240,15 +243,21 @@ def _log_failure(settlement: Settlement) -> None:
         log.debug("what a request took waits for its usage record: %s", error)
 
 
-def _arguments(key: ClientKey, request: ReservationRequest) -> list[str | int | float]:
+def _arguments(key: ClientKey, request: ReservationRequest) -> list[str]:
     limits = key.limits
+    amounts = [str(request.ttl_s), str(request.tokens), str(request.picousd)]
+    return [key.id, request.id, *amounts, *_configured(limits)]
+
+
+@lru_cache(maxsize=1024)
+def _configured(limits: KeyLimits) -> tuple[str, ...]:
+    """Return the limits as reserve.lua reads them."""
     budgets = [None if usd is None else picousd(usd) for usd in (limits.usd_per_day, limits.usd_per_month)]
-    configured = [limits.requests_per_minute, limits.tokens_per_minute, *budgets]
-    amounts = [request.ttl_s, request.tokens, request.picousd]
-    return [key.id, request.id, *amounts, *("" if limit is None else limit for limit in configured)]
+    configured = (limits.requests_per_minute, limits.tokens_per_minute, *budgets)
+    return tuple("" if limit is None else str(limit) for limit in configured)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LimitStatus:
     """What a key has used, this request included if it was granted."""
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -20,6 +20,7 @@ from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.reservations import Reservation, Settlement
 from proxy.storage.client_keys import MAX_TAGS
+from proxy.storage.redis import StoreUnavailable
 from proxy.storage.usage import (
     ObservedTraffic,
     TokenCounts,
@@ -182,8 +183,11 @@ class RequestRecord:
 
     async def wait_until_settled(self) -> None:
         """Wait until the key's limits include what this request used, or until that takes too long."""
-        if self._settlement is not None and self._reservation is not None:
-            await asyncio.wait({self._settlement}, timeout=self._reservation.wait_s)
+        settlement, reservation = self._settlement, self._reservation
+        if settlement is None or reservation is None or settlement.done():
+            return
+        with contextlib.suppress(StoreUnavailable, TimeoutError), self._ctx.app.deadlines.within(reservation.wait_s):
+            await settlement
 
     def headers(self) -> dict[str, str]:
         """Return the response headers about the decision and about the key's limits."""

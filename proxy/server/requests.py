@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -96,17 +96,23 @@ _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 
 
-def _random_ids() -> Iterator[str]:
-    """Yield 128 random bits in hex, again and again. One system call serves 128 ids."""
-    pool, place, owner = "", 0, 0
-    while True:
-        if place == len(pool) or owner != os.getpid():  # a forked process must not repeat the ids of its parent
-            pool, place, owner = os.urandom(2048).hex(), 0, os.getpid()
-        yield pool[place : place + 32]
-        place += 32
+# Random ids that nobody has yet. Its `pop` and `extend` are atomic, so every thread may take one.
+_unused_ids: list[str] = []
+
+# A forked process must not repeat the ids of its parent.
+os.register_at_fork(after_in_child=_unused_ids.clear)
 
 
-random_ids = _random_ids()
+def random_id() -> str:
+    """Return 128 random bits in hex. One system call serves 128 ids."""
+    try:
+        return _unused_ids.pop()
+    except IndexError:
+        drawn = os.urandom(2048).hex()
+        ids = [drawn[place : place + 32] for place in range(0, len(drawn), 32)]
+        last = ids.pop()
+        _unused_ids.extend(ids)
+        return last
 
 
 @frozen
@@ -142,9 +148,9 @@ _ID_HEADERS = frozenset({b"x-request-id", b"traceparent", HOPS.encode()})
 def request_ids_from(headers: RequestHeaders) -> RequestIds:
     """Take the client's own ids if they are well formed, else a new request id."""
     if not headers.has_any(_ID_HEADERS):
-        return RequestIds(f"req-{next(random_ids)}")
+        return RequestIds(f"req-{random_id()}")
     stated, parents = headers.getlist("x-request-id"), headers.getlist("traceparent")
-    request_id = stated[0] if len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0]) else f"req-{next(random_ids)}"
+    request_id = stated[0] if len(stated) == 1 and _REQUEST_ID.fullmatch(stated[0]) else f"req-{random_id()}"
     parent = parents[0] if len(parents) == 1 and _TRACEPARENT.fullmatch(parents[0]) else None
     state = None if parent is None else _tracestate(headers)
     passed = headers.getlist(HOPS)

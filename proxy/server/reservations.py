@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
-from redis.exceptions import NoScriptError, RedisError
-from redis.exceptions import TimeoutError as NoAnswer
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
 
 from proxy.concurrency import BackgroundTasks, cancel_and_wait
 from proxy.errors import NoEligibleModelError
@@ -34,11 +33,12 @@ from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import KeyLimits
 from proxy.storage.records import ModelRecord
-from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, load_script, pipeline
+from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, load_script
+from proxy.storage.redis_connections import PipelinedConnection
 from proxy.storage.snapshot import RoutingSnapshot
 from proxy.upstream.native_api import native_apis
 from router_core.pricing import max_price_usd, picousd
-from router_core.types import Doubles, Price
+from router_core.types import Doubles, Price, frozen
 
 # From the last moment of a request until its usage record must have reached Redis.
 MARGIN_S = 30.0
@@ -55,7 +55,7 @@ _REASONING_WITHIN_LIMIT = frozenset(
 _REASONING_BEYOND_LIMIT = frozenset(["dashscope", "xai"])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReservationRequest:
     """What is to be reserved for one request."""
 
@@ -74,7 +74,7 @@ def _settle_nothing(_tokens: int | None, _picousd: int | None) -> None:
     """Settle a reservation of no tokens and no money."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reservation:
     """The permission to send one request, and what is reserved for it."""
 
@@ -91,7 +91,7 @@ class Reservation:
 
 def limit_to_reserved(selection: Selection, limits: KeyLimits) -> Selection:
     """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
-    if not limits.money:
+    if not limits.money or len(selection.candidates) <= selection.max_attempts:
         return selection
     return replace(selection, candidates=selection.candidates[: selection.max_attempts])
 
@@ -116,17 +116,38 @@ def reservation_request(estimate: UsageEstimate, limits: KeyLimits) -> Reservati
     return ReservationRequest(estimate.selection.id, tokens, min(picodollars, MAX_PICOUSD), ttl_s)
 
 
-@dataclass(frozen=True)
 class UsageEstimate:
     """Estimate how many tokens, and how much money, one request may take of each model that may answer it."""
 
-    selection: Selection
-    body: Mapping[str, Any]
-    """The request's, as the caller sent it."""
-    snapshot: RoutingSnapshot
-    settings: Settings
-    translation: Translation | None = None
-    """Of a body that the caller did not send as it is."""
+    __slots__ = ("_limits", "_native_prompt", "_sent", "body", "selection", "settings", "snapshot", "translation")
+
+    def __init__(
+        self,
+        selection: Selection,
+        body: Mapping[str, Any],
+        snapshot: RoutingSnapshot,
+        settings: Settings,
+        translation: Translation | None = None,
+    ) -> None:
+        """
+        Args:
+            body: the request's, as the caller sent it, or as it was translated.
+            translation: of a body that the caller did not send as it is.
+        """
+        self.selection = selection
+        self.body = body
+        self.snapshot = snapshot
+        self.settings = settings
+        self.translation = translation
+        self._limits = token_limits_of(body)
+        # Tokens of what the caller sent itself, which may hold what no chat body can. None: not counted yet.
+        self._native_prompt: int | None = None
+        # Model → the tokens of the prompt, and the limits, as they are sent to it.
+        self._sent: dict[str, tuple[int, TokenLimits]] = {}
+
+    def of(self, selection: Selection) -> UsageEstimate:
+        """Estimate the same request with another selection of models."""
+        return UsageEstimate(selection, self.body, self.snapshot, self.settings, self.translation)
 
     @property
     def models(self) -> Sequence[str]:
@@ -158,27 +179,28 @@ class UsageEstimate:
         )
         return picousd(largest_usd)
 
-    @cached_property
-    def _limits(self) -> TokenLimits:
-        return token_limits_of(self.body)
-
-    @cached_property
-    def _native_prompt(self) -> int:
-        """Return the tokens of what the caller sent itself, which may hold what no chat body can."""
-        return 0 if self.translation is None else estimate_document_tokens(self.translation.document)
-
     def _tokens(self, name: str, per_minute: int) -> int:
         prompt, limits = self._as_sent_to(name)
-        pool = self.snapshot.pool
-        usual = round(_mean(pool.output_tokens[pool.index[name]]))
+        usual = 0
+        if limits.limit is None or limits.unlimited:
+            pool = self.snapshot.pool
+            usual = round(_mean(pool.output_tokens[pool.index[name]]))
         total = prompt + limits.output_tokens(usual, thinking_within=_reasons_within_limit(self.snapshot.models[name]))
         return total if limits.stated else max(prompt, min(total, per_minute))
 
     def _as_sent_to(self, name: str) -> tuple[int, TokenLimits]:
+        sent = self._sent.get(name)
+        if sent is None:
+            sent = self._sent[name] = self._work_out(name)
+        return sent
+
+    def _work_out(self, name: str) -> tuple[int, TokenLimits]:
         """Return the tokens of the prompt, and the limits, as they are sent to this model."""
         record, needs = self.snapshot.models[name], self.selection.requirements
         prompt, limits = needs.prompt_tokens, self._limits
         if self.translation is not None and self.translation.api in native_apis(record):
+            if self._native_prompt is None:
+                self._native_prompt = estimate_document_tokens(self.translation.document)
             prompt = max(prompt, self._native_prompt)
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
@@ -267,17 +289,35 @@ class StoreUnavailableNow(StoreUnavailable):
     """Redis was silent a moment ago. Nothing was sent to it."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PendingCall:
-    digest: str
-    """Of the script."""
-    key: str
-    arguments: Collection[str | int | float]
+    command: bytes
     answer: asyncio.Future[Any]
+    on_abandoned: Callable[[], None]
+
+    def end(self, outcome: Any) -> None:
+        """Hand over the answer, or the error, unless the caller was cancelled meanwhile."""
+        if self.answer.done():
+            self.on_abandoned()
+        elif isinstance(outcome, StoreUnavailable):
+            self.answer.set_exception(outcome)
+        elif isinstance(outcome, RedisError):
+            error = StoreUnavailable(f"could not {_WHAT}: Redis says {outcome}")
+            error.__cause__ = outcome
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(outcome)
+
+
+def _nobody() -> None:
+    """Take notice of an answer that nobody waits for."""
 
 
 class ScriptBatcher:
-    """Call scripts over one connection at a time, many in one round trip. One per process."""
+    """Call scripts over one connection, in one round trip what is called within a turn of the event loop.
+
+    One round trip is on its way at a time; what is called meanwhile goes with the next. One batcher per process.
+    """
 
     def __init__(self, store: Store, scripts: Collection[str], timeout_s: float = TIMEOUT_S) -> None:
         self._store = store
@@ -285,78 +325,165 @@ class ScriptBatcher:
         self._digests = {script: store.client.register_script(script).sha for script in scripts}
         self._waiting: deque[PendingCall] = deque()
         self._availability = Availability(retry_interval_s=RETRY_INTERVAL_S)
-        self._sending: asyncio.Task[None] | None = None
+        self._connection: PipelinedConnection | None = None
         self._tasks = BackgroundTasks()
+        self._closed = False
+        # Of the round trip that is on its way.
+        self._busy = False
+        self._batch: list[PendingCall] = []
+        self._commands = b""
+        self._sent_again = False
+        self._slices_left = 0
+        self._slice: asyncio.TimerHandle | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     @property
     def available(self) -> bool:
         """Return False from the first silence of Redis until it answers again."""
         return self._availability.available
 
-    def call(self, script: str, key: str, arguments: Collection[str | int | float]) -> asyncio.Future[Any]:
-        """Call one of the scripts. The future gets its answer, even if the caller no longer waits for it.
+    def call(
+        self, script: str, key: str, arguments: Sequence[str], on_abandoned: Callable[[], None] = _nobody
+    ) -> asyncio.Future[Any]:
+        """Call one of the scripts. It is called, once it is passed here, even if the future is cancelled.
+
+        Args:
+            on_abandoned: is called after the script, or after its failure, if the future was cancelled.
 
         Raises:
             StoreUnavailableNow: at once, after a silence, until Redis answers again.
             StoreUnavailable: by the future: an error instead of an answer, or none in time. It may have been run.
         """
-        if not self._availability.available:
-            raise StoreUnavailableNow(self._availability.reason)
-        call = PendingCall(self._digests[script], key, arguments, asyncio.get_running_loop().create_future())
+        if self._closed or not self._availability.available:
+            raise StoreUnavailableNow(_CLOSING if self._closed else self._availability.reason)
+        loop = asyncio.get_running_loop()
+        command = encode_command(("EVALSHA", self._digests[script], "1", key, *arguments))
+        call = PendingCall(command, loop.create_future(), on_abandoned)
         self._waiting.append(call)
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send_all(), name="uniroute-limits-asking")
+        if not self._busy:
+            self._busy = True
+            loop.call_soon(self._send_batch)
         return call.answer
 
     async def close(self) -> None:
-        await cancel_and_wait(self._sending)
+        """Stop. Calls that have no answer yet fail."""
+        self._closed = True
+        self._fail(StoreUnavailable(_CLOSING), StoreUnavailableNow(_CLOSING))
+        await cancel_and_wait(self._opening)
         await self._tasks.close()
-        _fail_all(self._waiting, StoreUnavailableNow(_CLOSING))
+        if self._connection is not None:
+            await self._connection.dispose()
+            self._connection = None
 
-    async def _send_all(self) -> None:
-        while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(MAX_BATCH_SIZE, len(self._waiting)))]
-            try:
-                for call, answer in zip(batch, await self._within_timeout(batch), strict=True):
-                    _resolve(call, answer)
-            except StoreUnavailable as error:
-                self._mark_unavailable(error, batch)
-            finally:
-                _fail_all(batch, StoreUnavailable(_CLOSING))  # in any case, so that no caller waits for ever
+    def _send_batch(self) -> None:
+        waiting = self._waiting
+        if not waiting:
+            self._busy = False
+            return
+        self._batch = [waiting.popleft() for _ in range(min(MAX_BATCH_SIZE, len(waiting)))]
+        self._commands = b"".join([call.command for call in self._batch])
+        self._sent_again = False
+        self._slices_left = max(1, round(self._timeout_s / SLICE_S))
+        self._slice = asyncio.get_running_loop().call_later(SLICE_S, self._end_slice)
+        connection = self._connection
+        if connection is not None and connection.is_open and not self._store.is_silent:
+            connection.send(self._commands, len(self._batch), self._receive)
+        else:
+            self._send_anew()
 
-    async def _within_timeout(self, batch: list[PendingCall]) -> list[Any]:
-        sending = asyncio.create_task(self._send(batch))
+    def _receive(self, replies: list[Any] | RedisError) -> None:
+        if self._is_to_be_sent_again(replies):
+            self._sent_again = True
+            self._send_anew()
+            return
+        if isinstance(replies, RedisError):
+            error = StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} says {replies}")
+            error.__cause__ = replies
+            self._give_up(error)
+            return
+        batch = self._end_batch()
+        for call, reply in zip(batch, replies, strict=True):
+            call.end(reply)
+        self._send_batch()
+
+    def _is_to_be_sent_again(self, replies: list[Any] | RedisError) -> bool:
+        """Whether a new connection may help: the scripts may be run twice. A script is loaded with each connection."""
+        if isinstance(replies, RedisError):
+            return not self._sent_again
+        for reply in replies:
+            if isinstance(reply, NoScriptError):
+                return True
+            if isinstance(reply, ReadOnlyError) and self._connection is not None and self._connection.has_sentinels:
+                return not self._sent_again
+        return False
+
+    def _send_anew(self) -> None:
+        """Send the batch over a new connection."""
+        self._opening = asyncio.create_task(self._open_and_send(), name="uniroute-limits-asking")
+
+    async def _open_and_send(self) -> None:
+        former, self._connection = self._connection, None
         try:
-            for _ in range(max(1, round(self._timeout_s / SLICE_S))):
-                await asyncio.wait({sending}, timeout=SLICE_S)
-                if sending.done():
-                    if not _timed_out(sending):
-                        return sending.result()
-                    sending = asyncio.create_task(self._send(batch))  # this process was too busy to see an answer
-        finally:
-            if not sending.done():
-                sending.add_done_callback(_retrieve)
-                sending.cancel()
+            if former is not None:
+                await former.dispose()
+            async with self._store.operation(_WHAT) as client:
+                connection = await PipelinedConnection.open(client)
+                try:
+                    await self._load_scripts(connection)
+                except BaseException:
+                    await connection.dispose()
+                    raise
+        except StoreUnavailable as error:
+            self._give_up(error)
+            return
+        self._connection = connection
+        connection.send(self._commands, len(self._batch), self._receive)
+
+    async def _load_scripts(self, connection: PipelinedConnection) -> None:
+        """Raise RedisError."""
+        loaded: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        commands = [encode_command(("SCRIPT", "LOAD", script)) for script in self._digests]
+        connection.send(b"".join(commands), len(commands), partial(_set_if_pending, loaded))
+        replies = await loaded
+        for reply in [replies] if isinstance(replies, RedisError) else replies:
+            if isinstance(reply, RedisError):
+                raise reply
+
+    def _end_slice(self) -> None:
+        self._slices_left -= 1
+        if self._slices_left:
+            self._slice = asyncio.get_running_loop().call_later(SLICE_S, self._end_slice)
+            return
         waited = f"{self._timeout_s * 1000:.0f} ms"
-        raise StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} did not answer within {waited}")
+        self._give_up(
+            StoreUnavailable(f"could not {_WHAT}: Redis at {self._store.name} did not answer within {waited}")
+        )
 
-    async def _send(self, batch: list[PendingCall]) -> list[Any]:
-        """Send in one round trip; in a few if Redis does not know a script yet."""
-        async with self._store.operation(_WHAT) as client:
-            answers = await pipeline(client, [_command(call) for call in batch])
-            if not any(isinstance(answer, NoScriptError) for answer in answers):
-                return answers
-            for script in self._digests:
-                await client.script_load(script)
-        return await self._send(batch)
-
-    def _mark_unavailable(self, error: StoreUnavailable, batch: list[PendingCall]) -> None:
+    def _give_up(self, error: StoreUnavailable) -> None:
+        """Fail what is on its way and what waits, and ask until Redis answers again."""
+        if self._opening is not None and self._opening is not asyncio.current_task():
+            self._opening.cancel()
+        if self._connection is not None:
+            self._connection.abort()  # a late answer would be taken for another's
         self._availability.mark_unavailable(str(error))
-        _fail_all(batch, error)
-        _fail_all(self._waiting, StoreUnavailableNow(str(error)))
-        self._waiting.clear()
+        self._fail(error, StoreUnavailableNow(str(error)))
+        if self._closed:
+            return
         poll = partial(self._availability.poll, self._answers_in_time)
         self._tasks.start("uniroute-limits-listening", poll, restart=False)
+
+    def _end_batch(self) -> list[PendingCall]:
+        if self._slice is not None:
+            self._slice.cancel()
+        batch, self._batch = self._batch, []
+        return batch
+
+    def _fail(self, error: StoreUnavailable, unsent: StoreUnavailableNow) -> None:
+        for call in self._end_batch():
+            call.end(error)
+        while self._waiting:
+            self._waiting.popleft().end(unsent)
+        self._busy = False
 
     async def _answers_in_time(self) -> bool:
         loop = asyncio.get_running_loop()
@@ -364,29 +491,6 @@ class ScriptBatcher:
         return await self._store.available() and loop.time() - asked_at <= self._timeout_s
 
 
-def _command(call: PendingCall) -> bytes:
-    return encode_command(("EVALSHA", call.digest, "1", call.key, *map(str, call.arguments)))
-
-
-def _resolve(call: PendingCall, answer: Any) -> None:
-    if isinstance(answer, RedisError):
-        error = StoreUnavailable(f"could not {_WHAT}: Redis says {answer}")
-        error.__cause__ = answer
-        _fail_all([call], error)
-    else:
-        call.answer.set_result(answer)
-
-
-def _fail_all(calls: Iterable[PendingCall], error: StoreUnavailable) -> None:
-    for call in calls:
-        if not call.answer.done():
-            call.answer.set_exception(error)
-
-
-def _timed_out(sending: asyncio.Task[Any]) -> bool:
-    error = sending.exception()
-    return error is not None and isinstance(error.__cause__, (TimeoutError, NoAnswer))
-
-
-def _retrieve(sending: asyncio.Task[Any]) -> None:
-    _ = sending.cancelled() or sending.exception()  # else asyncio logs the exception as never retrieved
+def _set_if_pending(future: asyncio.Future[Any], outcome: Any) -> None:
+    if not future.done():
+        future.set_result(outcome)

@@ -3,7 +3,7 @@
 -- '' where there is none: requests a minute, tokens a minute, picodollars a day, picodollars a month.
 -- Returns one text of eight words, because Redis takes three times as long to send a list: 'granted' or the limit
 -- that refuses (requests, tokens, day, month), then what is used, this request included: requests, tokens,
--- picodollars of the day, of the month, reserved, ended; and Redis' time.
+-- picodollars of the day, of the month (0 if neither is limited), reserved, ended; and Redis' time.
 -- A refused request uses nothing. A request that costs nothing is within any budget.
 -- A reservation that was granted is granted again.
 local key_id, reservation, lives = ARGV[1], ARGV[2], tonumber(ARGV[3])
@@ -16,25 +16,24 @@ for _, ended in ipairs(redis.call('ZRANGEBYSCORE', root .. 'open', '-inf', now, 
   limits_release(root, ended)
 end
 local today = limits_date(now)
-local spent = {
-  day = redis.call('GET', root .. 'day:' .. today) or '0',
-  month = redis.call('GET', root .. 'month:' .. string.sub(today, 1, 7)) or '0',
-}
-for _, period in ipairs({'day', 'month'}) do
-  if not limits_is_count(spent[period]) then
-    if budgets.day or budgets.month then
+local spent = {day = '0', month = '0'}
+if budgets.day or budgets.month then
+  spent.day = redis.call('GET', root .. 'day:' .. today) or '0'
+  spent.month = redis.call('GET', root .. 'month:' .. string.sub(today, 1, 7)) or '0'
+  for _, period in ipairs({'day', 'month'}) do
+    if not limits_is_count(spent[period]) then
       return redis.error_reply(root .. period .. ':* holds no count of picodollars; set it to a whole number')
     end
-    spent[period] = '0'
   end
 end
-local reserved, ended = unpack(redis.call('HMGET', root .. 'state', 'reserved', 'ended'))
-reserved, ended = reserved or '0', ended or '0'
+local names = {'reserved', 'ended', 'requests', 'requests_at', 'tokens', 'tokens_at'}
+local state = {}
+for place, value in ipairs(redis.call('HMGET', root .. 'state', unpack(names))) do state[names[place]] = value end
+local reserved, ended = state.reserved or '0', state.ended or '0'
 if not (limits_is_count(reserved) and limits_is_count(ended)) then reserved, ended = limits_recount(root) end
 local used = {requests = 0, tokens = 0}
 for kind, per_minute in pairs(rates) do
-  local level, at = unpack(redis.call('HMGET', root .. 'state', kind, kind .. '_at'))
-  level, at = limits_number(level), limits_number(at)
+  local level, at = limits_number(state[kind]), limits_number(state[kind .. '_at'])
   if not (level and at) or at > now + 60 then  -- none of ours, or of a clock that is far from here: full, as of now
     level, at = per_minute, now
     redis.call('HSET', root .. 'state', kind, level, kind .. '_at', string.format('%.6f', now))
@@ -55,15 +54,18 @@ end
 for _, kind in ipairs({'requests', 'tokens'}) do
   if rates[kind] and not limits_has(used[kind], rates[kind], amounts[kind]) then return reply(kind) end
 end
-redis.call('HINCRBY', root .. 'state', 'reserved', picousd)
+if picousd ~= '0' then redis.call('HINCRBY', root .. 'state', 'reserved', picousd) end
 redis.call('HSET', root .. 'held', reservation, ARGV[4] .. ':' .. picousd .. ':' .. today)
 redis.call('ZADD', root .. 'open', string.format('%.6f', now + lives), reservation)
-local kept = math.ceil(lives)
+local kept, levels = math.ceil(lives), {}
 for kind, per_minute in pairs(rates) do
   used[kind] = used[kind] + amounts[kind]
-  local level, at = string.format('%.17g', used[kind]), string.format('%.6f', now)
-  redis.call('HSET', root .. 'state', kind, level, kind .. '_at', at, kind .. '_limit', per_minute)
+  for _, word in ipairs({kind, string.format('%.17g', used[kind]), kind .. '_at', string.format('%.6f', now),
+                         kind .. '_limit', per_minute}) do
+    levels[#levels + 1] = word
+  end
   kept = math.max(kept, limits_fill_s(used[kind], per_minute))
 end
+if #levels > 0 then redis.call('HSET', root .. 'state', unpack(levels)) end
 limits_keep(root, kept + 60)
 return reply('granted')

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any, Final
@@ -21,8 +21,9 @@ from urllib.parse import quote
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as ConnectionFailed
-from redis.exceptions import ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
 from proxy.concurrency import BackgroundTasks, run_uncancelled
@@ -70,8 +71,11 @@ def load_script(package: str | None, *names: str, **constants: str | int) -> str
     return "".join([*locals_, *(folder.joinpath(f"{name}.lua").read_text("utf-8") for name in names)])
 
 
-def encode_command(words: Iterable[str]) -> bytes:
+def encode_command(words: Sequence[str]) -> bytes:
     """Return a command in Redis' protocol: an array of bulk strings."""
+    text = "".join([f"${len(word)}\r\n{word}\r\n" for word in words])
+    if text.isascii():
+        return f"*{len(words)}\r\n{text}".encode()
     bulk = [b"$%d\r\n%b\r\n" % (len(data), data) for data in (word.encode("utf-8", "replace") for word in words)]
     return b"*%d\r\n" % len(bulk) + b"".join(bulk)
 
@@ -94,6 +98,21 @@ async def pipeline(client: Redis, commands: Sequence[bytes]) -> list[Any]:
         return replies
     finally:
         await pool.release(connection)
+
+
+async def evaluate(client: Redis, script: AsyncScript, keys: Sequence[str], arguments: Sequence[str]) -> Any:
+    """Run a registered script, and return its reply. Raise RedisError, OSError.
+
+    A long list of arguments takes a quarter of the time that redis-py takes for it.
+    """
+    command = encode_command(("EVALSHA", script.sha, str(len(keys)), *keys, *arguments))
+    (reply,) = await pipeline(client, [command])
+    if isinstance(reply, NoScriptError):
+        await client.script_load(script.script)
+        (reply,) = await pipeline(client, [command])
+    if isinstance(reply, RedisError):
+        raise reply
+    return reply
 
 
 async def _exchange(connection: Any, commands: Sequence[bytes]) -> list[Any]:
@@ -271,6 +290,11 @@ class Store:
     def name(self) -> str:
         """Return where it is, without a password."""
         return self.server.name
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether an operation got no answer in time, and the server has not answered since."""
+        return not self._availability.available
 
     async def check_kind(self) -> None:
         """Raise SettingsError if a Cluster answers, or a Sentinel that was given as the server."""

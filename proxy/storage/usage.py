@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
@@ -104,18 +104,32 @@ class UsageRecord:
         return None if self.cost_usd is None else picousd(self.cost_usd)
 
     def to_json(self) -> str:
-        stored = dict(zip(_STORED, (*_values(self), self.cost_picousd), strict=True))
+        stored = {
+            "decision": self.decision,
+            "at": self.at,
+            "model": self.model,
+            "key_id": self.key_id,
+            "reason": self.reason,
+            "ending": self.ending,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
+            "cost_usd": self.cost_usd,
+            "seconds": self.seconds,
+            "first_token_s": self.first_token_s,
+            "reservation": self.reservation,
+            "estimated": self.estimated,
+            "cache_write_tokens": self.cache_write_tokens,
+            "audio_input_tokens": self.audio_input_tokens,
+            "audio_output_tokens": self.audio_output_tokens,
+            "tags": self.tags,
+            "cost_picousd": self.cost_picousd,
+        }
         try:
             return orjson.dumps(stored).decode()
         except TypeError:  # a cost beyond 64 bits
             return json.dumps(stored)
-
-
-_NAMES = tuple(column.name for column in fields(UsageRecord))
-
-_STORED = (*_NAMES, "cost_picousd")
-
-_values = attrgetter(*_NAMES)
 
 
 # Of one request. A report of more is ignored.
@@ -331,6 +345,7 @@ _parts_of = attrgetter(
     "reasoning_tokens",
     "written_tokens",
     "audio_input_tokens",
+    "cached_audio_tokens",
     "image_input_tokens",
     "audio_output_tokens",
     "image_output_tokens",
@@ -340,16 +355,18 @@ _parts_of = attrgetter(
 def buckets_of(counts: TokenCounts) -> TokenUsage:
     """Make the counts disjoint. None is larger than what is left of its whole; an unknown whole is empty."""
     prompt, output = counts.prompt_tokens or 0, counts.output_tokens or 0
-    if not any(_parts_of(counts)):
-        return TokenUsage(prompt, 0, output)
-    cached = min(counts.cached_tokens or 0, prompt)
+    all_cached, all_reasoning, *others = _parts_of(counts)
+    cached = min(all_cached or 0, prompt)
+    if not any(others):
+        reasoning = min(all_reasoning or 0, output)
+        return TokenUsage(prompt - cached, cached, output - reasoning, reasoning_tokens=reasoning)
     written = min(counts.written_tokens or 0, prompt - cached)
     written_1h = min(counts.written_1h_tokens or 0, written)
     left = prompt - cached - written
     cached_audio = min(counts.cached_audio_tokens or 0, cached)
     audio_in = min(max((counts.audio_input_tokens or 0) - cached_audio, 0), left)
     images_in = min(counts.image_input_tokens or 0, left - audio_in)
-    reasoning = min(counts.reasoning_tokens or 0, output)
+    reasoning = min(all_reasoning or 0, output)
     audio_out = min(counts.audio_output_tokens or 0, output - reasoning)
     images_out = min(counts.image_output_tokens or 0, output - reasoning - audio_out)
     return TokenUsage(

@@ -47,6 +47,11 @@ class Batch:
     end: int = 0
     """Offset in the file of what comes after this batch."""
 
+    @property
+    def last(self) -> int:
+        """The number of the last record; 0: there is none."""
+        return self.entries[-1].sequence if self.entries else 0
+
 
 class Journal:
     """One file. It is locked while its process lives; if the lock is free, the process is gone."""
@@ -59,7 +64,7 @@ class Journal:
         # Lines that the disk did not take, with their sequence numbers: later than any in the file.
         self.unwritten: deque[tuple[int, bytes]] = deque()
         self.failure: OSError | None = None  # of the last write
-        self._sequence = 0
+        self.sequence = 0  # of the last record that this process has written
         self._position = 0
         self._file: int | None = None
 
@@ -85,14 +90,14 @@ class Journal:
     @property
     def fully_applied(self) -> bool:
         """True once Redis has every record that this process has written to it."""
-        return self.applied >= self._sequence and not self.unwritten
+        return self.applied >= self.sequence and not self.unwritten
 
     def append(self, text: str) -> None:
         """Write one JSON object that has fields. It never fails: what the disk does not take waits in memory."""
-        self._sequence += 1
-        line = f'{{"seq": {self._sequence}, {text[1:]}\n'.encode()
+        self.sequence += 1
+        line = f'{{"seq": {self.sequence}, {text[1:]}\n'.encode()
         if self.unwritten or not self._write(line):
-            self.unwritten.append((self._sequence, line))
+            self.unwritten.append((self.sequence, line))
 
     def write_unwritten(self) -> None:
         """Write what the disk did not take before."""
@@ -115,11 +120,15 @@ class Journal:
             self._take(line, batch)
         return batch
 
-    def acknowledge(self, batch: Batch) -> None:
-        """Note that all of the batch is applied."""
-        self._position = batch.end
-        if batch.entries:
-            self.applied = max(self.applied, batch.entries[-1].sequence)
+    def acknowledge(self, applied: int, end: int | None = None) -> None:
+        """Note that Redis has every record up to the number `applied`.
+
+        Args:
+            end: offset in the file before which nothing has to be read any more. None: as before.
+        """
+        if end is not None:
+            self._position = end
+        self.applied = max(self.applied, applied)
         while self.unwritten and self.unwritten[0][0] <= self.applied:
             self.unwritten.popleft()
 
@@ -231,6 +240,11 @@ class JournalDirectory:
     def all(self) -> list[Journal]:
         """Return the journals, the oldest first as far as that is known."""
         return [*self._others, self._current]
+
+    @property
+    def current(self) -> Journal:
+        """Return the journal in which the last record was written."""
+        return self._current
 
     @property
     def bytes(self) -> int:

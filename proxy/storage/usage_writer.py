@@ -3,16 +3,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
 
 from proxy.concurrency import BackgroundTasks
 from proxy.storage.decisions import BYTES, DECISIONS, DETAIL, FEEDBACK, TIMES, DecisionBounds
-from proxy.storage.redis import Availability, Store, StoreUnavailable, load_script
+from proxy.storage.redis import Availability, Store, StoreUnavailable, evaluate, load_script
 from proxy.storage.usage import UsageRecord
 from proxy.storage.usage_journal import Batch, Journal, JournalDirectory
 
@@ -41,8 +41,6 @@ DAY_S = 86_400
 # A sum in Redis has 63 bits. A cost above this, which no request can have had, counts as unknown.
 MAX_COUNT = 10**18
 
-ScriptArgument = str | int | float
-
 
 async def read_key_totals(store: Store, key_ids: Collection[str]) -> dict[str, dict[str, int]]:
     """Return the sums of what each client key has used ever since, by field. Raise StoreUnavailable."""
@@ -64,7 +62,9 @@ async def _read_totals(store: Store, what: str, prefix: str, names: Collection[s
     }
 
 
-@dataclass
+_SUMMED = (*COUNTED, *COUNTED_SINCE)
+
+
 class BatchTotals:
     """Add up the records of one batch, for apply_usage.lua.
 
@@ -72,47 +72,125 @@ class BatchTotals:
         keep_decisions: whether the details of decisions are kept.
     """
 
-    keep_decisions: bool = False
-    texts: list[str] = field(default_factory=list)
-    sums: defaultdict[tuple[str, str], int | float] = field(default_factory=lambda: defaultdict(int))
-    """(hash, field) → the amount to add."""
-    settlements: list[list[str]] = field(default_factory=list)
-    """For each record of a client key, as strings: key, reservation, tokens, picodollars, day and month (UTC)."""
-    decisions: list[ScriptArgument] = field(default_factory=list)
-    """For each decision, its id, the time of its end, and its record."""
+    __slots__ = ("_groups", "decisions", "keep_decisions", "settlements", "texts")
 
-    def add(self, text: str, record: Mapping[str, Any]) -> None:
-        """Add one record. Raise ValueError, with nothing added, if it is not one that UniRoute writes."""
+    def __init__(self, *, keep_decisions: bool = False) -> None:
+        self.keep_decisions = keep_decisions
+        self.texts: list[str] = []
+        # Of each record of a client key: key, reservation, tokens, picodollars, day and month (UTC).
+        self.settlements: list[str] = []
+        # Of each decision: its id, the time of its end, and its record.
+        self.decisions: list[str] = []
+        # (model, day, key, ending) → requests, tokens in the order of _SUMMED, costs not known, picodollars, USD.
+        self._groups: dict[tuple[str, str, str | None, str], list[Any]] = {}
+
+    def add_line(self, text: str, record: Mapping[str, Any]) -> None:
+        """Add a line of a journal. Raise ValueError, with nothing added, if it is no record that UniRoute writes."""
         try:
-            amounts = _amounts(record)
-            model, key_id, reservation = record["model"], record["key_id"], record["reservation"] or ""
+            tokens = [int(record[name] or 0) for name in COUNTED]
+            tokens += [int(record.get(name) or 0) for name in COUNTED_SINCE]
+            cost, usd = record["cost_picousd"], record["cost_usd"]
+            if cost is None or not 0 <= cost <= MAX_COUNT:
+                cost = None
+            else:
+                cost, usd = int(cost), float(usd)
+            model, ending, key_id = str(record["model"]), str(record["ending"]), record["key_id"]
             day = _day(int(record["at"] // DAY_S))
+            prompt, output = record["prompt_tokens"], record["output_tokens"]
+            total = None if prompt is None or output is None else prompt + output
+            decision = (str(record["decision"]), record["at"]) if DETAIL in record else None
+            reservation = str(record["reservation"] or "")
         except (KeyError, TypeError, OverflowError, OSError) as error:
             raise ValueError(f"not a usage record: {type(error).__name__} {error}") from error
-        if DETAIL in record:
+        if decision is not None:
             if self.keep_decisions:
-                self.decisions += [str(record["decision"]), record["at"], text]
+                self.decisions += [decision[0], str(decision[1]), text]
             # No text in the JSON before can hold this: its quotes would be escaped.
             text = text[: text.index(f',"{DETAIL}":')] + "}"
         self.texts.append(text)
-        self._count(f"{TOTALS}:{model}", amounts)
-        self._count(f"{DAY_TOTALS}:{day}", amounts)
+        self._count(model, day, str(key_id) if key_id else None, ending, tokens, cost, usd)
         if key_id:
-            self._count(f"{KEY_TOTALS}:{key_id}", amounts)
-            cost = str(amounts.get("cost_picousd", ""))
-            self.settlements.append([str(key_id), str(reservation), _tokens(record), cost, day, day[:7]])
+            self._settle(str(key_id), reservation, total, cost, day)
 
-    def script_args(self) -> list[ScriptArgument]:
+    def add(self, entry: UsageRecord, text: str, whole: str | None) -> None:
+        """Add a record as `add_line` adds its line.
+
+        Args:
+            text: the line without the details of the decision.
+            whole: the line with them. None: it has none.
+        """
+        if whole is not None and self.keep_decisions:
+            self.decisions += (entry.decision, str(entry.at), whole)
+        self.texts.append(text)
+        day, cost, usd = _day(int(entry.at // DAY_S)), entry.cost_picousd, entry.cost_usd
+        if cost is not None and not 0 <= cost <= MAX_COUNT:
+            cost = None
+        tokens = (
+            entry.prompt_tokens or 0,
+            entry.cached_tokens or 0,
+            entry.output_tokens or 0,
+            entry.reasoning_tokens or 0,
+            entry.cache_write_tokens or 0,
+            entry.audio_input_tokens or 0,
+            entry.audio_output_tokens or 0,
+        )
+        key_id = entry.key_id or None
+        self._count(entry.model, day, key_id, entry.ending, tokens, cost, usd)
+        if key_id:
+            self._settle(key_id, entry.reservation or "", entry.total_tokens, cost, day)
+
+    def script_args(self) -> list[str]:
         """Return the totals as apply_usage.lua reads them."""
-        arguments: list[ScriptArgument] = [len(self.texts), *self.texts, len(self.sums)]
-        for (key, name), amount in self.sums.items():
-            arguments += [key, name, repr(amount)]
-        arguments += [len(self.decisions) // 3, *self.decisions]
-        return [*arguments, *(text for settlement in self.settlements for text in settlement)]
+        sums = self.sums()
+        arguments = [str(len(self.texts)), *self.texts, str(len(sums))]
+        for (key, name), amount in sums.items():
+            arguments += (key, name, repr(amount))
+        return [*arguments, str(len(self.decisions) // 3), *self.decisions, *self.settlements]
 
-    def _count(self, key: str, amounts: Mapping[str, int | float]) -> None:
-        for name, amount in amounts.items():
-            self.sums[key, name] += amount
+    def sums(self) -> dict[tuple[str, str], int | float]:
+        """Return (hash, field) → the amount to add."""
+        sums: defaultdict[tuple[str, str], int | float] = defaultdict(int)
+        for (model, day, key_id, ending), (requests, *tokens, unknown, picousd, usd) in self._groups.items():
+            amounts: dict[str, int | float] = {"requests": requests, ending: requests}
+            amounts |= {name: count for name, count in zip(_SUMMED, tokens, strict=True) if count}
+            if unknown:
+                amounts["cost_unknown"] = unknown
+            if requests > unknown:
+                amounts["cost_picousd"], amounts["cost_usd"] = picousd, usd
+            hashes = [f"{TOTALS}:{model}", f"{DAY_TOTALS}:{day}"]
+            if key_id is not None:
+                hashes.append(f"{KEY_TOTALS}:{key_id}")
+            for key in hashes:
+                for name, amount in amounts.items():
+                    sums[key, name] += amount
+        return sums
+
+    def _count(
+        self,
+        model: str,
+        day: str,
+        key_id: str | None,
+        ending: str,
+        tokens: Sequence[int],
+        picousd: int | None,
+        usd: float | None,
+    ) -> None:
+        group = self._groups.get((model, day, key_id, ending))
+        if group is None:
+            group = self._groups[model, day, key_id, ending] = [0] * 10 + [0.0]
+        group[0] += 1
+        for place, count in enumerate(tokens, 1):
+            if count:
+                group[place] += count
+        if picousd is None:
+            group[8] += 1
+        else:
+            group[9] += picousd
+            group[10] += usd
+
+    def _settle(self, key_id: str, reservation: str, tokens: int | None, picousd: int | None, day: str) -> None:
+        amounts = ("" if tokens is None else str(tokens), "" if picousd is None else str(picousd))
+        self.settlements += (key_id, reservation, *amounts, day, day[:7])
 
 
 @lru_cache(maxsize=8)
@@ -121,21 +199,81 @@ def _day(days: int) -> str:
     return datetime.fromtimestamp(days * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
-def _amounts(record: Mapping[str, Any]) -> dict[str, int | float]:
-    """Return what a record adds to the fields of a hash of totals."""
-    amounts: dict[str, int | float] = {"requests": 1, str(record["ending"]): 1}
-    amounts |= {name: int(record[name]) for name in COUNTED if record[name]}
-    amounts |= {name: int(record[name]) for name in COUNTED_SINCE if record.get(name)}
-    cost = record["cost_picousd"]
-    if cost is None or not 0 <= cost <= MAX_COUNT:
-        return {**amounts, "cost_unknown": 1}
-    return {**amounts, "cost_picousd": int(cost), "cost_usd": float(record["cost_usd"])}
+@dataclass(slots=True)
+class SummedBatch:
+    """Records that follow one another in a journal, added up."""
+
+    first: int
+    """Sequence numbers, of the first record and of the last."""
+    last: int
+    end: int
+    """Offset in the file of what comes after them, or less."""
+    totals: BatchTotals
+    bytes: int = 0
+    is_open: bool = True
 
 
-def _tokens(record: Mapping[str, Any]) -> str:
-    """Return all tokens of a record; "" if they are not known."""
-    prompt, output = record["prompt_tokens"], record["output_tokens"]
-    return "" if prompt is None or output is None else str(prompt + output)
+class SummedRecords:
+    """Keep the sums of what this process has written to its journals and Redis has not taken, so that no file is read.
+
+    For each journal it has all such records, or none: after a restart, when Redis went back to an older state, or when
+    the sums would take more than MAX_SUMMED_BYTES. Then the file is read, up to its end.
+    """
+
+    def __init__(self, *, keep_decisions: bool) -> None:
+        self._keep_decisions = keep_decisions
+        self._batches: dict[Journal, deque[SummedBatch]] = {}
+        self._bytes = 0
+
+    def add(self, journal: Journal, entry: UsageRecord, text: str, detail: str) -> None:
+        """Add the record that was just appended to the journal. `text`: without its number."""
+        batches, sequence = self._batches.get(journal), journal.sequence
+        if batches is None:
+            if sequence != 1:
+                return
+            batches = self._batches[journal] = deque()
+        if not batches or not batches[-1].is_open or sequence - batches[-1].first >= BATCH_SIZE:
+            batches.append(SummedBatch(sequence, sequence, 0, BatchTotals(keep_decisions=self._keep_decisions)))
+        batch = batches[-1]
+        line = f'{{"seq": {sequence}, {text[1:]}'
+        batch.totals.add(entry, line, f'{line[:-1]},"{DETAIL}":{detail}}}' if detail else None)
+        batch.last, batch.end = sequence, journal.size
+        size = len(text) + len(detail)
+        batch.bytes += size
+        self._bytes += size
+        if self._bytes > MAX_SUMMED_BYTES:
+            self.clear()
+
+    def has(self, journal: Journal) -> bool:
+        """Return whether it has all records of the journal that Redis has not taken."""
+        return journal in self._batches
+
+    def next_batch(self, journal: Journal) -> SummedBatch | None:
+        """Return the next batch, to which nothing is added from now on; None: there is none."""
+        batches = self._batches[journal]
+        if not batches:
+            return None
+        batches[0].is_open = False
+        return batches[0]
+
+    def drop_applied(self, journal: Journal, applied: int) -> None:
+        """Drop the batches up to the record `applied`, or all if one of them is applied in part."""
+        batches = self._batches.get(journal, ())
+        while batches and batches[0].last <= applied:
+            self._bytes -= batches.popleft().bytes
+        if batches and batches[0].first <= applied:
+            self.forget(journal)
+
+    def resume(self, journal: Journal) -> None:
+        """Add up what is appended from now on: Redis has taken all that the journal has."""
+        self._batches.setdefault(journal, deque())
+
+    def forget(self, journal: Journal) -> None:
+        self._bytes -= sum(batch.bytes for batch in self._batches.pop(journal, ()))
+
+    def clear(self) -> None:
+        self._batches.clear()
+        self._bytes = 0
 
 
 STREAM: Final = "uniroute:usage"
@@ -166,8 +304,11 @@ FINISHED_KEPT_S = 3600
 # Records that are sent to the store in one script.
 BATCH_SIZE = 200
 
-# Records that are added up before other tasks get a turn.
+# Records that are read and added up before other tasks get a turn.
 RECORDS_PER_TURN = 40
+
+# Of records whose sums are kept in memory.
+MAX_SUMMED_BYTES = 16 * 2**20
 
 FLUSH_INTERVAL_S = 0.5
 
@@ -210,6 +351,7 @@ class UsageWriter:
         self._finish = store.client.register_script(FINISH)
         # Journals whose file is removed, but not their number in Redis.
         self._finished: list[str] = []
+        self._summed = SummedRecords(keep_decisions=decisions is not None)
         self._availability = Availability(log, back="usage reaches the store again")
         self._tasks = BackgroundTasks()
 
@@ -234,9 +376,9 @@ class UsageWriter:
     def record(self, entry: UsageRecord, detail: str = "") -> None:
         """Write a record to the journal. `detail`: what is kept of the decision beside the usage, a JSON object."""
         text = entry.to_json()
-        if detail:
-            text = f'{text[:-1]},"{DETAIL}":{detail}}}'
-        if not self._journals.append(text):
+        if self._journals.append(f'{text[:-1]},"{DETAIL}":{detail}}}' if detail else text):
+            self._summed.add(self._journals.current, entry, text, detail)
+        else:
             self._drop(1)
 
     def start(self) -> None:
@@ -253,6 +395,7 @@ class UsageWriter:
             await self._finish_removed()
         except StoreUnavailable as error:
             log.warning("usage stays in its journals for the next start: %s", error)
+        self._summed.clear()
         if lost := self._journals.close():
             log.error("%d usage records are lost: neither the store nor the disk took them", lost)
             self._drop(lost)
@@ -272,38 +415,53 @@ class UsageWriter:
 
     async def _apply_batch(self, journal: Journal) -> bool:
         """Write a journal's next batch to Redis; return False if there was none."""
+        if not self._summed.has(journal):
+            return await self._apply_lines(journal)
+        batch = self._summed.next_batch(journal)
+        if batch is None:
+            return False
+        if await self._send(journal, batch.first, batch.last, batch.totals):
+            journal.acknowledge(batch.last, batch.end)
+            self._summed.drop_applied(journal, batch.last)
+        return True
+
+    async def _apply_lines(self, journal: Journal) -> bool:
+        """Read a journal's next batch, and write it to Redis; return False if there was none."""
         batch = _next_batch(journal)
         totals, broken = await _totals_of(batch, keep_decisions=self._decisions is not None)
-        if batch.entries:
-            applied, uncounted = await self._send(journal, batch, totals)
-            if uncounted == REFUSED:
-                self._resync(journal, applied)
-                return True
-            if uncounted:
-                log.warning("%d usage figures of %d records were not counted", uncounted, len(batch.entries))
-        journal.acknowledge(batch)
+        if batch.entries and not await self._send(journal, batch.entries[0].sequence, batch.last, totals):
+            return True
+        journal.acknowledge(batch.last, batch.end)
         if broken:
             log.error("%d lines of the usage journal %s cannot be read and are left out", broken, journal.path)
             self._drop(broken)
+        if not batch.entries and self._journals.is_open(journal) and journal.fully_applied:
+            self._summed.resume(journal)
         return bool(batch.entries)
 
-    async def _send(self, journal: Journal, batch: Batch, totals: BatchTotals) -> tuple[int, int]:
-        """Return the number of the last record applied, and how many figures were not counted, or REFUSED."""
-        first, last = batch.entries[0].sequence, batch.entries[-1].sequence
+    async def _send(self, journal: Journal, first: int, last: int, totals: BatchTotals) -> bool:
+        """Write the records `first` to `last`; return False if Redis expects others, which come next then."""
         bounds = self._decisions.script_args() if self._decisions else (0, 0, 0)
-        arguments = [journal.id, journal.applied, first, last, MAX_ENTRIES, *bounds, *totals.script_args()]
-        keys = [JOURNALS, STREAM, DECISIONS, TIMES, BYTES, FEEDBACK]
-        async with self._store.operation("record usage"):
-            applied, uncounted = await self._apply(keys=keys, args=arguments)
-        return int(applied), int(uncounted)
+        about = (journal.id, *map(str, (journal.applied, first, last, MAX_ENTRIES, *bounds)))
+        keys = (JOURNALS, STREAM, DECISIONS, TIMES, BYTES, FEEDBACK)
+        async with self._store.operation("record usage") as client:
+            applied, uncounted = await evaluate(client, self._apply, keys, (*about, *totals.script_args()))
+        if uncounted == REFUSED:
+            self._resync(journal, applied)
+            return False
+        if uncounted:
+            log.warning("%d usage figures of %d records were not counted", uncounted, len(totals.texts))
+        return True
 
     def _resync(self, journal: Journal, applied: int) -> None:
         """Continue after the last record that Redis applied: its reply was lost, or it went back to an older state."""
         if applied < journal.applied:
             log.warning("the store went back: usage after record %d of %s is sent again", applied, journal.path)
             journal.rewind(applied)
+            self._summed.forget(journal)
         else:
-            journal.applied = applied
+            journal.acknowledge(applied)
+            self._summed.drop_applied(journal, applied)
 
     def _remove(self, journal: Journal) -> None:
         """Remove the file now, and its number in Redis later: a file without its number would be applied again."""
@@ -311,6 +469,7 @@ class UsageWriter:
             self._journals.remove(journal)
         except OSError as error:
             raise StoreUnavailable(f"could not remove the usage journal {journal.path}: {error}") from error
+        self._summed.forget(journal)
         self._finished.append(journal.id)
 
     async def _finish_removed(self) -> None:
@@ -349,12 +508,12 @@ def _next_batch(journal: Journal) -> Batch:
 
 async def _totals_of(batch: Batch, *, keep_decisions: bool) -> tuple[BatchTotals, int]:
     """Return the totals, and how many lines cannot be read. Other tasks get turns meanwhile."""
-    totals, broken = BatchTotals(keep_decisions), batch.broken
+    totals, broken = BatchTotals(keep_decisions=keep_decisions), batch.broken
     for index, entry in enumerate(batch.entries):
         if index % RECORDS_PER_TURN == 0:
             await asyncio.sleep(0)
         try:
-            totals.add(entry.text, entry.fields)
+            totals.add_line(entry.text, entry.fields)
         except ValueError:
             broken += 1
     return totals, broken

@@ -83,7 +83,7 @@ def row(folder: Path, models: int, allowed: int | None) -> str:
 
 
 def _read(text: str) -> None:
-    BatchTotals(keep_decisions=True).add(text, orjson.loads(text))
+    BatchTotals(keep_decisions=True).add_line(text, orjson.loads(text))
 
 
 if __name__ == "__main__":

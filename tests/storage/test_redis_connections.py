@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch
-from proxy.storage.redis import Store, StoreUnavailable
+from proxy.storage.redis import Store, StoreUnavailable, encode_command
+from proxy.storage.redis_connections import PipelinedConnection
 from proxy.storage.registry import Registry, RegistryError
 from tests.support.sentinels import Sentinels, TlsProxy, sentinels
 from tests.support.tls import a_certificate, served_by
@@ -65,6 +68,17 @@ async def test_a_certificate_is_checked_against_the_configured_authority(
     assert await why_not(tmp_path, f"{url}?ssl_ca_certs={authority}") == ""
     assert "certificate verify failed" in await why_not(tmp_path, url)
     assert "certificate verify failed" in await why_not(tmp_path, url, redis_ca_file=certificates[1] / "cert.pem")
+
+
+async def test_a_pipelined_connection_is_encrypted_too(tls: TlsProxy, certificates: tuple[Path, Path]) -> None:
+    store = Store(f"rediss://127.0.0.1:{tls.port}?ssl_ca_certs={certificates[0] / 'cert.pem'}")
+    connection = await PipelinedConnection.open(store.client)
+    echoed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    connection.send(encode_command(("ECHO", "x" * 100_000)), 1, echoed.set_result)
+    async with asyncio.timeout(10):
+        assert await echoed == ["x" * 100_000]
+    await connection.dispose()
+    await store.close()
 
 
 async def test_a_certificate_must_name_the_requested_host(

@@ -34,7 +34,7 @@ def read_all(journal: Journal, most: int = 10) -> list[int]:
     found: list[int] = []
     while entries := (batch := journal.read(most)).entries:
         found += [entry.fields["n"] for entry in entries]
-        journal.acknowledge(batch)
+        journal.acknowledge(batch.last, batch.end)
     return found
 
 
@@ -99,7 +99,7 @@ def test_a_truncated_line_and_a_line_of_garbage_lose_no_other_record(tmp_path: P
     assert journal is not None
     batch = journal.read(10)
     assert ([entry.fields["n"] for entry in batch.entries], batch.broken) == ([1, 2], 1)
-    journal.acknowledge(batch)
+    journal.acknowledge(batch.last, batch.end)
     assert (journal.read(10).entries, journal.read(10).broken) == ([], 0)
 
 
