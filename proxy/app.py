@@ -433,7 +433,7 @@ async def app_state(
         await closing.enter_async_context(background("uniroute-prices", feed.run))
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
-        await jobs.start_worker()
+        jobs.start_worker()
         feedback = FeedbackStore(store, _feedback_limits(settings))
         if settings.feedback != "off":
             watch = QualityWatch(feedback, state, metrics.values)
