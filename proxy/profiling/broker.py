@@ -1,4 +1,4 @@
-"""The stream of jobs, by taskiq. Only the worker imports this, when it starts: it takes as long as all of FastAPI."""
+"""The stream of jobs, by taskiq. The worker imports this with the first job: it takes as long as all of FastAPI."""
 
 from __future__ import annotations
 

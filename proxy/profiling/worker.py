@@ -34,6 +34,7 @@ class JobWorker:
         self._leases = Leases(store, map_id)
         self._broker: JobBroker | None = None
         self._importing = asyncio.Lock()
+        self._has_jobs = asyncio.Event()
         self._stopping = asyncio.Event()
         self._tasks = BackgroundTasks()
         self._working: dict[str, asyncio.Task[None]] = {}
@@ -46,6 +47,7 @@ class JobWorker:
 
     async def enqueue(self, job_id: str) -> None:
         """Put a job on the stream. If that fails, the requeue loop does it later: the job itself is stored."""
+        self._has_jobs.set()
         try:
             broker = await self._opened()
             async with self._store.operation("start a job") as client:
@@ -77,10 +79,12 @@ class JobWorker:
             await self._broker.shutdown()
 
     async def _take_jobs(self) -> None:
+        """Take jobs from the stream, from the first time on that there may be one."""
+        await self._has_jobs.wait()
         await (await self._opened()).work(self._stopping)
 
     async def _opened(self) -> JobBroker:
-        """Return the broker. It is first imported here: a server need not wait for it before it serves."""
+        """Return the broker. Only here it is imported: most servers measure nothing, and it takes time and memory."""
         async with self._importing:
             if self._broker is None:
                 make = await in_own_thread(_import_broker)
@@ -142,6 +146,8 @@ class JobWorker:
         """Return the unfinished jobs that no worker holds and that are not known to wait on the stream."""
         async with self._store.operation("look after jobs") as client:
             job_ids = await awaited(client.smembers(OPEN))
+            if job_ids:
+                self._has_jobs.set()
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in job_ids:
                     for key in (lease_key(job_id), enqueued_key(job_id)):

@@ -15,7 +15,6 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import from_settings
 from proxy.server.metrics import Values, worker_deaths
 from proxy.server.run import MAX_PAUSE_S, Slot, Supervisor, server_config
 from proxy.server.startup import START_FAILED
@@ -131,7 +130,7 @@ def dying(exitcode: int, lived_s: float) -> Any:
 def supervisor() -> Iterator[Supervisor]:
     settings = Settings(workers=2)
     with socket.socket() as bound:
-        made = Supervisor(settings, lambda counts: server_config(settings, from_settings, counts), bound)
+        made = Supervisor(settings, lambda counts: server_config(settings, counts), bound)
         made._deaths = worker_deaths(Values())
         yield made
 
