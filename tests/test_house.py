@@ -231,6 +231,20 @@ def test_importing_a_package_whole_loads_nothing_heavy(package: str) -> None:
     assert loaded_after_importing()[PACKAGES.index(package)] & set(HEAVY) == set()
 
 
+@pytest.mark.parametrize(
+    ("imported_first", "left_out"),
+    [
+        # what supervises workers, and shows their start
+        (("proxy.cli.serve", "proxy.cli.client", "proxy.server.run"), {"proxy.app", "fastapi", "redis", "jinja2"}),
+        (("proxy.preload",), {"taskiq", "aiohttp", "valkey", "matplotlib"}),
+    ],
+)
+def test_a_start_imports_no_more_than_it_needs(imported_first: tuple[str, ...], left_out: set[str]) -> None:
+    code = f"import sys, {', '.join(imported_first)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & left_out == set()
+
+
 def test_nothing_names_the_machine_it_was_written_on() -> None:
     """Home directories in general, and the folder that this copy lies in."""
     private = re.compile(rf"/(?:home|Users)/\w|/root/|{re.escape(str(ROOT))}/")

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -85,7 +86,7 @@ def run_server(settings: Settings, bound: socket.socket) -> None:
     """
     raise_open_files_limit()
     if settings.workers > 1:
-        start_fork_server()
+        start_context()
     make_config = partial(server_config, settings, logging=logging_config(settings.log_format))
     # It starts while this process imports the app.
     with embedded_store(settings):
@@ -233,12 +234,6 @@ MIN_FIRST_REPLY_TIMEOUT_S = 120.0
 # Beyond the time that open answers have.
 KILL_GRACE_PERIOD_S = 10.0
 
-# Forked workers start sooner, and share the memory of what was imported before. On macOS, system libraries that were
-# loaded before a fork may not be used after it.
-if sys.platform == "linux":
-    _processes = multiprocessing.get_context("forkserver")
-else:
-    _processes = multiprocessing.get_context("spawn")
 multiprocessing.allow_connection_pickling()
 
 # Blocked until a worker has handlers for them. Ctrl-C would interrupt imports; and a process that workers are forked
@@ -256,12 +251,23 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_fork_server() -> None:
-    """Start the process that workers are forked from, which begins to import; it ends with the last of them."""
-    if _processes.get_start_method() == "forkserver":
+@cache
+def start_context() -> ForkServerContext | SpawnContext:
+    """Return how workers are started: forked from a process that begins to import now, and ends after the last of them.
+
+    Forked workers start sooner, and share the memory of what was imported. On macOS, system libraries that were loaded
+    before a fork may not be used after it; with Python 3.11.0 every local user could have a process forked.
+    """
+    if sys.platform == "linux" and sys.version_info >= (3, 11, 1):
         multiprocessing.set_forkserver_preload(list(PRELOADED))
-        with signals_held():
-            forkserver.ensure_running()
+        try:
+            with signals_held():
+                forkserver.ensure_running()
+        except OSError as error:  # no folder for temporary files, or its name is too long for that of a socket
+            log.warning("workers are not forked, which takes time and memory: %s", error)
+        else:
+            return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 class WorkerServer(Server):
@@ -307,9 +313,9 @@ class Worker:
     """A process, and the pipe over which the supervisor asks it for signs of life."""
 
     def __init__(self, config: uvicorn.Config, bound: socket.socket, *, listens_at_once: bool = False) -> None:
-        self._pipe, theirs = _processes.Pipe()
+        self._pipe, theirs = multiprocessing.Pipe()
         self.listens_at_once = listens_at_once
-        self.process = _processes.Process(target=_work, args=(config, bound, theirs, listens_at_once))
+        self.process = start_context().Process(target=_work, args=(config, bound, theirs, listens_at_once))
         self.began = time.monotonic()
         self.is_ready = self.was_heard = False
         self.unanswered_s = 0.0

@@ -41,12 +41,13 @@ class ProcessGroup:
 
 def children_of(pid: int) -> list[int]:
     """Return the ids of the workers of a server, which are forked from a child of it or are its children."""
-    parents = [pid, *_children(pid, "multiprocessing.forkserver")]
-    return [
-        child
-        for parent in parents[1:] or parents
-        for child in _children(parent, "spawn_main|multiprocessing.forkserver")
-    ]
+    parents = fork_servers(pid) or [pid]
+    return [child for parent in parents for child in _children(parent, "spawn_main|multiprocessing.forkserver")]
+
+
+def fork_servers(pid: int) -> list[int]:
+    """Return the ids of the processes that the workers of a server are forked from."""
+    return _children(pid, "multiprocessing.forkserver")
 
 
 def _children(pid: int, command: str) -> list[int]:
