@@ -33,7 +33,7 @@ ROLES = {
     "valkey_watch": "ends the store with the server",
     "valkey-server": "embedded store",
     "resource_tracker": "multiprocessing's resource tracker",
-    "spawn_main": "starting worker",
+    "multiprocessing.forkserver": "what workers are forked from",
     "proxy.cli": "supervisor",
 }
 
