@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -258,6 +258,7 @@ def start_context() -> ForkServerContext | SpawnContext:
     Forked workers start sooner, and share the memory of what was imported. On macOS, system libraries that were loaded
     before a fork may not be used after it; with Python 3.11.0 every local user could have a process forked.
     """
+    resource_tracker.ensure_running()  # its start would unblock signals
     if sys.platform == "linux" and sys.version_info >= (3, 11, 1):
         multiprocessing.set_forkserver_preload(list(PRELOADED))
         try:
