@@ -69,7 +69,15 @@ from proxy.server.ratelimit import RateLimiter
 from proxy.server.requests import path_of
 from proxy.server.reservations import SETTLE_FUNCTION
 from proxy.server.responses import HANDLED_EXCEPTIONS, handle_error
-from proxy.server.startup import START_FAILED, Startup, Step, check_data_dir, check_named_models, load_cluster_map
+from proxy.server.startup import (
+    START_FAILED,
+    Startup,
+    Step,
+    check_data_dir,
+    check_named_models,
+    load_cluster_map,
+    return_freed_memory,
+)
 from proxy.server.stored_responses import router as responses_router
 from proxy.server.strict_bodies import handle_validation_error
 from proxy.settings.model_config import SettingsError
@@ -305,6 +313,7 @@ async def _open_until(
             dashboard.activity.running(state.metrics),
         ):
             gc.collect()
+            return_freed_memory()
             # The objects that exist now stay: a full collection that visited them all took tenths of a second.
             gc.freeze()
             startup.app_state = state
@@ -433,7 +442,7 @@ async def app_state(
         await closing.enter_async_context(background("uniroute-prices", feed.run))
         jobs = Jobs(store, state, UpstreamModelClient(upstream), assigner.embedder, settings)
         closing.push_async_callback(jobs.close)
-        await jobs.start_worker()
+        jobs.start_worker()
         feedback = FeedbackStore(store, _feedback_limits(settings))
         if settings.feedback != "off":
             watch = QualityWatch(feedback, state, metrics.values)

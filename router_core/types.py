@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar, dataclass_transform
 
@@ -158,6 +159,8 @@ PRICE_FIELDS = tuple(column.name for column in fields(Price) if column.name != "
 _ABOVE = re.compile(rf"({'|'.join(PRICE_FIELDS)})_above_([0-9]{{1,12}})(k?)_tokens")
 
 
+# The same few dozen names come up for each of thousands of models.
+@lru_cache(maxsize=1024)
 def price_field(name: str) -> tuple[str, int | None] | None:
     """Split a flat field into its rate and the prompt tokens above which it holds (None: from the first).
 

@@ -36,11 +36,12 @@ FOLDER_ORDER = (
     ("server",),
     ("dashboard", "observability"),
     ("app",),
+    ("preload",),
     ("cli",),
 )
-MAX_TOP_ENTRIES = 15
+MAX_TOP_ENTRIES = 16
 # Beside server/api, which grows with the APIs that clients speak. Eleven of them are the page.
-MAX_PROXY_FILES = 153
+MAX_PROXY_FILES = 155
 MAX_CORE_FILES = 45
 MIN_LINES_OF_ONE_FUNCTION = 40
 
@@ -228,6 +229,20 @@ for modules in sys.argv[1:]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_importing_a_package_whole_loads_nothing_heavy(package: str) -> None:
     assert loaded_after_importing()[PACKAGES.index(package)] & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize(
+    ("imported_first", "left_out"),
+    [
+        # what supervises workers, and shows their start
+        (("proxy.cli.serve", "proxy.cli.client", "proxy.server.run"), {"proxy.app", "fastapi", "redis", "jinja2"}),
+        (("proxy.preload",), {"taskiq", "aiohttp", "valkey", "matplotlib"}),
+    ],
+)
+def test_a_start_imports_no_more_than_it_needs(imported_first: tuple[str, ...], left_out: set[str]) -> None:
+    code = f"import sys, {', '.join(imported_first)}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & left_out == set()
 
 
 def test_nothing_names_the_machine_it_was_written_on() -> None:

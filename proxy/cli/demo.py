@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr
 
-from proxy.app import from_settings
 from proxy.cli import console
 from proxy.cli.client import FINISHED, ServerClient, show_startup
 from proxy.cli.console import CommandError, echo, table
@@ -312,7 +311,7 @@ class BackgroundServer:
     """A server in a thread of this process, which ends with the process."""
 
     def __init__(self, settings: Settings, bound: socket.socket, logging: dict[str, Any]) -> None:
-        self._server = Server(server_config(settings, from_settings, logging=logging))
+        self._server = Server(server_config(settings, logging=logging))
         self._drain_s = settings.drain_s
         self._bound = bound
         self._ended = threading.Event()  # a join() that Ctrl-C interrupts would count the thread as ended

@@ -49,7 +49,6 @@ def serve(
     """Serve the OpenAI-compatible API until Ctrl-C."""
     from logging.config import dictConfig
 
-    from proxy.app import from_settings
     from proxy.cli.client import announce_ready
     from proxy.server.log_handler import is_json
     from proxy.server.run import address, exit_on_signals, listen, logging_config, run_server
@@ -71,7 +70,7 @@ def serve(
     say(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
     print_models(settings, os.environ, say)
     with announce_ready(address(bound), say):
-        run_server(settings, bound, from_settings)
+        run_server(settings, bound)
 
 
 def demo(

@@ -288,9 +288,9 @@ class Jobs:
         """Return the prompts that models are measured on, with their clusters. Raise InvalidValidationSet."""
         return await self._prompts.load(self._state.current.cluster_map)
 
-    async def start_worker(self) -> None:
+    def start_worker(self) -> None:
         """Run jobs on this process's event loop, and migrate profiles for other maps, once Redis is available."""
-        await self.worker.start()
+        self.worker.start()
         self._tasks.start("uniroute-carrying-over", self._migration.run, restart=False)
 
     async def close(self) -> None:

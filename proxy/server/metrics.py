@@ -27,7 +27,7 @@ from datetime import datetime
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal, Union
+from typing import TYPE_CHECKING, Literal, Union
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -35,9 +35,11 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from proxy.server.log_handler import lines_dropped
-from proxy.storage.snapshot import RoutingSnapshot
-from proxy.upstream.concurrency_limit import ConcurrencyLimiter
-from proxy.upstream.health import HealthRegistry
+
+if TYPE_CHECKING:
+    from proxy.storage.snapshot import RoutingSnapshot
+    from proxy.upstream.concurrency_limit import ConcurrencyLimiter
+    from proxy.upstream.health import HealthRegistry
 
 log = logging.getLogger("uniroute.metrics")
 

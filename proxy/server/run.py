@@ -13,19 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import uvicorn
+from uvicorn.importer import import_from_string
 from uvicorn.lifespan.off import LifespanOff
 
 from proxy.concurrency import raise_open_files_limit
 from proxy.server.log_handler import LogFormat, formatter_class
 from proxy.server.metrics import SharedValues, Values, shared_folder, worker_deaths
-from proxy.server.protocol import LimitedHTTPProtocol
 from proxy.server.startup import START_FAILED, Startup
 from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings
@@ -33,7 +36,6 @@ from proxy.storage.valkey import EmbeddedStoreFailed, EmbeddedValkey
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
 
 log = logging.getLogger("uniroute.workers")
 
@@ -57,9 +59,17 @@ def logging_config(log_format: LogFormat) -> dict[str, Any]:
     return {**LOGGING, "formatters": {"line": {"()": f"{chosen.__module__}.{chosen.__qualname__}"}}}
 
 
-class AppFactory(Protocol):
-    """A function at the top of a module: it is sent to worker processes by its name."""
+# Makes the app of a server with these settings: `module:function`, an AppFactory. The process that supervises workers
+# does not import it.
+APP = "proxy.app:from_settings"
 
+PROTOCOL = "proxy.server.protocol:LimitedHTTPProtocol"
+
+# Imported before the first request, also those that a start imports late.
+PRELOADED = ("faiss", "nanotoken", "proxy.preload")
+
+
+class AppFactory(Protocol):
     def __call__(self, settings: Settings, *, counts: Path | None) -> FastAPI:
         """Make the app, in the process that serves it.
 
@@ -68,21 +78,26 @@ class AppFactory(Protocol):
         """
 
 
-def run_server(settings: Settings, bound: socket.socket, create_app: AppFactory) -> None:
+def run_server(settings: Settings, bound: socket.socket) -> None:
     """Serve until a signal ends it, then let requests finish.
 
     Raises:
         SystemExit: the server did not start; the log says why.
     """
     raise_open_files_limit()
-    make_config = partial(server_config, settings, create_app, logging=logging_config(settings.log_format))
     if settings.workers > 1:
-        Supervisor(settings, make_config, bound).run()
-        return
-    try:
-        run_until_exit(Server(make_config()), bound)
-    except SystemExit:
-        raise SystemExit(1) from None
+        start_context()
+    make_config = partial(server_config, settings, logging=logging_config(settings.log_format))
+    # It starts while this process imports the app.
+    with embedded_store(settings):
+        if settings.workers > 1:
+            Supervisor(settings, make_config, bound).run()
+            return
+        import_module("proxy.preload")
+        try:
+            run_until_exit(Server(make_config()), bound)
+        except SystemExit:
+            raise SystemExit(1) from None
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -109,17 +124,16 @@ def address(bound: socket.socket) -> str:
 
 def server_config(
     settings: Settings,
-    create_app: AppFactory,
     counts: Path | None = None,
     *,
     logging: dict[str, Any] | None = LOGGING,
 ) -> uvicorn.Config:
     """Return uvicorn's configuration. The settings travel to worker processes, secrets and all, through a pipe."""
     return uvicorn.Config(
-        partial(create_app, settings, counts=counts),
+        partial(make_app, settings, counts),
         factory=True,
         loop="uvloop" if os.name == "posix" else "auto",
-        http=LimitedHTTPProtocol,
+        http=PROTOCOL,
         ws="none",
         lifespan="on",
         workers=settings.workers,
@@ -132,6 +146,11 @@ def server_config(
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=settings.drain_s,
     )
+
+
+def make_app(settings: Settings, counts: Path | None) -> FastAPI:
+    factory: AppFactory = import_from_string(APP)
+    return factory(settings, counts=counts)
 
 
 class Server(uvicorn.Server):
@@ -209,14 +228,47 @@ EARLY_DEATH_S = 10.0
 
 MAX_PAUSE_S = 30.0
 
-# A worker's first sign of life comes after its imports.
+# Where workers are not forked, the first sign of life comes after the imports.
 MIN_FIRST_REPLY_TIMEOUT_S = 120.0
 
 # Beyond the time that open answers have.
 KILL_GRACE_PERIOD_S = 10.0
 
-_spawn = multiprocessing.get_context("spawn")
 multiprocessing.allow_connection_pickling()
+
+# Blocked until a worker has handlers for them. Ctrl-C would interrupt imports; and a process that workers are forked
+# from, and that a signal to the whole group ended, could not tell how they ended.
+HELD_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Block HELD_SIGNALS in the processes that are started in this context, and here until it ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@cache
+def start_context() -> ForkServerContext | SpawnContext:
+    """Return how workers are started: forked from a process that begins to import now, and ends after the last of them.
+
+    Forked workers start sooner, and share the memory of what was imported. On macOS, system libraries that were loaded
+    before a fork may not be used after it; with Python 3.11.0 every local user could have a process forked.
+    """
+    resource_tracker.ensure_running()  # its start would unblock signals
+    if sys.platform == "linux" and sys.version_info >= (3, 11, 1):
+        multiprocessing.set_forkserver_preload(list(PRELOADED))
+        try:
+            with signals_held():
+                forkserver.ensure_running()
+        except OSError as error:  # no folder for temporary files, or its name is too long for that of a socket
+            log.warning("workers are not forked, which takes time and memory: %s", error)
+        else:
+            return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 class WorkerServer(Server):
@@ -254,7 +306,7 @@ class WorkerServer(Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         with super().capture_signals():
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which Worker blocked when it started us
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
             yield
 
 
@@ -262,19 +314,16 @@ class Worker:
     """A process, and the pipe over which the supervisor asks it for signs of life."""
 
     def __init__(self, config: uvicorn.Config, bound: socket.socket, *, listens_at_once: bool = False) -> None:
-        self._pipe, theirs = _spawn.Pipe()
+        self._pipe, theirs = multiprocessing.Pipe()
         self.listens_at_once = listens_at_once
-        self.process = _spawn.Process(target=_work, args=(config, bound, theirs, listens_at_once))
+        self.process = start_context().Process(target=_work, args=(config, bound, theirs, listens_at_once))
         self.began = time.monotonic()
         self.is_ready = self.was_heard = False
         self.unanswered_s = 0.0
         """Counted in the supervisor's own ticks: a machine that slept counts against no worker."""
         self._asked = False
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()  # with SIGINT blocked: its imports would be interrupted by Ctrl-C
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with signals_held():
+            self.process.start()
         theirs.close()
 
     def ask(self, *, may_listen: bool) -> None:
@@ -465,12 +514,13 @@ def embedded_store(settings: Settings) -> Iterator[None]:
 
 
 def _join(valkey: EmbeddedValkey) -> None:
-    with contextlib.suppress(EmbeddedStoreFailed):  # the workers meet the same failure, and log it
+    with contextlib.suppress(EmbeddedStoreFailed):  # those who serve meet the same failure, and log it
         valkey.ensure()
 
 
 def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection, listens_at_once: bool) -> None:  # noqa: FBT001
     """Serve, in a worker process."""
+    gc.freeze()  # a collection writes to what it looks through, and so unshares the memory of what was imported
     config.configure_logging()
     server = WorkerServer(config, listens_at_once=listens_at_once)
     threading.Thread(target=_answer, args=(pipe, server), name="uniroute-supervised", daemon=True).start()
@@ -478,6 +528,8 @@ def _work(config: uvicorn.Config, bound: socket.socket, pipe: Connection, listen
         run_until_exit(server, bound)
     except SystemExit:
         sys.exit(START_FAILED)
+    finally:
+        logging.shutdown()  # a forked process ends without it
 
 
 def _answer(pipe: Connection, server: WorkerServer) -> None:

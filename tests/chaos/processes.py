@@ -12,6 +12,7 @@ from pathlib import Path
 
 from proxy.storage.valkey import PERSISTENCE
 from tests.support.command import ROOT
+from tests.support.processes import children_of
 
 STARTED_S = 15.0
 POLL_S = 0.02
@@ -102,10 +103,9 @@ def an_upstream(ledger: Path, seed: int, mix: str = "chaos") -> Restartable:
 def workers_of(server: int) -> dict[int, float]:
     """Return the worker processes of a `uniroute serve`, with the seconds for which each has lived."""
     found = {}
-    for name in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+    for pid in children_of(server):
         with suppress(OSError):
-            if b"spawn_main" in Path(f"/proc/{name}/cmdline").read_bytes():
-                found[int(name)] = _age_s(int(name))
+            found[pid] = _age_s(pid)
     return found
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
-from tests.support.processes import is_running, store_answers
+from tests.support.processes import children_of, fork_servers, is_running, store_answers
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
@@ -167,11 +166,11 @@ def test_workers_share_the_port_and_end_with_a_killed_parent(
     environ = environment(tmp_path / "data", embedder_cache, UNIROUTE_ADMIN_KEY=ADMIN_KEY)
     config = config_file(tmp_path, upstream, profile={"on_start": False})
     with ServeCommand("--config", config, "--workers", "2", environ=environ, log=tmp_path / "log.txt") as server:
-        children = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True).stdout.split()
-        workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len([pid for pid in workers if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]) == 2
+        workers = children_of(server.pid)
+        assert len(workers) == 2
+        left = [*workers, *fork_servers(server.pid)]
         server.stop(signal.SIGKILL)
-        assert wait_until(lambda: not any(is_running(pid) for pid in workers), 20)
+        assert wait_until(lambda: not any(is_running(pid) for pid in left), 20)
     assert not store_answers(tmp_path / "data")
 
 

@@ -15,13 +15,12 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import from_settings
 from proxy.server.metrics import Values, worker_deaths
 from proxy.server.run import MAX_PAUSE_S, Slot, Supervisor, server_config
 from proxy.server.startup import START_FAILED
 from proxy.settings.schema import Settings
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway
-from tests.support.processes import children_of, owners_of
+from tests.support.processes import children_of, fork_servers, owners_of
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
@@ -123,6 +122,17 @@ def test_an_unresponsive_worker_is_killed_logged_and_replaced(gateway: Gateway) 
     assert scraped_by(gateway, other)["uniroute_worker_deaths_total[('cause', 'unresponsive')]"] == 1
 
 
+def test_after_signals_to_all_processes_it_is_still_known_how_a_worker_ends(gateway: Gateway) -> None:
+    assert wait_until(both_ready(gateway, set())), gateway.server.log
+    victim, _ = children_of(gateway.server.pid)
+    for pid in fork_servers(gateway.server.pid):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+    os.kill(victim, signal.SIGKILL)
+    assert wait_until(lambda: f"worker {victim} died" in gateway.server.log)
+    assert re.search(rf"worker {victim} died .*: killed by SIGKILL", gateway.server.log)
+
+
 def dying(exitcode: int, lived_s: float) -> Any:
     return SimpleNamespace(process=SimpleNamespace(pid=1, exitcode=exitcode), lived_s=lived_s, is_ready=False)
 
@@ -131,7 +141,7 @@ def dying(exitcode: int, lived_s: float) -> Any:
 def supervisor() -> Iterator[Supervisor]:
     settings = Settings(workers=2)
     with socket.socket() as bound:
-        made = Supervisor(settings, lambda counts: server_config(settings, from_settings, counts), bound)
+        made = Supervisor(settings, lambda counts: server_config(settings, counts), bound)
         made._deaths = worker_deaths(Values())
         yield made
 

@@ -106,7 +106,7 @@ async def test_a_stopping_worker_gives_its_job_back_at_once(store: Store, second
             await until(lambda: len(upstream.history) >= 4)
             await one.jobs.worker.stop()
             seen = len(upstream.history)
-            await two.jobs.start_worker()
+            two.jobs.start_worker()
             await until(lambda: len(upstream.history) > seen)
             assert (await finished(two.jobs, job)).state == "ready"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.profiling.worker import STREAM
+from proxy.profiling.broker import STREAM
 from proxy.storage.profile_history import read_history
 from proxy.storage.redis import PROFILES, Store
 from proxy.storage.registry import UnknownModel

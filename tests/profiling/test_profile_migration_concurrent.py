@@ -61,7 +61,7 @@ async def test_a_process_on_the_old_map_keeps_its_profile_and_leaves_the_job_to_
             job = await latest_job(after)
             await before.jobs.worker.enqueue(job.id)
             assert await Leases(store, CORNERS.id).take(job.id) is None
-            await after.jobs.start_worker()
+            after.jobs.start_worker()
             assert (await profile_in_use(after)).map_id == HALVES.id
             await before.state.refresh()
             assert before.state.current.profiles["small"].to_json() == old.to_json()
@@ -105,7 +105,7 @@ async def test_profiling_again_replaces_a_migration_job(store: Store, tmp_path: 
             assert await bench.jobs.migrate_profile("small")
             assert (await latest_job(bench)).id == anew.id
             replaced = await bench.jobs.get(carrying.id)
-            await bench.jobs.start_worker()
+            bench.jobs.start_worker()
             assert (await ended(bench.jobs, anew)).done == 24
     assert replaced is not None
     assert (replaced.state, replaced.error) == ("cancelled", "a newer job took its place")

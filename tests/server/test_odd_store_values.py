@@ -13,8 +13,8 @@ import httpx
 import pytest
 import redis
 
+from proxy.profiling.broker import STREAM
 from proxy.profiling.job_store import LATEST, OPEN, AnswerText, PromptAnswer, answers_key, job_key
-from proxy.profiling.worker import STREAM
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from proxy.profiling.worker import GROUP, STREAM, JobBroker
+from proxy.profiling.broker import GROUP, STREAM, JobBroker
 from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
@@ -219,12 +219,15 @@ async def a_change_is_with_the_replica_once_it_is_acknowledged(
         assert "no replica has what was done to change a key" in caplog.text
         with pytest.raises(RegistryError):
             await registry.remove_model("nobody")
-    broker = JobBroker(store.server)
+    broker = JobBroker(store.server, no_work)
     await broker.declare_group()
     with group.client(replica) as client:
         assert [entry["name"] for entry in client.xinfo_groups(STREAM)] == [GROUP]
     await broker.shutdown()
     await store.close()
+
+
+async def no_work(_job_id: str) -> None: ...
 
 
 async def a_sentinel_is_no_server(folder: Path, group: Sentinels) -> None:

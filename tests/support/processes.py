@@ -36,13 +36,22 @@ class ProcessGroup:
         return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:
-        """Return the ids of the processes that multiprocessing started for it."""
         return children_of(self.pid)
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the ids of the processes that multiprocessing started for it."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True)
+    """Return the ids of the workers of a server, which are forked from a child of it or are its children."""
+    parents = fork_servers(pid) or [pid]
+    return [child for parent in parents for child in _children(parent, "spawn_main|multiprocessing.forkserver")]
+
+
+def fork_servers(pid: int) -> list[int]:
+    """Return the ids of the processes that the workers of a server are forked from."""
+    return _children(pid, "multiprocessing.forkserver")
+
+
+def _children(pid: int, command: str) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", command], capture_output=True, text=True)
     return [int(found_pid) for found_pid in found.stdout.split()]
 
 

@@ -131,7 +131,7 @@ async def a_bench(
         if not configured:
             await registry.add_model(record)
         if worker:
-            await jobs.start_worker()
+            jobs.start_worker()
         yield Bench(state, registry, jobs, record)
 
 

@@ -11,7 +11,6 @@ import sys
 from logging.config import dictConfig
 from pathlib import Path
 
-from proxy.app import from_settings
 from proxy.server.run import LOGGING, exit_on_signals, run_server
 from proxy.settings.schema import load_settings
 
@@ -21,5 +20,4 @@ if __name__ == "__main__":
     run_server(
         load_settings(Path(os.environ["UNIROUTE_CONFIG"]), os.environ),
         socket.socket(fileno=int(sys.argv[1])),
-        from_settings,
     )

@@ -61,6 +61,10 @@ def running(server: Server, core: int) -> Iterator[Running]:
         yield Running(process, until_it_answers(lambda: answers(server), process, server.log))
 
 
+def is_ready(server: Server) -> bool:
+    return _status(server.port, "GET", "/readyz") == 200
+
+
 def answers(server: Server) -> bool:
     body = {"model": next(iter(server.rows.values())), "messages": [{"role": "user", "content": "Are you there?"}]}
     headers = {"content-type": "application/json", **server.headers}
@@ -116,10 +120,10 @@ def a_profile(error: float, folder: Path | None) -> Mapping[str, object]:
 
 
 @contextmanager
-def profiled(server: Server, core: int) -> Iterator[Running]:
+def profiled(server: Server, core: int | None = None) -> Iterator[Running]:
     """Start a server and measure its models. Not timed: this start may also have made the embedding table."""
     with started(server.command, core=core, environ=server.environ, log=server.log, cwd=ROOT) as process:
-        ready_s = until_it_answers(lambda: _status(server.port, "GET", "/readyz") == 200, process, server.log)
+        ready_s = until_it_answers(lambda: is_ready(server), process, server.log)
         with ThreadPoolExecutor(BATCH_SIZE) as pool:
             list(pool.map(lambda name: _put_profile(server, name), server.profiles))
         yield Running(process, ready_s)

@@ -25,30 +25,32 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_s(pid: int) -> float:
-    """Return user and system seconds of the whole tree."""
+    """Return user and system seconds of the whole tree, and of its processes that have ended and were waited for."""
     total = 0
     for one in tree(pid):
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
+        total += sum(map(int, fields[11:15]))
     return total / TICKS
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Hold MiB of the whole tree. Shared pages count once in the proportional size, and in each one's resident size."""
+    """Hold MiB. Shared pages count once in the proportional size, and in each one's resident size."""
 
     rss: float
     pss: float
 
 
 def memory(pid: int) -> Memory:
-    kib = {"Rss": 0, "Pss": 0}
-    for one in tree(pid):
-        for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]:
-            name, _, rest = line.partition(":")
-            if name in kib:
-                kib[name] += int(rest.split()[0])
-    return Memory(kib["Rss"] / 1024, kib["Pss"] / 1024)
+    parts = [memory_of_one(one) for one in tree(pid)]
+    return Memory(sum(part.rss for part in parts), sum(part.pss for part in parts))
+
+
+def memory_of_one(pid: int) -> Memory:
+    """Return the memory of one process without its descendants."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    mib = {name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines)}
+    return Memory(mib["Rss"], mib["Pss"])
 
 
 def core_busy_s(core: int) -> float:
@@ -71,12 +73,12 @@ def free_port() -> int:
 def started(
     command: Sequence[object],
     *,
-    core: int,
+    core: int | None = None,
     environ: Mapping[str, str] | None = None,
     log: Path,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process in a group of its own on one core, and end it with all its descendants."""
+    """Start a process in a group of its own, on one core if given, and end it with all its descendants."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*map(str, command)],
@@ -85,7 +87,7 @@ def started(
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )
     try:
         yield process
