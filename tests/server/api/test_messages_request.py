@@ -287,7 +287,8 @@ def test_what_is_wrong_with_a_message_is_named_as_the_client_wrote_it(message: d
         ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": ["any"]}}, "tool_choice.type"),
         ({"compaction": {"type": "summarize"}}, "compaction"),
-        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, "thread"),
+        ({"thread": {"type": "create"}}, "thread"),
+        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}, "messages": [asks(a_result("x"))]}, "thread"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
     ],
 )
