@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.client_apis import PATHS, APIName
+from tests.support.client_apis import API_NAMES, PATHS, APIName
 
 _FOLDER = Path(__file__).parent.parent / "server/api/captured"
 
@@ -23,7 +23,7 @@ class CapturedRequest:
 
     @property
     def api(self) -> APIName:
-        return next(api for api, path in PATHS.items() if self.path.partition("?")[0] == path)
+        return next(api for api in API_NAMES if PATHS[api] == self.path.partition("?")[0])
 
 
 def read_captured(name: str) -> CapturedRequest:
