@@ -3,6 +3,7 @@
 ProxyError
 ├── BadRequest                400  the caller's body or headers; `param` names the field
 │   ├── FieldNotAllowed       400  a field that would steer the provider layer
+│   ├── ThreadNotSupported    400  the conversation is to be held on the server
 │   └── LoopDetected          400  the request has passed this router before, or too many routers
 ├── Unauthenticated           401  no key, or an unknown one
 ├── Forbidden                 403  the key, Host or Origin may not do this
@@ -74,6 +75,10 @@ class BadRequest(APIError):
 
 class FieldNotAllowed(BadRequest):
     """A field that would choose addresses, keys or behaviour of the provider layer."""
+
+
+class ThreadNotSupported(BadRequest):
+    """A request whose conversation Anthropic's API would hold. Its clients send all messages when they read this."""
 
 
 class LoopDetected(BadRequest):

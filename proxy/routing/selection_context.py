@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
 
 from proxy.errors import (
@@ -287,12 +287,19 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
             param="provider",
         )
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
-    if not eligible(pool, Requirements(), allowed).rows.size:
-        not_profiled = NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
-        return _paused_error(ctx, reasons) or not_profiled
-    if eligible(pool, requirements, allowed).rows.size:
+    profiled = bool(eligible(pool, Requirements(), allowed).rows.size)
+    able = partial(eligible, pool, allowed=allowed, require_profile=profiled)
+    fitting = able(requirements)
+    if not profiled:
+        if (paused := _paused_error(ctx, reasons)) is not None:
+            return paused
+        if fitting.rows.size or not able(Requirements()).rows.size:
+            return NotProfiled(f"no model can be chosen yet{reasons}", _of_candidates(ctx, eligibility.reasons))
+        # No profile would help, and the client need not wait for one.
+        reasons = listed(_of_candidates(ctx, fitting.reasons))
+    if fitting.rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
-    if eligible(pool, replace(requirements, prompt_tokens=0), allowed).rows.size:
+    if able(replace(requirements, prompt_tokens=0)).rows.size:
         limit = requirements.max_output_tokens
         and_answer = "" if limit is None else f", and {limit} of an answer,"
         return ContextLengthExceeded(

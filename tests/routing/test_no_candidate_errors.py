@@ -15,7 +15,7 @@ from proxy.storage.snapshot import RoutingSnapshot, build_state
 from proxy.storage.state_reader import StoredState
 from router_core.eligibility import eligible
 from tests.support.makers import a_profile, a_record, snapshot_inputs
-from tests.support.selections import LIMITED_KEY, LONG, a_state, chosen
+from tests.support.selections import LIMITED_KEY, LONG, a_state, chosen, only_unmeasured
 
 UNCLAMPED = {"clamp_max_tokens": "off"}
 
@@ -40,6 +40,18 @@ async def test_a_request_that_cannot_be_served_says_why() -> None:
         await chosen(models=("unmeasured",))
     with pytest.raises(ServiceUnavailable, match="no model is registered"):
         await chosen(key=ClientKey("k", "n", "d", 0.0, ()))
+
+
+async def test_what_no_model_could_take_is_refused_at_once_while_none_is_measured() -> None:
+    small = only_unmeasured(max_input_tokens=1000, supports_vision=False)
+    image = [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]
+    with pytest.raises(ContextLengthExceeded, match="new: context window below about 1253 prompt tokens"):
+        await chosen(text="word " * 1000, state=small, settings={"default_model": "new"})
+    with pytest.raises(ContextLengthExceeded):
+        await chosen(text="word " * 1000, state=small)
+    assert "new: cannot read images" in await refusal(
+        state=small, body={"messages": [{"role": "user", "content": image}]}, settings={"default_model": "new"}
+    )
 
 
 async def test_a_need_that_nobody_meets_is_named_with_where_it_was_asked_for() -> None:

@@ -6,10 +6,10 @@ from proxy.errors import Forbidden, ModelNotFound, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.selection import selection_to_json
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.snapshot import RoutingSnapshot, build_state
+from proxy.storage.snapshot import build_state
 from proxy.storage.state_reader import StoredState
 from tests.support.makers import a_record, snapshot_inputs
-from tests.support.selections import LIMITED_KEY, Corners, a_state, chosen
+from tests.support.selections import LIMITED_KEY, Corners, a_state, chosen, only_unmeasured
 
 
 async def test_lambda_decides_between_errors_and_price() -> None:
@@ -109,13 +109,6 @@ async def test_the_dry_run_of_a_pinned_name_shows_what_routing_would_say() -> No
 
     assert (decision["model"], decision["reason"]) == ("unmeasured", "pinned")
     assert [row["model"] for row in decision["candidates"]] == ["cheap", "dear"]
-
-
-def only_unmeasured() -> RoutingSnapshot:
-    record = a_record("new", info={"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7})
-    return build_state(
-        StoredState(version=1, models={"new": record}, keys_exist=False), snapshot_inputs(), keys_latched=False
-    )
 
 
 async def test_the_default_model_answers_while_nothing_is_measured_yet() -> None:

@@ -106,6 +106,26 @@ def test_anthropics_client_raises_its_own_error(claude: anthropic.Anthropic, fle
         claude.messages.create(model="auto", max_tokens=100, messages=turns, stream=stream)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_anthropics_runner_of_tools_goes_on_without_a_thread(
+    claude: anthropic.Anthropic, fleet: Fleet, stream: bool
+) -> None:
+    @anthropic.beta_tool
+    def weather(city: str) -> str:
+        """Tell the weather."""
+        return f"sunny in {city}"
+
+    fleet.fair.then(CALLING)
+    turns: Any = [{"role": "user", "content": QUESTION}]
+    runner: Any = claude.beta.messages.tool_runner(
+        model="auto", max_tokens=100, messages=turns, tools=[weather], stream=stream
+    )
+    last: Any = runner.until_done()
+
+    assert last.content[0].text == "The fair answer."
+    assert fleet.fair.last.body["messages"][-1]["content"] == "sunny in Oslo"
+
+
 def test_openais_client_calls_a_tool_and_goes_on_from_the_stored_response(client: openai.OpenAI, fleet: Fleet) -> None:
     fleet.fair.then(CALLING)
     first = client.responses.create(model="auto", input=QUESTION, tools=[RESPONSES_TOOL])

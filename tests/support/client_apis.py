@@ -98,9 +98,9 @@ class Reply:
         return self.finish is not None and not self.errors
 
 
-def ask(http: httpx.Client, api: APIName, body: Json, **more: Any) -> Reply:
+def ask(http: httpx.Client, api: APIName, body: Json, *, url: str | None = None, **more: Any) -> Reply:
     """Send a request and read the whole answer, streamed or not."""
-    with http.stream("POST", PATHS[api], json=body, **more) as reply:
+    with http.stream("POST", url or PATHS[api], json=body, **more) as reply:
         raw = reply.read()
     if reply.status_code != 200:
         return Reply(reply.status_code, reply.headers, errors=[reply.json()])

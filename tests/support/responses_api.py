@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from openai.types.responses import Response, ResponseStreamEvent
@@ -12,18 +11,13 @@ from pydantic import TypeAdapter
 
 from proxy.server.api.responses_answer import ResponseStream
 from proxy.server.api.responses_request import ResponsesTranslation, translate
+from tests.support.captured_requests import names_of
 
 ID = "0123456789abcdef0123456789abcdef"
 CREATED_AT = 1_800_000_000
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
-# Requests that clients have sent, with their texts replaced.
-CAPTURED = {path.stem: path for path in sorted((Path(__file__).parent.parent / "server/api/captured").glob("*.json"))}
-
-
-def captured_body(name: str) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(CAPTURED[name].read_text("utf-8"))["body"]
-    return body
+CAPTURED = names_of("responses")
 
 
 def translated(**fields: Any) -> ResponsesTranslation:

@@ -23,6 +23,14 @@ LONG = "A question that is long enough to be read without the turns before it, t
 LIMITED_KEY = ClientKey("k1", "limited", "digest", 0.0, ("dear",))
 
 
+def only_unmeasured(**info: Any) -> RoutingSnapshot:
+    priced = {"input_cost_per_token": 1e-7, "output_cost_per_token": 1e-7}
+    record = a_record("new", info={**priced, **info})
+    return build_state(
+        StoredState(version=1, models={"new": record}, keys_exist=False), snapshot_inputs(), keys_latched=False
+    )
+
+
 class Corners:
     """Embed every text in the first corner. `hold` keeps it from answering."""
 

@@ -23,6 +23,9 @@ _TYPES = {
     OVERLOADED: "overloaded_error",
 }
 
+# Codes after which clients of Anthropic go on in another way.
+_CODES_IN_DETAILS = ("thread_unsupported_request",)
+
 # By these words Claude Code knows that it has to shorten the conversation.
 _TOO_LONG = "prompt is too long"
 
@@ -38,8 +41,19 @@ def anthropic_error(error: Mapping[str, Any], status: int, request_id: str | Non
     text = message if isinstance(message, str) and message else "the request failed"
     if error.get("code") == "context_length_exceeded" and _TOO_LONG not in text.lower():
         text = f"{_TOO_LONG}: {text}"
-    body = {"type": "error", "error": {"type": error_type(status), "message": text}}
+    shaped: dict[str, Any] = {"type": error_type(status), "message": text}
+    if details := _details(error):
+        shaped["details"] = details
+    body: dict[str, Any] = {"type": "error", "error": shaped}
     return body if request_id is None else {**body, "request_id": request_id}
+
+
+def _details(error: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return by what clients tell errors apart that have one type: ours, or what an upstream of this API has said."""
+    if error.get("code") in _CODES_IN_DETAILS:
+        return {"error_code": error["code"]}
+    details = error.get("details")
+    return details if isinstance(details, Mapping) else {}
 
 
 def anthropic_status(status: int) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.errors import ThreadNotSupported
 from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.routing.requirements import estimate_tokens
 from proxy.server.api.messages_answer import AnswerFacts, message_of
@@ -112,6 +113,8 @@ class _Request:
         document = self._document
         read_text(document, "model", "", empty=False)
         body = {name: document[name] for name in (*OWN_FIELDS, "model") if name in document}
+        if document.get("thread") is not None:  # before `messages`, which are only the newest of a thread
+            raise ThreadNotSupported("`thread`: no conversation is held here; send all messages", param="thread")
         messages = read_list(document.get("messages"), "messages")
         if not messages:
             raise bad_field("messages", "must have at least one message")
@@ -263,12 +266,6 @@ class _Request:
     def compaction(self, _: Any) -> dict[str, Any]:
         raise bad_field("compaction", "asks for an answer that only Anthropic's own API gives")
 
-    def thread(self, value: Any) -> dict[str, Any]:
-        if read_object(value, "thread").get("type") != "create":
-            raise bad_field("thread", "refers to messages that Anthropic holds; send all messages")
-        self.notes.left_out.append("thread")
-        return {}
-
 
 def _is_custom(tool: Mapping[str, Any]) -> bool:
     return tool.get("type") in (None, "custom")
@@ -332,5 +329,4 @@ _FIELDS: Mapping[str, Callable[[_Request, Any], dict[str, Any]]] = {
     "output_format": _Request.output_format,
     "output_config": _Request.output_config,
     "compaction": _Request.compaction,
-    "thread": _Request.thread,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from anthropic.lib.streaming._messages import accumulate_event
@@ -12,19 +11,15 @@ from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from proxy.server.api.messages_request import MessagesTranslation, translate
+from tests.support.captured_requests import names_of
 
 ID = "0123456789abcdef0123456789abcdef"
 
-CAPTURED = sorted((Path(__file__).parent / "clients").glob("*.json"))
+CAPTURED = names_of("messages")
 
 EVENTS: TypeAdapter[RawMessageStreamEvent] = TypeAdapter(RawMessageStreamEvent)
 
 TOOL = {"name": "Read", "description": "Reads a file", "input_schema": {"type": "object", "properties": {}}}
-
-
-def captured(path: Path) -> dict[str, Any]:
-    body: dict[str, Any] = json.loads(path.read_bytes())["body"]
-    return body
 
 
 def a_request(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:

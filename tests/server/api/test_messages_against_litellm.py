@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +22,12 @@ from tests.server.api.messages import (
     a_result,
     accumulated,
     an_image,
-    captured,
     check_order,
     streamed,
     translated,
 )
 from tests.server.api.test_adaptation import COHERE, GEMINI, GPT, HAIKU, LOCAL, OPUS, a_model
+from tests.support.captured_requests import captured_body
 
 pytestmark = pytest.mark.filterwarnings("ignore:Items? .* on TypedDict:UserWarning")
 
@@ -52,7 +51,7 @@ LOOP = a_request(
     stop_sequences=["END"],
 )
 
-REQUESTS = [pytest.param(captured(path), id=path.stem) for path in CAPTURED] + [pytest.param(LOOP, id="loop")]
+REQUESTS = [pytest.param(captured_body(name), id=name) for name in CAPTURED] + [pytest.param(LOOP, id="loop")]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_turns_tools_and_limits_are_those_that_litellm_makes(litellm: Any, reque
 
 def test_what_litellm_does_otherwise(litellm: Any) -> None:
     """Budgets count for more here, a session's long user id goes to nobody, and nothing unknown is passed on."""
-    request = captured(CAPTURED[2])
+    request = captured_body(CAPTURED[2])
     ours = adapt(translate(request, answer_id=ID, created_at=1).body, GPT)[0]
     theirs = theirs_of(litellm, request, "openai/gpt-5")
     assert ours["reasoning_effort"] == "high"
@@ -218,7 +217,7 @@ def test_litellm_accepts_every_field_of_an_adapted_body(litellm: Any, record: An
 
 
 def test_a_local_server_gets_fields_that_openai_defined(litellm: Any) -> None:
-    body = adapt(translate(captured(Path(CAPTURED[0])), answer_id=ID, created_at=1).body, LOCAL)[0]
+    body = adapt(translate(captured_body(CAPTURED[0]), answer_id=ID, created_at=1).body, LOCAL)[0]
     assert body.keys() <= CHAT_FIELDS | {"model", "messages", "stream"}
 
 

@@ -214,6 +214,11 @@ def test_an_error_has_anthropics_type_for_its_status(status: int, kind: str) -> 
     }  # fmt: skip
 
 
+def test_an_error_of_an_upstream_keeps_the_details_by_which_clients_know_it() -> None:
+    details = {"error_code": "thread_not_found"}
+    assert anthropic_error({"message": "no", "details": details}, 400)["error"]["details"] == details
+
+
 def test_a_prompt_that_is_too_long_is_told_in_the_words_that_claude_code_knows() -> None:
     error = anthropic_error({"message": "too many tokens", "code": "context_length_exceeded"}, 400)
     assert error["error"]["message"] == "prompt is too long: too many tokens"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +17,10 @@ from tests.server.api.messages import (
     a_request,
     a_result,
     an_image,
-    captured,
     chat_messages,
     translated,
 )
+from tests.support.captured_requests import captured_body
 
 USER = {"role": "user", "content": "hi"}
 
@@ -41,9 +40,9 @@ def asks(*blocks: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": list(blocks)}
 
 
-@pytest.mark.parametrize("path", CAPTURED, ids=lambda path: path.stem)
-def test_a_captured_request_is_translated_and_every_field_accounted_for(path: Path) -> None:
-    body = captured(path)
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_request_is_translated_and_every_field_accounted_for(name: str) -> None:
+    body = captured_body(name)
     before = copy.deepcopy(body)
     translation = translate(body, answer_id=ID, created_at=1)
     kept = {
@@ -56,16 +55,16 @@ def test_a_captured_request_is_translated_and_every_field_accounted_for(path: Pa
     assert set(translation.left_out) <= {"context_management"}
 
 
-@pytest.mark.parametrize("path", CAPTURED, ids=lambda path: path.stem)
-def test_tool_messages_of_captured_requests_stand_right_behind_their_calls(path: Path) -> None:
-    messages = translate(captured(path), answer_id=ID, created_at=1).body["messages"]
+@pytest.mark.parametrize("name", CAPTURED)
+def test_tool_messages_of_captured_requests_stand_right_behind_their_calls(name: str) -> None:
+    messages = translate(captured_body(name), answer_id=ID, created_at=1).body["messages"]
     roles = [message["role"] for message in messages]
     assert [place for place, role in enumerate(roles) if role == "system"] == [0]
     assert all(roles[place - 1] in ("assistant", "tool") for place, role in enumerate(roles) if role == "tool")
 
 
 def test_claude_codes_session_is_the_session() -> None:
-    translation = translate(captured(CAPTURED[0]), answer_id=ID, created_at=1)
+    translation = translate(captured_body(CAPTURED[0]), answer_id=ID, created_at=1)
     assert read_options(translation.body, []).session == "00000000-0000-4000-8000-000000000001"
 
 
@@ -287,7 +286,8 @@ def test_what_is_wrong_with_a_message_is_named_as_the_client_wrote_it(message: d
         ({"tools": [{"type": "bash_20250124", "name": "bash"}], "tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": ["any"]}}, "tool_choice.type"),
         ({"compaction": {"type": "summarize"}}, "compaction"),
-        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, "thread"),
+        ({"thread": {"type": "create"}}, "thread"),
+        ({"thread": {"type": "continue", "previous_message_id": "msg_1"}, "messages": [asks(a_result("x"))]}, "thread"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
     ],
 )

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.responses_api import CAPTURED, captured_body, completion, function, translated
+from tests.support.captured_requests import captured_body
+from tests.support.responses_api import CAPTURED, completion, function, translated
 
 # litellm's own types warn of themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")

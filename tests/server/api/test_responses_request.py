@@ -14,7 +14,8 @@ from proxy.server.api.responses_input import NO_RESULT
 from proxy.server.api.responses_reasoning import encode_carried
 from proxy.server.api.responses_request import KNOWN_FIELDS, translate
 from proxy.server.api.responses_tools import MAX_NAME_CHARS
-from tests.support.responses_api import CAPTURED, CREATED_AT, ID, captured_body, function, messages_of, translated
+from tests.support.captured_requests import captured_body
+from tests.support.responses_api import CAPTURED, CREATED_AT, ID, function, messages_of, translated
 
 USER = {"role": "user", "content": "hi"}
 BLOCK = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
