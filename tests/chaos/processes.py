@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from proxy.storage.valkey import PERSISTENCE
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 STARTED_S = 15.0
 POLL_S = 0.02

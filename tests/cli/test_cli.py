@@ -12,7 +12,8 @@ import pytest
 
 from proxy.cli.models import litellm_params_from
 from router_core.kernels import compiled
-from tests.support.command import ROOT, environment, run_command
+from tests.support.command import environment, run_command
+from tests.support.program import ROOT
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +15,8 @@ import yaml
 
 from proxy.cli.serve import print_models
 from proxy.settings.schema import Settings
-from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
+from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
+from tests.support.program import Process, start_program
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
@@ -44,10 +43,9 @@ def files_over_http(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[Process]:
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "proxy.cli", "worker"]
-        process = subprocess.Popen(command, env=dict(environ), cwd=ROOT, stdout=output, stderr=output)
+        process = start_program("proxy.cli", "worker", environ=environ, stdout=output, stderr=output)
     try:
         assert wait_until(lambda: "measuring models for the store" in log.read_text(), 40), log.read_text()
         yield process

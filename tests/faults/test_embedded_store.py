@@ -62,10 +62,8 @@ class OnSmallDisk(ServeCommand):
         self.data_dir = Path(environ["UNIROUTE_DATA_DIR"])
         tables = [str(table.resolve()) for table in self.data_dir.glob("static-*")]
         disk = shlex.quote(str(self.data_dir))
-        script = (
-            f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
-        )
-        self._command = ["unshare", "-rm", "sh", "-c", script + shlex.join(self._command)]
+        mounted = f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk}"
+        self.wrapper = ["unshare", "-rm", "sh", "-c", f'{mounted} && exec "$@"', "sh"]
 
     @property
     def disk(self) -> Path:

@@ -15,8 +15,9 @@ import httpx
 import pytest
 import yaml
 
-from tests.support.command import ADMIN_KEY, ROOT, environment
+from tests.support.command import ADMIN_KEY, environment
 from tests.support.processes import store_answers
+from tests.support.program import ROOT
 from tests.support.valkey import ValkeyServer, free_port
 from tests.support.waiting import wait_until
 

@@ -4,12 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.program import ROOT, Process, run_program, start_program
+
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
 _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
@@ -31,10 +31,7 @@ def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str)
 def run_command(
     *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "proxy.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, env=dict(environ), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    return run_program("proxy.cli", *arguments, environ=environ, timeout_s=timeout_s)
 
 
 class ServeCommand:
@@ -43,12 +40,11 @@ class ServeCommand:
     def __init__(
         self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
     ) -> None:
-        limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.arguments = arguments
         self.environ = dict(environ)
-        self._command = [*limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
+        self.wrapper = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self._log = log
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self.url = ""
 
     @property
@@ -62,7 +58,14 @@ class ServeCommand:
 
     def __enter__(self) -> ServeCommand:
         with self._log.open("wb") as output:
-            self.process = subprocess.Popen(self._command, env=self.environ, cwd=ROOT, stdout=output, stderr=output)
+            self.process = start_program(
+                "proxy.cli",
+                *("serve", "--port", "0", *self.arguments),
+                environ=self.environ,
+                stdout=output,
+                stderr=output,
+                wrapper=self.wrapper,
+            )
         try:
             self._wait_until_ready()
         except AssertionError:

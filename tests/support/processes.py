@@ -12,7 +12,7 @@ from typing import IO
 import httpx
 
 from proxy.storage.valkey import socket_path
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 
 class ProcessGroup:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,8 @@ import httpx
 import yaml
 
 from router_core.artifact import builtin_map
+from tests.support.program import ROOT, Process, start_program
 
-ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
 # Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
@@ -50,7 +48,7 @@ class ProxyProcess:
             **(environ or {}),
         }
         self._log = (folder / "log.txt").open("ab+")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self.url = ""
 
     @property
@@ -65,13 +63,13 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.serve", str(bound.fileno())],
-                pass_fds=[bound.fileno()],
-                env=self._environ,
-                cwd=ROOT,
+            self._process = start_program(
+                "tests.support.serve",
+                str(bound.fileno()),
+                environ=self._environ,
                 stdout=self._log,
                 stderr=self._log,
+                pass_fds=[bound.fileno()],
             )
         try:
             self._wait_until_ready()
