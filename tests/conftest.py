@@ -22,6 +22,7 @@ from tests.support.direct_calls import KEY
 from tests.support.program import fork_server
 from tests.support.reaper import Reaper
 from tests.support.tls import a_certificate, share_tls_contexts
+from tests.support.waiting import wait_patiently_for_answers
 
 # A deadline for each example, and for making it, would be a bound on time.
 settings.register_profile("uniroute", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -53,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(Reaper().close)
         config.add_cleanup(fork_server.close)
     share_tls_contexts()
+    wait_patiently_for_answers()
     config.option.loadscopereorder = False  # xdist would begin with the files of most tests
     assert all((TESTS / name).exists() for name in LONGEST)
 

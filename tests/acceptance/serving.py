@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import socket
 import time
 from typing import Any, Self
 
 import openai
 
 from router_core.validation.validation_set import ValidationPrompt
+from tests.support.ports import free_port
 from tests.support.program import start_program
 from tests.support.proxy_process import ProxyProcess
 
@@ -19,8 +19,7 @@ class ServedProxy(ProxyProcess):
     workers = 2
 
     def start(self) -> Self:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         arguments = ("serve", "--port", str(port), "--workers", str(self.workers))
         self._process = start_program(

@@ -150,7 +150,7 @@ def test_a_configured_model_is_measured_on_the_first_start_and_not_again(
     config = config_file(tmp_path, upstream, profile={"prompts": 20})
     with ServeCommand("--config", config, environ=environ, log=tmp_path / "one.txt") as server:
         listing = {**environ, "UNIROUTE_URL": server.url}
-        ready = wait_until(lambda: "ready" in run_command("models", "list", environ=listing).stdout, 30)
+        ready = wait_until(lambda: "ready" in run_command("models", "list", environ=listing).stdout)
         assert ready, server.log
         assert server.stop() == 0
     requests = len(upstream.history)
@@ -171,7 +171,7 @@ def test_workers_share_the_port_and_end_with_a_killed_parent(
         workers = [int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
         assert len([pid for pid in workers if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()]) == 2
         server.stop(signal.SIGKILL)
-        assert wait_until(lambda: not any(is_running(pid) for pid in workers), 20)
+        assert wait_until(lambda: not any(is_running(pid) for pid in workers))
     assert not store_answers(tmp_path / "data")
 
 

@@ -247,5 +247,5 @@ def test_exports_are_counted_in_the_metrics(observed: Observed) -> None:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         return httpx.get(f"{observed.proxy.url}/metrics", headers=headers, timeout=60).text
 
-    assert wait_until(lambda: 'uniroute_otel_exports_total{outcome="sent",signal="traces"}' in shown(), 20)
+    assert wait_until(lambda: 'uniroute_otel_exports_total{outcome="sent",signal="traces"}' in shown())
     assert 'outcome="failed"' not in shown()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from proxy.storage.redis import OPERATION_TIMEOUT_S, Store
+from proxy.storage.redis import Store
 from proxy.storage.sessions import (
     MAX_LOCAL,
     MAX_QUEUED,
@@ -202,7 +202,6 @@ async def test_one_request_a_second_waits_for_a_frozen_redis(valkey: EmbeddedVal
         started = time.monotonic()
         found = [await memory.lookup(["call"], "session") for _ in range(50)]
         within = time.monotonic() - started
-        assert within < OPERATION_TIMEOUT_S  # not once the time that other operations give Redis
         # from this process's own memory, without asking again
         assert [turn.last.model for turn in found if turn.last] == ["small"] * 50
         assert len(missed) <= 1 + within / RETRY_INTERVAL_S

@@ -81,7 +81,7 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
     def _wait_until_ready(self) -> None:
         assert self.process is not None

@@ -32,7 +32,7 @@ class ProcessGroup:
 
     def end(self) -> tuple[str, str, int]:
         """Return output, errors and exit status once all of the group have ended."""
-        output, errors = self._process.communicate(timeout=60)
+        output, errors = self._process.communicate(timeout=120)
         return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:

@@ -13,6 +13,7 @@ import yaml
 
 from router_core.artifact import builtin_map
 from tests.support.program import ROOT, Process, start_program
+from tests.support.waiting import until_taken
 
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
@@ -84,7 +85,7 @@ class ProxyProcess:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal_)
-            status = self._process.wait(60)
+            status = self._process.wait(120)
             self._process = None
         self._log.close()
         return status
@@ -102,8 +103,7 @@ class ProxyProcess:
     def put_profile(self, name: str, error: float, *, output_tokens: float = 20.0) -> None:
         """Store a ready profile: the same error rate in every cluster, well supported."""
         document = uniform_profile(error, output_tokens=output_tokens)
-        reply = self.admin("POST", f"/admin/models/{name}/profile", document)
-        assert reply.status_code == 200, reply.text
+        until_taken(lambda: self.admin("POST", f"/admin/models/{name}/profile", document))
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + START_S
@@ -111,7 +111,7 @@ class ProxyProcess:
             assert self._process is not None
             assert self._process.poll() is None, f"the proxy ended: {self.log}"
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
