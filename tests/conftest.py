@@ -19,7 +19,7 @@ from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder, static_embedder
 from tests.support.direct_calls import KEY
-from tests.support.program import fork_server
+from tests.support.program import fork_servers
 from tests.support.reaper import Reaper
 from tests.support.tls import a_certificate, share_tls_contexts
 from tests.support.waiting import wait_patiently_for_answers
@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         config.add_cleanup(Reaper().close)
-        config.add_cleanup(fork_server.close)
+        for fork_server in fork_servers.values():
+            config.add_cleanup(fork_server.close)
     share_tls_contexts()
     wait_patiently_for_answers()
     config.option.loadscopereorder = False  # xdist would begin with the files of most tests

@@ -70,7 +70,9 @@ def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Att
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        with ServeCommand("--config", folder / "config.yaml", environ=environ, log=folder / "log.txt") as server:
+        with ServeCommand(
+            "--config", folder / "config.yaml", environ=environ, log=folder / "log.txt", translates=mode == "translate"
+        ) as server:
             for name, error in (("fair", 0.3), ("good", 0.1)):
                 url = f"{server.url}/admin/models/{name}/profile"
                 until_taken(partial(httpx.post, url, json=uniform_profile(error), headers=ADMIN))

@@ -38,11 +38,17 @@ class ServeCommand:
     """Run `uniroute serve` on a free port until the block ends. `log` is what it wrote."""
 
     def __init__(
-        self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
+        self,
+        *arguments: str | Path,
+        environ: Mapping[str, str],
+        log: Path,
+        descriptors: int | None = None,
+        translates: bool = False,
     ) -> None:
         self.arguments = arguments
         self.environ = dict(environ)
         self.wrapper = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+        self._translates = translates
         self._log = log
         self.process: Process | None = None
         self.url = ""
@@ -65,6 +71,7 @@ class ServeCommand:
                 stdout=output,
                 stderr=output,
                 wrapper=self.wrapper,
+                translates=self._translates,
             )
         try:
             self._wait_until_ready()

@@ -1,6 +1,6 @@
 """Fork the programs under test from a process that has imported them: imports are most of the work of a start.
 
-`python -m tests.support.fork_server DESCRIPTOR`. A request is one message over this socket: JSON, with descriptors. The
+`python -m tests.support.fork_server DESCRIPTOR [litellm]`. A request is one message over this socket: JSON, with descriptors. The
 first of them is a socket that takes the id of the new process, then its wait status. The others become the descriptors
 that the request names. The new process goes on as `python -m MODULE` would: it has the environment, folder, ignored
 signals, session and standard streams of the request, and ends as the interpreter does. What it cannot have anew is what
@@ -24,6 +24,8 @@ import time
 import warnings
 from contextlib import suppress
 from typing import Any
+
+from proxy.upstream.litellm_transport import import_litellm
 
 # Most programs import these: at once, or as soon as they serve.
 IMPORTED = (
@@ -135,6 +137,8 @@ def _open_standard_streams() -> None:
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    if "litellm" in sys.argv[2:]:
+        import_litellm()
     gc.collect()
     gc.freeze()
     asked = ForkServer(socket.socket(fileno=int(sys.argv[1]))).next_program()

@@ -31,13 +31,14 @@ SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
 class ForkedProcess:
     """Stand for a process that is a child of the fork server. It has what tests use of subprocess.Popen."""
 
-    def __init__(self, arguments: Sequence[str], reply: socket.socket) -> None:
+    def __init__(self, arguments: Sequence[str], reply: socket.socket, server: ForkServerProcess) -> None:
+        self._server = server
         self.args = arguments
         self.returncode: int | None = None
         self._reply = reply
         self._lock = threading.Lock()
         word, number = self._received()
-        assert word == "pid", f"{arguments} did not start: {fork_server.log}"
+        assert word == "pid", f"{arguments} did not start: {self._server.log}"
         self.pid = number
 
     def poll(self) -> int | None:
@@ -70,7 +71,7 @@ class ForkedProcess:
 
     def _received(self) -> tuple[str, int]:
         message = self._reply.recv(64).decode()
-        assert message, f"the fork server has ended: {fork_server.log}"
+        assert message, f"the fork server has ended: {self._server.log}"
         word, _, number = message.partition(" ")
         return word, int(number)
 
@@ -81,7 +82,8 @@ Process = ForkedProcess | subprocess.Popen[bytes]
 class ForkServerProcess:
     """Hold the process that forks. It is started by the first program, and again should it end."""
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
+        self._more = more
         # As it was before any test changed it.
         self._environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         self._lock = threading.Lock()
@@ -118,7 +120,7 @@ class ForkServerProcess:
             self._log = tempfile.NamedTemporaryFile(prefix="fork-server-")  # noqa: SIM115
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno())],
+                    [sys.executable, "-m", "tests.support.fork_server", str(theirs.fileno()), *self._more],
                     env=self._environ,
                     cwd=ROOT,
                     stdin=subprocess.DEVNULL,
@@ -131,7 +133,8 @@ class ForkServerProcess:
         return self._control
 
 
-fork_server = ForkServerProcess()
+# Most programs have no use for litellm, and would be larger with it.
+fork_servers = {False: ForkServerProcess(), True: ForkServerProcess("litellm")}
 
 
 def start_program(
@@ -144,12 +147,14 @@ def start_program(
     pass_fds: Sequence[int] = (),
     start_new_session: bool = False,
     wrapper: Sequence[str] = (),
+    translates: bool = False,
 ) -> Process:
     """Start `python -m module`. The descriptors of `pass_fds` keep their numbers.
 
-    `wrapper`: a command that is to start the interpreter, as `prlimit` does.
+    `wrapper`: a command that is to start the interpreter, as `prlimit` does. `translates`: it will import litellm.
     """
     words = [str(argument) for argument in arguments]
+    fork_server = fork_servers[translates]
     if wrapper or not fork_server.suits(environ):
         return subprocess.Popen(
             [*wrapper, sys.executable, "-m", module, *words],
@@ -173,7 +178,7 @@ def start_program(
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
     }
     reply = fork_server.fork(request, [*streams, *pass_fds])
-    return ForkedProcess([module, *words], reply)
+    return ForkedProcess([module, *words], reply, fork_server)
 
 
 def run_program(

@@ -71,6 +71,7 @@ class ProxyProcess:
                 stdout=self._log,
                 stderr=self._log,
                 pass_fds=[bound.fileno()],
+                translates="translate" in self._config.read_text(),
             )
         try:
             self._wait_until_ready()
