@@ -1,10 +1,10 @@
 """Fork the programs under test from a process that has imported them: imports are most of the work of a start.
 
-`python -m tests.support.fork_server DESCRIPTOR [litellm]`. A request is one message over this socket: JSON, with descriptors. The
-first of them is a socket that takes the id of the new process, then its wait status. The others become the descriptors
-that the request names. The new process goes on as `python -m MODULE` would: it has the environment, folder, ignored
-signals, session and standard streams of the request, and ends as the interpreter does. What it cannot have anew is what
-an interpreter and its libraries read when they are loaded: see `tests.support.program`. Linux.
+`python -m tests.support.fork_server DESCRIPTOR [litellm]`. A request is one message over this socket: JSON, with
+descriptors. The first of them is a socket that takes the id of the new process, then its wait status. The others become
+the descriptors that the request names. The new process goes on as `python -m MODULE` would: it has the environment,
+folder, ignored signals, session and standard streams of the request, and ends as the interpreter does. What it cannot
+have anew is what an interpreter and its libraries read when they are loaded: see `tests.support.program`. Linux.
 """
 
 from __future__ import annotations
