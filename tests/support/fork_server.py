@@ -26,6 +26,7 @@ from contextlib import suppress
 from typing import Any
 
 from proxy.upstream.litellm_transport import import_litellm
+from router_core.validation.families.registry import builtin_validation_set
 
 # Most programs import these: at once, or as soon as they serve.
 IMPORTED = (
@@ -137,6 +138,7 @@ def _open_standard_streams() -> None:
 if __name__ == "__main__":
     for name in IMPORTED:
         importlib.import_module(name)
+    builtin_validation_set()  # which is kept
     if "litellm" in sys.argv[2:]:
         import_litellm()
     gc.collect()
