@@ -226,7 +226,7 @@ def test_what_no_protobuf_can_hold_ends_no_export(observed: Observed, stream: bo
 def test_the_log_line_of_a_request_names_its_trace(observed: Observed) -> None:
     request_id, _ = observed.ask()
     server, _ = observed.receiver.wait_for_trace(request_id)
-    assert f"trace_id={server.trace_id} span_id={server.id}\n" in observed.proxy.log
+    assert wait_until(lambda: f"trace_id={server.trace_id} span_id={server.id}\n" in observed.proxy.log)
 
 
 def test_only_what_asks_a_model_is_traced(observed: Observed) -> None:
