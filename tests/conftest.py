@@ -35,12 +35,18 @@ CACHE = TESTS.parent / ".cache" / "embedder"
 # The longest files, which are begun first: a worker that gets one at the end keeps the others waiting.
 LONGEST = (
     "attacks/test_openapi.py",
-    "acceptance/test_sizes_at_a_limit.py",
     "faults/test_processes.py",
-    "server/test_startup.py",
-    "server/test_costs.py",
-    "server/test_odd_store_values.py",
+    "server/test_litellm_loading.py",
     "attacks/test_canaries.py",
+    "bench/test_overhead.py",
+    "cli/test_launch.py",
+    "upstream/test_native_reader_properties.py",
+    "server/test_startup.py",
+    "acceptance/test_routed_pool.py",
+    "faults/test_workers.py",
+    "cli/test_signals.py",
+    "server/test_odd_store_values.py",
+    "acceptance/test_sizes_at_a_limit.py",
     "test_interrupted_runs.py",
 )
 
