@@ -19,8 +19,10 @@ from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import StaticEmbedder, static_embedder
 from tests.support.direct_calls import KEY
+from tests.support.program import fork_servers
 from tests.support.reaper import Reaper
 from tests.support.tls import a_certificate, share_tls_contexts
+from tests.support.waiting import wait_patiently_for_answers
 
 # A deadline for each example, and for making it, would be a bound on time.
 settings.register_profile("uniroute", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -33,12 +35,18 @@ CACHE = TESTS.parent / ".cache" / "embedder"
 # The longest files, which are begun first: a worker that gets one at the end keeps the others waiting.
 LONGEST = (
     "attacks/test_openapi.py",
-    "acceptance/test_sizes_at_a_limit.py",
     "faults/test_processes.py",
-    "server/test_startup.py",
-    "server/test_costs.py",
-    "server/test_odd_store_values.py",
+    "server/test_litellm_loading.py",
     "attacks/test_canaries.py",
+    "bench/test_overhead.py",
+    "cli/test_launch.py",
+    "upstream/test_native_reader_properties.py",
+    "server/test_startup.py",
+    "acceptance/test_routed_pool.py",
+    "faults/test_workers.py",
+    "cli/test_signals.py",
+    "server/test_odd_store_values.py",
+    "acceptance/test_sizes_at_a_limit.py",
     "test_interrupted_runs.py",
 )
 
@@ -50,7 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform == "linux":
         config.add_cleanup(Reaper().close)
+        for fork_server in fork_servers.values():
+            config.add_cleanup(fork_server.close)
     share_tls_contexts()
+    wait_patiently_for_answers()
     config.option.loadscopereorder = False  # xdist would begin with the files of most tests
     assert all((TESTS / name).exists() for name in LONGEST)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 from tests.support.reaper import marked, own_mark
 from tests.support.waiting import wait_until
 

@@ -59,7 +59,7 @@ class SSEDecoder:
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Return the data of the events that this piece completes. Raises EventTooLong."""
-        if not self._started and piece.startswith(b"data:"):
+        if not self._started and not any(self._rest) and piece.startswith(b"data:"):
             self._started = True  # no byte order mark comes any more
         if self._is_between_events and b"\r" not in piece:
             whole, blank, rest = piece.rpartition(b"\n\n")

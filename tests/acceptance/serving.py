@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import time
 from typing import Any, Self
 
 import openai
 
 from router_core.validation.validation_set import ValidationPrompt
-from tests.support.proxy_process import ROOT, ProxyProcess
+from tests.support.ports import free_port
+from tests.support.program import start_program
+from tests.support.proxy_process import ProxyProcess
 
 # USD per input token of a cheap model; the expensive one costs a hundred times as much.
 PRICE = 1e-7
@@ -20,11 +19,12 @@ class ServedProxy(ProxyProcess):
     workers = 2
 
     def start(self) -> Self:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "proxy.cli", "serve", "--port", str(port), "--workers", str(self.workers)]
-        self._process = subprocess.Popen(command, env=self._environ, cwd=ROOT, stdout=self._log, stderr=self._log)
+        arguments = ("serve", "--port", str(port), "--workers", str(self.workers))
+        self._process = start_program(
+            "proxy.cli", *arguments, environ=self._environ, stdout=self._log, stderr=self._log
+        )
         self._wait_until_ready()
         return self
 

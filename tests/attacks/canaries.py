@@ -86,5 +86,5 @@ def served_with_canaries(folder: Path, embedder_cache: Path) -> Iterator[Canarie
         made = run_command("keys", "create", "team", environ=environ)
         assert made.returncode == 0, made.stderr
         (key,) = [word for word in made.stdout.split() if len(word) > 30]
-        with ServeCommand(environ=environ, log=folder / "log.txt") as server:
+        with ServeCommand(environ=environ, log=folder / "log.txt", translates=True) as server:
             yield Canaries(server, upstream, url, folder, environ, key, [made.stdout.replace(key, ""), made.stderr])

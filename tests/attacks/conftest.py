@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from tests.support.command import ADMIN_KEY, ServeCommand, environment
 from tests.support.proxy_process import model_entry, uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import until_taken
 
 PROVIDER_KEY = "sk-canary-of-the-provider"
 MAX_BODY_BYTES = 1_000_000
@@ -69,12 +70,12 @@ def open_attacked(folder: Path, embedder_cache: Path, mode: str) -> Iterator[Att
             "uniroute": {"max_body_bytes": MAX_BODY_BYTES, "profile": {"on_start": False}},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        with ServeCommand("--config", folder / "config.yaml", environ=environ, log=folder / "log.txt") as server:
+        with ServeCommand(
+            "--config", folder / "config.yaml", environ=environ, log=folder / "log.txt", translates=mode == "translate"
+        ) as server:
             for name, error in (("fair", 0.3), ("good", 0.1)):
-                reply = httpx.post(
-                    f"{server.url}/admin/models/{name}/profile", json=uniform_profile(error), headers=ADMIN
-                )
-                assert reply.status_code == 200, reply.text
+                url = f"{server.url}/admin/models/{name}/profile"
+                until_taken(partial(httpx.post, url, json=uniform_profile(error), headers=ADMIN))
             yield Attacked(server, fair, good)
 
 

@@ -58,7 +58,7 @@ def open_files(server: ServeCommand) -> int:
 
 def answer(connection: socket.socket) -> bytes:
     """Return what was sent so far; b"closed" if nothing was and the connection is gone, b"open" if it is not."""
-    connection.settimeout(20)
+    connection.settimeout(60)
     try:
         return connection.recv(65536) or b"closed"
     except ConnectionError:

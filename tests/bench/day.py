@@ -39,7 +39,8 @@ from tests.bench.lean_client import LeanClient
 from tests.conftest import CACHE
 from tests.dashboard.site import Site
 from tests.support.command import environment, run_command
-from tests.support.proxy_process import ADMIN_KEY, ROOT, ProxyProcess, model_entry
+from tests.support.program import ROOT
+from tests.support.proxy_process import ADMIN_KEY, ProxyProcess, model_entry
 from tests.support.waiting import until, wait_until
 
 MINUTES, NOON = 24 * 60, 12 * 60

@@ -105,6 +105,8 @@ class Served:
 
     async def admin(self, method: str, path: str, body: Mapping[str, Any]) -> Any:
         status, answer = await self.call(method, path, body, ADMIN_KEY)
+        while status == 503:  # the store was late, on a busy machine
+            status, answer = await self.call(method, path, body, ADMIN_KEY)
         if status >= 300:
             raise RuntimeError(f"{method} {path} answered {status}: {answer[:500]!r}")
         return json.loads(answer)

@@ -21,7 +21,7 @@ from tests.bench.overhead.processes import Memory
 from tests.bench.overhead.report import READY, markdown
 from tests.bench.overhead.results import HALF, Results, Start, ratio
 from tests.bench.overhead.rounds import Outcome
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 PYTHON = {name: program(name, compiler=None) for name in (LOAD, UPSTREAM)}

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -11,23 +10,14 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from proxy.storage.valkey import PERSISTENCE
-from tests.support.command import ROOT
+from tests.support.ports import free_port
 from tests.support.processes import children_of
+from tests.support.program import ROOT
 
 STARTED_S = 15.0
 POLL_S = 0.02
 # The second was closed by the other side, and not yet by ours.
 ESTABLISHED = ("01", "08")
-# Below those that Linux, macOS and the BSDs take for outgoing connections.
-PORTS = (20_000, 32_000)
-
-
-def free_port() -> int:
-    """Return a port that no outgoing connection is given while its owner is being started again."""
-    while True:
-        port = random.SystemRandom().randrange(*PORTS)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 class Restartable:

@@ -14,9 +14,10 @@ import yaml
 
 from router_core.artifact import builtin_map
 from tests.chaos.ledger import Attempt, read_ledger
-from tests.chaos.processes import Restartable, a_store, an_upstream, free_port
+from tests.chaos.processes import Restartable, a_store, an_upstream
 from tests.chaos.questions import MODELS
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
+from tests.support.ports import free_port
 from tests.support.proxy_process import model_entry as entry_of
 
 WORKERS = 2

@@ -12,7 +12,8 @@ import pytest
 
 from proxy.cli.models import litellm_params_from
 from router_core.kernels import compiled
-from tests.support.command import ROOT, environment, run_command
+from tests.support.command import environment, run_command
+from tests.support.program import ROOT
 
 HEAVY = ("torch", "litellm", "faiss", "numpy", "pydantic", "redis", "fastapi", "uvicorn", "openai", "httpx", "rich")
 
@@ -139,7 +140,7 @@ def test_fit_makes_the_same_map_of_the_same_prompts_and_refuses_to_overwrite(
 def test_an_embedder_that_is_not_here_is_refused_before_anything_is_read(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\nthree")
     arguments = ("fit", tmp_path / "a.txt", "--clusters", "2", "--embedder", name, "--out", tmp_path / "map")
-    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=30)  # the hub was waited for 76 s
+    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=60)  # the hub was waited for 76 s
     assert (ended.returncode, hint in one_line(ended), (tmp_path / "map").exists()) == (2, True, False)
 
 

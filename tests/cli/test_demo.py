@@ -87,7 +87,7 @@ server.stop()
         assert process.stdout is not None
         assert process.stdout.readline() == "serving\n"
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=120)
     assert (process.returncode, output) == (0, "stopping\n")
     assert not store_answers(tmp_path / "data")
 

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_command_and_its_workers_without_a_word(environ: Environ
 
 def test_a_worker_that_was_killed_is_told_in_one_line(environ: Environ, files: tuple[str, ...]) -> None:
     with begun(environ, *files) as group:
-        assert wait_until(lambda: len(group.workers()) > 1, 20)
+        assert wait_until(lambda: len(group.workers()) > 1)
         os.kill(group.workers()[-1], signal.SIGKILL)
         _, complained, status = group.end()
     assert (status, complained.splitlines()[-1]) == (

@@ -190,7 +190,7 @@ def test_workers_are_for_ray_only(tmp_path: Path) -> None:
 def test_a_ray_that_is_not_there_is_told_at_once(tmp_path: Path, address: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["one"])
     arguments = ("fit", path, "--ray", address, "--out", tmp_path / "map")
-    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=30)
+    ended = run_command(*arguments, environ=environment(tmp_path), timeout_s=60)
     assert (ended.returncode, f"--ray {address}: " in ended.stderr) == (2, True)
 
 

@@ -149,7 +149,7 @@ def test_a_configured_model_is_measured_on_the_first_start_and_not_again(
     config = config_file(tmp_path, upstream, profile={"prompts": 20})
     with ServeCommand("--config", config, environ=environ, log=tmp_path / "one.txt") as server:
         listing = {**environ, "UNIROUTE_URL": server.url}
-        ready = wait_until(lambda: "ready" in run_command("models", "list", environ=listing).stdout, 30)
+        ready = wait_until(lambda: "ready" in run_command("models", "list", environ=listing).stdout)
         assert ready, server.log
         assert server.stop() == 0
     requests = len(upstream.history)
@@ -170,7 +170,7 @@ def test_workers_share_the_port_and_end_with_a_killed_parent(
         assert len(workers) == 2
         left = [*workers, *fork_servers(server.pid)]
         server.stop(signal.SIGKILL)
-        assert wait_until(lambda: not any(is_running(pid) for pid in left), 20)
+        assert wait_until(lambda: not any(is_running(pid) for pid in left))
     assert not store_answers(tmp_path / "data")
 
 

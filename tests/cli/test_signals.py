@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import ROOT, ServeCommand, environment
+from tests.support.command import ServeCommand, environment
 from tests.support.processes import children_of, is_running, store_answers
+from tests.support.program import ROOT, start_program
 from tests.support.waiting import wait_until
 
 ON_ITS_TERMINAL = """
@@ -101,9 +102,8 @@ def test_workers_are_replaced_by_sighup_and_end_when_their_terminal_is_closed(
 def test_a_worker_ends_in_order(tmp_path: Path, embedder_cache: Path, number: signal.Signals) -> None:
     log = tmp_path / "log.txt"
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "proxy.cli", "worker"]
         environ = environment(tmp_path / "data", embedder_cache)
-        process = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=output, stderr=output)
+        process = start_program("proxy.cli", "worker", environ=environ, stdout=output, stderr=output)
     try:
         assert wait_until(lambda: "measuring models for the store" in log.read_text(), 180), log.read_text()
         process.send_signal(number)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +15,8 @@ import yaml
 
 from proxy.cli.serve import print_models
 from proxy.settings.schema import Settings
-from tests.support.command import ADMIN_KEY, ROOT, ServeCommand, environment, run_command
+from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
+from tests.support.program import Process, start_program
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
@@ -44,16 +43,15 @@ def files_over_http(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def a_worker(environ: Mapping[str, str], log: Path) -> Iterator[Process]:
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "proxy.cli", "worker"]
-        process = subprocess.Popen(command, env=dict(environ), cwd=ROOT, stdout=output, stderr=output)
+        process = start_program("proxy.cli", "worker", environ=environ, stdout=output, stderr=output)
     try:
-        assert wait_until(lambda: "measuring models for the store" in log.read_text(), 40), log.read_text()
+        assert wait_until(lambda: "measuring models for the store" in log.read_text()), log.read_text()
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
 
 
 def test_a_worker_ends_the_job_of_a_server_that_has_stopped(
@@ -66,7 +64,7 @@ def test_a_worker_ends_the_job_of_a_server_that_has_stopped(
         added = run_command(*arguments, "--prompts", "80", "--no-wait", "--url", server.url, environ=environ)
         assert added.returncode == 0, added.stderr
         server.stop()
-        assert wait_until(lambda: "for model late: ready" in log.read_text(), 30), log.read_text()
+        assert wait_until(lambda: "for model late: ready" in log.read_text()), log.read_text()
     assert len(upstream.history) < 90  # what the server had asked is not asked again
 
 

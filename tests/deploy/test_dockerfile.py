@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.dockerfile import Scratch, parse
+from tests.support.ports import free_port
 from tests.test_house import ROOT
 
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -63,12 +63,6 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scratch]:
     shutil.rmtree(scratch.root)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def run(image: Scratch, command: list[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     environ = {**image.environ, **environ}
     return subprocess.run(
@@ -100,7 +94,7 @@ def test_the_commands_of_the_dockerfile_make_a_server_that_its_health_check_pass
             assert server.poll() is None, "the server ended"
             assert time.monotonic() < deadline, "the health check never passed"
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
     finally:
         server.kill()
         server.wait()

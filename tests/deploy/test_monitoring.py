@@ -22,10 +22,10 @@ from tests.deploy.monitoring import (
     labels_of_metrics,
     queries,
 )
+from tests.support.ports import free_port
 from tests.support.proxy_process import ProxyProcess, model_entry
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
-from tests.support.valkey import free_port
 from tests.support.waiting import wait_until
 from tests.test_docs import anchors
 from tests.test_house import ROOT
@@ -242,7 +242,7 @@ def test_a_real_prometheus_scrapes_a_real_server_and_evaluates_every_query_and_r
         groups = prometheus.get("rules")["groups"]
         return all(rule["health"] == "ok" for group in groups for rule in group["rules"])
 
-    assert wait_until(evaluated, 30), prometheus.get("rules")
+    assert wait_until(evaluated), prometheus.get("rules")
     firing = [
         rule["name"]
         for group in prometheus.get("rules")["groups"]

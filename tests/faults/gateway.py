@@ -133,7 +133,14 @@ def a_gateway(
     (folder / "config.yaml").write_text(yaml.safe_dump({"model_list": entries, "uniroute": section}))
     names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", **(environ or {})}
     whole = environment(folder / "data", embedder_cache, **names)
-    server = ServeCommand("--config", folder / "config.yaml", *arguments, environ=whole, log=folder / "log.txt")
+    server = ServeCommand(
+        "--config",
+        folder / "config.yaml",
+        *arguments,
+        environ=whole,
+        log=folder / "log.txt",
+        translates=translated,
+    )
     with server:
         gateway = Gateway(folder, server, upstream)
         reply = gateway.admin("POST", f"/models/{CONFIGURED}/profile", uniform_profile(0.2))

@@ -57,15 +57,13 @@ def test_nothing_acknowledged_is_lost_when_every_process_is_killed(
 class OnSmallDisk(ServeCommand):
     """Run the server with its data directory on a file system of DISK_SIZE, in a mount namespace of its own."""
 
-    def __init__(self, *arguments: str | Path, environ: dict[str, str], log: Path) -> None:
+    def __init__(self, *arguments: str | Path, environ: dict[str, str], log: Path, **_: bool) -> None:
         super().__init__(*arguments, environ=environ, log=log)
         self.data_dir = Path(environ["UNIROUTE_DATA_DIR"])
         tables = [str(table.resolve()) for table in self.data_dir.glob("static-*")]
         disk = shlex.quote(str(self.data_dir))
-        script = (
-            f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk} && exec "
-        )
-        self._command = ["unshare", "-rm", "sh", "-c", script + shlex.join(self._command)]
+        mounted = f"mount -t tmpfs -o size={DISK_SIZE},mode=700 none {disk} && ln -s {shlex.join(tables)} {disk}"
+        self.wrapper = ["unshare", "-rm", "sh", "-c", f'{mounted} && exec "$@"', "sh"]
 
     @property
     def disk(self) -> Path:

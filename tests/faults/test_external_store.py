@@ -12,9 +12,10 @@ import pytest
 
 from tests.faults.gateway import CONFIGURED, Gateway, a_gateway, counted
 from tests.support.command import ADMIN_KEY
+from tests.support.ports import free_port
 from tests.support.proxy_process import uniform_profile
 from tests.support.scripted_upstream import ScriptedUpstream
-from tests.support.valkey import ValkeyServer, free_port, frozen
+from tests.support.valkey import ValkeyServer, frozen
 from tests.support.waiting import wait_until
 
 

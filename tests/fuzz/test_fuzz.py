@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 SECONDS = 60
 SEEDS = {

@@ -226,7 +226,7 @@ def test_what_no_protobuf_can_hold_ends_no_export(observed: Observed, stream: bo
 def test_the_log_line_of_a_request_names_its_trace(observed: Observed) -> None:
     request_id, _ = observed.ask()
     server, _ = observed.receiver.wait_for_trace(request_id)
-    assert f"trace_id={server.trace_id} span_id={server.id}\n" in observed.proxy.log
+    assert wait_until(lambda: f"trace_id={server.trace_id} span_id={server.id}\n" in observed.proxy.log)
 
 
 def test_only_what_asks_a_model_is_traced(observed: Observed) -> None:
@@ -247,5 +247,5 @@ def test_exports_are_counted_in_the_metrics(observed: Observed) -> None:
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         return httpx.get(f"{observed.proxy.url}/metrics", headers=headers, timeout=60).text
 
-    assert wait_until(lambda: 'uniroute_otel_exports_total{outcome="sent",signal="traces"}' in shown(), 20)
+    assert wait_until(lambda: 'uniroute_otel_exports_total{outcome="sent",signal="traces"}' in shown())
     assert 'outcome="failed"' not in shown()

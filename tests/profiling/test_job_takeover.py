@@ -41,7 +41,7 @@ def figures(profile: Profile) -> list[list[float]]:
     return [profile.error_sums.tolist(), profile.labels.tolist(), profile.token_sums.tolist()]
 
 
-finished = partial(ended, timeout_s=20.0)
+finished = partial(ended, timeout_s=120.0)
 
 
 async def an_uninterrupted_profile(store: Store, folder: Path, upstream: ScriptedUpstream) -> Profile:

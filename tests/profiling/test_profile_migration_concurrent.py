@@ -121,7 +121,7 @@ async def test_another_process_finishes_a_migration_and_asks_no_prompt_twice(
         await measured_on_corners(store, tmp_path, record)
         one_at_a_time = {"concurrency": 1}
         async with a_bench(store, tmp_path, record, cluster_map=HALVES, profile=one_at_a_time) as one:
-            await until(lambda: len(upstream.history) >= 26, timeout_s=10)
+            await until(lambda: len(upstream.history) >= 26)
             assert (await latest_job(one)).done >= 21
         async with a_bench(second_store, tmp_path, record, cluster_map=HALVES, profile=one_at_a_time) as heir:
             assert (await profile_in_use(heir)).total_labels == 24

@@ -33,7 +33,7 @@ def cards(server: ServeCommand) -> list[dict[str, Any]]:
 
 def ready(server: ServeCommand) -> list[dict[str, Any]]:
     """Return the cards of both models once they are measured."""
-    assert wait_until(lambda: [card.get("state") for card in cards(server)] == ["ready"] * 2, 30), server.log
+    assert wait_until(lambda: [card.get("state") for card in cards(server)] == ["ready"] * 2), server.log
     return cards(server)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.server.conftest import Fleet
 from tests.support.proxy_process import model_entry, uniform_profile
+from tests.support.waiting import wait_until
 
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
 
@@ -206,12 +207,14 @@ def test_the_dry_run_predicts_what_then_happens(fleet: Fleet) -> None:
 def test_health_and_metrics_show_the_state_and_no_prompt(fleet: Fleet) -> None:
     ask(fleet)
     ready = httpx.get(f"{fleet.url}/readyz").json()
-    metrics = httpx.get(f"{fleet.url}/metrics").text
+
+    def metrics() -> str:
+        return httpx.get(f"{fleet.url}/metrics").text
 
     assert (ready["status"], ready["store"]) == ("ready", "up")
     assert ready["state_version"] > 0
-    assert 'uniroute_requests_total{ending="complete",model="fair",reason="scored"}' in metrics
-    assert "What is" not in metrics
+    assert wait_until(lambda: 'uniroute_requests_total{ending="complete",model="fair",reason="scored"}' in metrics())
+    assert "What is" not in metrics()
 
 
 def test_request_ids_and_traces_are_passed_on_and_echoed(fleet: Fleet) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,8 +225,8 @@ def test_each_stream_without_content_counts_as_one_failure(tmp_path: Path, embed
             assert state_of(fleet, "fair") == "well"
             assert ask(fleet, "fair", stream=True).status_code == 504
         assert state_of(fleet, "fair") == "resting"
-        metrics = httpx.get(f"{fleet.url}/metrics").text
-    assert re.findall(r'uniroute_upstream_failures_total\{model="fair",status="timeout"\} (\S+)', metrics) == ["3.0"]
+        failures = 'uniroute_upstream_failures_total{model="fair",status="timeout"} 3.0\n'
+        assert wait_until(lambda: failures in httpx.get(f"{fleet.url}/metrics").text)
 
 
 def record_of(fleet: Fleet, reply: httpx.Response) -> dict[str, Any] | None:

@@ -292,7 +292,9 @@ def test_pauses_and_changes_are_in_the_trail_with_who_made_them(pair: Pair) -> N
         (made["id"], "settings.reset", ""),
         (made["id"], "settings.change", "lambda=0.5"),
     ]
-    lines = [line for line in pair.one.log.splitlines() if "request=req-controls" in line]
+    found = re.compile(r"^.* request=req-controls.*$", re.MULTILINE)
+    assert wait_until(lambda: len(found.findall(pair.one.log)) >= 4)
+    lines = found.findall(pair.one.log)
     assert [re.search(r"action=(\S+) target=(\S+)", line)[0] for line in lines] == [  # type: ignore[index]
         *("action=settings.change target=lambda%3D0.5", "action=settings.reset target=-"),
         *("action=models.pause target=fair", "action=models.resume target=fair"),
@@ -325,4 +327,5 @@ def test_both_outlive_a_restart_and_a_server_says_at_its_start_whose_lambda_hold
         assert three.admin("GET", "/admin/models/good").json()["paused"] is True
         decision = three.admin("POST", "/v1/route", {"model": "auto", "messages": ASK}).json()
         assert (decision["model"], decision["lambda"]) == ("fair", 0.75)
-        assert re.search(r"λ is 0\.75, set by root at \S+; the 0\.1 of the configuration", three.log)
+        line = re.compile(r"λ is 0\.75, set by root at \S+; the 0\.1 of the configuration")
+        assert wait_until(lambda: line.search(three.log))

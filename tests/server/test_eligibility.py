@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.proxy_process import ProxyProcess, model_entry
 from tests.support.scripted_upstream import ScriptedUpstream
+from tests.support.waiting import wait_until
 
 IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 400_000}}
 CALL: Any = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -149,7 +150,7 @@ def test_a_token_limit_above_the_models_own_is_lowered_and_the_response_says_so(
 
     assert (answer.status_code, answer.headers["x-uniroute-max-tokens"]) == (200, "500")
     assert (server.last.body["max_tokens"], server.last.body.get("models")) == (500, None)
-    assert " max_tokens=64000>500\n" in proxy.log
+    assert wait_until(lambda: " max_tokens=64000>500\n" in proxy.log)
 
 
 def test_the_dry_run_shows_what_a_model_would_be_sent(proxy: ProxyProcess) -> None:

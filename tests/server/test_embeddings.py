@@ -164,9 +164,8 @@ def test_the_response_names_the_decision_and_the_record_has_the_exact_cost(serve
     assert wait_until(lambda: served.records(decision))
     (record,) = served.records(decision)
     assert (record["cost_usd"], record["estimated"], record["ending"]) == (pytest.approx(7 * PRICE), False, "complete")
-    assert re.search(
-        rf"decision={decision} model=vectors reason=pinned ending=complete .* tokens=7\+", served.proxy.log
-    )
+    line = re.compile(rf"decision={decision} model=vectors reason=pinned ending=complete .* tokens=7\+")
+    assert wait_until(lambda: line.search(served.proxy.log))
 
 
 @pytest.mark.parametrize(

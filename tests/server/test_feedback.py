@@ -130,7 +130,7 @@ def test_a_setting_says_whether_feedback_moves_routing(
             said = {"decision": reply.headers["x-uniroute-decision"], "score": 0}
             assert httpx.post(f"{fleet.base_url}/feedback", json=said, timeout=60).json()["labels"] > 0.99
         if moves:
-            assert wait_until(lambda: expected_error() > before + 0.05, timeout_s=40)
+            assert wait_until(lambda: expected_error() > before + 0.05)
         else:
             assert expected_error() == pytest.approx(before)
         found = fleet.proxy.admin("GET", "/admin/models/fair").json()["observed"]

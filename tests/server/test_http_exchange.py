@@ -141,7 +141,7 @@ async def test_a_client_that_does_not_read_the_rest_of_an_answer_that_broke_off_
         with socket.create_connection(address) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.sendall(framed(b"{}"))
-            await until(lambda: bool(Recording.opened) and Recording.opened[0].disconnect.is_set, 20)
+            await until(lambda: bool(Recording.opened) and Recording.opened[0].disconnect.is_set)
 
 
 async def test_a_whole_answer_of_many_megabytes_waits_for_its_reader_in_pieces() -> None:

@@ -31,6 +31,7 @@ def serving(
     names = {"UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-arm", "GROQ_API_KEY": KEY}
     environ = environment(folder / "data", embedder_cache, **names)
     command = ServeCommand("--config", folder / "config.yaml", *arguments, environ=environ, log=folder / "log.txt")
+    command.wrapper = ["env"]  # an interpreter of its own, as what it loads is looked at
     with command as server:
         reply = admin(server, "POST", "/near/profile", uniform_profile(0.1))
         assert reply.status_code == 200, reply.text

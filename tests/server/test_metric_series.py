@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +29,11 @@ def samples(fleet: Fleet) -> dict[str, float]:
     text = httpx.get(f"{fleet.url}/metrics", headers=ROOT_KEY, timeout=60).text
     found = (SAMPLE.fullmatch(line) for line in text.splitlines() if not line.startswith("#"))
     return {f"{each[1]}{each[2] or ''}": float(each[3]) for each in found if each}
+
+
+def more(fleet: Fleet, before: Mapping[str, float], series: str) -> float:
+    """Return by how much a counter has grown. It may count an answer after its client has it."""
+    return samples(fleet).get(series, 0.0) - before.get(series, 0.0)
 
 
 def chat(fleet: Fleet, model: str = "auto", **more: Any) -> httpx.Response:
@@ -105,15 +110,10 @@ def test_an_answer_is_counted_by_model_and_api(fleet: Fleet) -> None:
     assert chat(fleet).headers["x-uniroute-model"] == "fair"
     message = {"model": "auto", "max_tokens": 5, "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
     httpx.post(f"{fleet.url}/v1/messages", json=message, timeout=60)
-    after = samples(fleet)
-
-    def more(series: str) -> float:
-        return after[series] - before.get(series, 0.0)
-
-    assert more('uniroute_api_requests_total{api="chat"}') == 1
-    assert more('uniroute_api_requests_total{api="messages"}') == 1
-    assert more('uniroute_upstream_attempts_total{model="fair"}') == 2
-    assert more('uniroute_cost_usd_total{model="fair"}') > 0
+    assert wait_until(lambda: more(fleet, before, 'uniroute_api_requests_total{api="chat"}') == 1)
+    assert wait_until(lambda: more(fleet, before, 'uniroute_api_requests_total{api="messages"}') == 1)
+    assert wait_until(lambda: more(fleet, before, 'uniroute_upstream_attempts_total{model="fair"}') == 2)
+    assert wait_until(lambda: more(fleet, before, 'uniroute_cost_usd_total{model="fair"}') > 0)
 
 
 def test_savings_are_counted_of_recorded_answers(fleet: Fleet) -> None:
@@ -132,13 +132,12 @@ def test_an_attempt_that_failed_is_one_of_the_attempts(fleet: Fleet) -> None:
     before = samples(fleet)
     fleet.fair.then(Step(status=500))
     assert chat(fleet).headers["x-uniroute-reason"] == "fallback"
-    after = samples(fleet)
     for series in (
         'uniroute_upstream_attempts_total{model="fair"}',
         'uniroute_upstream_failures_total{model="fair",status="500"}',
         'uniroute_upstream_attempts_total{model="good"}',
     ):
-        assert after[series] - before.get(series, 0.0) == 1, series
+        assert wait_until(lambda series=series: more(fleet, before, series) == 1), series
 
 
 def test_models_are_shown_with_what_was_measured_until_they_are_removed(fleet: Fleet) -> None:
@@ -169,10 +168,9 @@ def test_feedback_is_counted_by_what_became_of_it(fleet: Fleet) -> None:
     for score in (1, None):
         said = {"decision": decision, "score": score}
         assert httpx.post(f"{fleet.url}/v1/feedback", json=said, timeout=60).status_code == 200
-    after = samples(fleet)
     for outcome in ("counted", "withdrawn"):
         series = f'uniroute_feedback_total{{outcome="{outcome}"}}'
-        assert after[series] - before.get(series, 0.0) == 1, outcome
+        assert wait_until(lambda series=series: more(fleet, before, series) == 1), outcome
 
 
 def test_what_a_server_shows_is_what_the_documentation_lists(fleet: Fleet) -> None:

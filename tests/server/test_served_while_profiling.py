@@ -57,7 +57,7 @@ def test_a_model_whose_key_is_refused_is_listed_as_failed_with_the_reason(proxy:
     listed = card(proxy, "bad")
 
     assert (listed["state"], REASON in listed["why"]) == ("failed", True)
-    assert f"measuring model bad failed: 5 prompts in a row failed: {REASON}" in proxy.log
+    assert wait_until(lambda: f"measuring model bad failed: 5 prompts in a row failed: {REASON}" in proxy.log)
     assert "sk-x" not in proxy.log + listed["why"]
 
 

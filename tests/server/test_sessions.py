@@ -204,7 +204,7 @@ def test_a_tool_loop_that_must_leave_its_model_is_counted_and_says_why(pair: Pai
     assert (reply.headers["x-uniroute-model"], moved()) == ("fair", before + 1)
     decision = httpx.post(f"{pair.proxies[0].url}/v1/route", json=body, timeout=60).json()
     assert "not among the models" in {row["model"]: row["why"] for row in decision["ineligible"]}["good"]
-    assert "cannot stay with model=good" in pair.proxies[0].log
+    assert wait_until(lambda: "cannot stay with model=good" in pair.proxies[0].log)
 
 
 def session_turn(pair: Pair, session: str, tokens: int) -> tuple[str, str]:

@@ -15,9 +15,11 @@ import httpx
 import pytest
 import yaml
 
-from tests.support.command import ADMIN_KEY, ROOT, environment
+from tests.support.command import ADMIN_KEY, environment
+from tests.support.ports import free_port
 from tests.support.processes import store_answers
-from tests.support.valkey import ValkeyServer, free_port
+from tests.support.program import ROOT
+from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
 
 CHAT = {"model": "auto", "messages": [{"role": "user", "content": "hi"}]}
@@ -65,7 +67,7 @@ class Starting:
         """Send the signals of a terminal to every process of it, and return the exit status."""
         for number in signals or (signal.SIGTERM,):
             os.killpg(self.process.pid, number)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 @contextmanager
@@ -76,7 +78,7 @@ def starting(folder: Path, *command: str | Path, **environ: str) -> Iterator[Sta
     finally:
         if server.process.poll() is None:
             os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait(60)
+            server.process.wait(120)
 
 
 @contextmanager

@@ -72,6 +72,10 @@ def test_bytes_of_any_kind_are_cut_the_same_for_every_split(raw: bytes, data: st
         assert cut(data.draw(pieces(raw))) == whole
 
 
+def test_a_byte_order_mark_may_come_before_the_first_event_by_itself() -> None:
+    assert cut([b"\xef\xbb\xbf", b"data: a\n\n"]) == [b"a"]
+
+
 @given(st.dictionaries(TEXTS, VALUES, max_size=4), st.data())
 @settings(max_examples=200, deadline=None)
 def test_what_is_written_is_what_is_read(payload: dict[str, Any], data: st.DataObject) -> None:

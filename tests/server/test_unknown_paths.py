@@ -9,6 +9,7 @@ from tests.server.conftest import Fleet
 from tests.support.keyed_proxy import KeyedProxy
 from tests.support.proxy_process import ADMIN_KEY
 from tests.support.raw_http import Answer, send
+from tests.support.waiting import wait_until
 
 BODY: Any = {"model": "fair", "messages": [{"role": "user", "content": "What is 2 + 2?"}]}
 
@@ -60,7 +61,8 @@ def test_an_unknown_path_gets_an_error_with_what_is_served_and_the_likely_mistak
         assert error["code"] == "unknown_path"
         assert message in error["message"]
         assert hint in error["message"]
-    assert f"request=lost-{len(path)}-{method} status=404: {message}" in fleet.proxy.log
+    line = f"request=lost-{len(path)}-{method} status=404: {message}"
+    assert wait_until(lambda: line in fleet.proxy.log)
 
 
 def test_head_is_served_where_get_is_with_its_length_and_no_body(fleet: Fleet) -> None:

@@ -17,9 +17,10 @@ from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store, StoreUnavailable, encode_command
 from proxy.storage.redis_connections import PipelinedConnection
 from proxy.storage.registry import Registry, RegistryError
+from tests.support.ports import free_port
 from tests.support.sentinels import Sentinels, TlsProxy, sentinels
 from tests.support.tls import a_certificate, served_by
-from tests.support.valkey import ValkeyServer, free_port, frozen
+from tests.support.valkey import ValkeyServer, frozen
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,7 @@ async def test_without_redis_a_write_fails_and_no_client_key_is_required(tmp_pat
 
 async def _messages(pubsub: object, count: int):  # type: ignore[no-untyped-def]
     while count:
-        message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=2)  # type: ignore[attr-defined]
+        message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=60)  # type: ignore[attr-defined]
         if message is not None:
             count -= 1
             yield message

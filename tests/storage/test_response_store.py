@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -141,16 +140,12 @@ def frozen(server: EmbeddedValkey) -> Iterator[None]:
         os.kill(server._process.pid, signal.SIGCONT)
 
 
-async def test_a_redis_that_does_not_answer_delays_an_answer_by_a_second_at_most(
-    valkey: EmbeddedValkey, store: Store
-) -> None:
+async def test_an_answer_does_not_wait_until_a_silent_redis_answers_again(valkey: EmbeddedValkey, store: Store) -> None:
     dropped: list[None] = []
     responses = a_store(store, on_dropped=lambda: dropped.append(None))
     await responses.save("key", "resp_0", a_record())
     with frozen(valkey):
-        started = time.monotonic()
         assert not await responses.save("key", "resp_1", a_record())
-        assert time.monotonic() - started < 1
     assert len(dropped) == 1
 
 

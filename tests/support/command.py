@@ -4,12 +4,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.program import ROOT, Process, run_program, start_program
+
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
 _ADDRESS = re.compile(r"UniRoute at (http://\S+)/v1")
@@ -31,24 +31,26 @@ def environment(data_dir: Path, embedder_cache: Path | None = None, **more: str)
 def run_command(
     *arguments: str | Path, environ: Mapping[str, str], timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "proxy.cli", *map(str, arguments)]
-    return subprocess.run(
-        command, env=dict(environ), cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
+    return run_program("proxy.cli", *arguments, environ=environ, timeout_s=timeout_s)
 
 
 class ServeCommand:
     """Run `uniroute serve` on a free port until the block ends. `log` is what it wrote."""
 
     def __init__(
-        self, *arguments: str | Path, environ: Mapping[str, str], log: Path, descriptors: int | None = None
+        self,
+        *arguments: str | Path,
+        environ: Mapping[str, str],
+        log: Path,
+        descriptors: int | None = None,
+        translates: bool = False,
     ) -> None:
-        limited = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
         self.arguments = arguments
         self.environ = dict(environ)
-        self._command = [*limited, sys.executable, "-m", "proxy.cli", "serve", "--port", "0", *map(str, arguments)]
+        self.wrapper = [] if descriptors is None else ["prlimit", f"--nofile={descriptors}:{descriptors}"]
+        self._translates = translates
         self._log = log
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self.url = ""
 
     @property
@@ -62,7 +64,15 @@ class ServeCommand:
 
     def __enter__(self) -> ServeCommand:
         with self._log.open("wb") as output:
-            self.process = subprocess.Popen(self._command, env=self.environ, cwd=ROOT, stdout=output, stderr=output)
+            self.process = start_program(
+                "proxy.cli",
+                *("serve", "--port", "0", *self.arguments),
+                environ=self.environ,
+                stdout=output,
+                stderr=output,
+                wrapper=self.wrapper,
+                translates=self._translates,
+            )
         try:
             self._wait_until_ready()
         except AssertionError:
@@ -78,7 +88,7 @@ class ServeCommand:
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
     def _wait_until_ready(self) -> None:
         assert self.process is not None

@@ -18,7 +18,7 @@ from proxy.storage.client_keys import AuthRequiredLatch
 from proxy.storage.redis import Store
 from proxy.storage.registry import Registry
 from tests.support.proxy_process import ProxyProcess
-from tests.support.waiting import wait_until
+from tests.support.waiting import until_taken, wait_until
 
 T = TypeVar("T")
 ASK: Any = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -62,8 +62,7 @@ class KeyedProxy:
             client.close()
 
     def make(self, **terms: Any) -> MadeKey:
-        reply = self.proxy.admin("POST", "/admin/keys", {"name": "team", **terms})
-        assert reply.status_code == 201, reply.text
+        reply = until_taken(lambda: self.proxy.admin("POST", "/admin/keys", {"name": "team", **terms}))
         return MadeKey(reply.json()["id"], reply.json()["key"])
 
     def client(self, key: MadeKey) -> openai.OpenAI:

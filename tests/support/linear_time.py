@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from tests.support.proxy_process import ROOT
+from tests.support.program import ROOT
 
 CHARACTERS = 20_000
 # For one reader and four units: a linear reader needs tenths of a second for them.

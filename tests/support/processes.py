@@ -12,7 +12,7 @@ from typing import IO
 import httpx
 
 from proxy.storage.valkey import socket_path
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 
 class ProcessGroup:
@@ -32,7 +32,7 @@ class ProcessGroup:
 
     def end(self) -> tuple[str, str, int]:
         """Return output, errors and exit status once all of the group have ended."""
-        output, errors = self._process.communicate(timeout=60)
+        output, errors = self._process.communicate(timeout=120)
         return output, errors, self._process.returncode
 
     def workers(self) -> list[int]:

@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,9 @@ import httpx
 import yaml
 
 from router_core.artifact import builtin_map
+from tests.support.program import ROOT, Process, start_program
+from tests.support.waiting import until_taken
 
-ROOT = Path(__file__).parent.parent.parent
 ADMIN_KEY = "admin-key-of-the-tests"
 START_S = 300.0
 # Circuit-breaker settings for tests of other things: a cooldown is over before the next request.
@@ -50,7 +49,7 @@ class ProxyProcess:
             **(environ or {}),
         }
         self._log = (folder / "log.txt").open("ab+")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self.url = ""
 
     @property
@@ -65,13 +64,14 @@ class ProxyProcess:
     def start(self) -> Self:
         with socket.create_server(("127.0.0.1", 0)) as bound:
             self.url = f"http://127.0.0.1:{bound.getsockname()[1]}"
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.serve", str(bound.fileno())],
-                pass_fds=[bound.fileno()],
-                env=self._environ,
-                cwd=ROOT,
+            self._process = start_program(
+                "tests.support.serve",
+                str(bound.fileno()),
+                environ=self._environ,
                 stdout=self._log,
                 stderr=self._log,
+                pass_fds=[bound.fileno()],
+                translates="translate" in self._config.read_text(),
             )
         try:
             self._wait_until_ready()
@@ -86,7 +86,7 @@ class ProxyProcess:
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal_)
-            status = self._process.wait(60)
+            status = self._process.wait(120)
             self._process = None
         self._log.close()
         return status
@@ -104,8 +104,7 @@ class ProxyProcess:
     def put_profile(self, name: str, error: float, *, output_tokens: float = 20.0) -> None:
         """Store a ready profile: the same error rate in every cluster, well supported."""
         document = uniform_profile(error, output_tokens=output_tokens)
-        reply = self.admin("POST", f"/admin/models/{name}/profile", document)
-        assert reply.status_code == 200, reply.text
+        until_taken(lambda: self.admin("POST", f"/admin/models/{name}/profile", document))
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + START_S
@@ -113,7 +112,7 @@ class ProxyProcess:
             assert self._process is not None
             assert self._process.poll() is None, f"the proxy ended: {self.log}"
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                if httpx.get(f"{self.url}/readyz").status_code == 200:
                     return
             except httpx.HTTPError:
                 pass

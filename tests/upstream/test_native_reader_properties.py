@@ -104,7 +104,7 @@ def inspect(body: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("api", ["messages", "responses"])
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.lists(EVENTS, max_size=8))
 def test_odd_events_are_relayed_or_an_error_of_the_upstream(api: NativeAPI, events: list[dict[str, Any]]) -> None:
     chunks = new_chunks(api)
@@ -129,7 +129,7 @@ def without_model(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("api", ["messages", "responses"])
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8), st.lists(VALUES, max_size=4))
 def test_an_odd_answer_in_place_of_events_becomes_events_or_an_error(
     api: NativeAPI, members: dict[str, Any], content: list[Any]
@@ -145,7 +145,7 @@ def test_an_odd_answer_in_place_of_events_becomes_events_or_an_error(
         assert payload.with_model("ours").startswith(b"event: ")
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=8))
 def test_odd_answers_become_completions(answer: dict[str, Any]) -> None:
     inspect(messages_completion(answer))

@@ -27,7 +27,7 @@ async def test_nothing_is_waited_for_after_done(upstream: UpstreamClient, after:
     async with RawUpstream(Reply(chunked(CHUNK, END, DONE, *after, end=b""), "hang"), WHOLE) as server:
         async with asyncio.timeout(SOON_S / 2):
             assert len(await stream_of(upstream, a_model(server))) == 2
-        await until(lambda: server.open == 0, 3)
+        await until(lambda: server.open == 0)
         assert len(await stream_of(upstream, a_model(server))) == 2
         assert server.connections == 2
 

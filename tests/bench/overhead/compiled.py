@@ -18,7 +18,7 @@ from typing import Self
 from tests.bench.overhead.load import Job, Measured
 from tests.bench.overhead.processes import cpu_s
 from tests.bench.overhead.upstream import write_answers
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 
 HERE = Path(__file__).parent
 LOAD, UPSTREAM = "load", "upstream"

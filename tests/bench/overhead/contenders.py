@@ -19,7 +19,8 @@ from proxy.settings.model_config import ModelInfo
 from router_core.artifact import load_map
 from tests.bench.overhead.processes import free_port, started, until_it_answers
 from tests.support.client_apis import APIName
-from tests.support.command import ADMIN_KEY, ROOT, environment
+from tests.support.command import ADMIN_KEY, environment
+from tests.support.program import ROOT
 from tests.support.proxy_process import model_entry, uniform_profile
 
 ROUTED, PINNED, TRANSLATED = "ours, routed", "ours, pinned", "ours, routed, translated"

@@ -157,7 +157,7 @@ async def test_a_slot_given_to_a_request_that_is_cancelled_at_that_moment_goes_t
     await settle()
     first_slot.release()  # the slot is the leaving one's now, though it has not run yet
     leaving.cancel()
-    (await asyncio.wait_for(staying, 5)).release()
+    (await asyncio.wait_for(staying, 60)).release()
     assert leaving.cancelled()
     assert is_idle(limiter)
 
@@ -169,7 +169,7 @@ async def test_a_slot_released_while_the_first_waiter_leaves_goes_to_the_next() 
     await settle()
     leaving.cancel()
     first_slot.release()
-    (await asyncio.wait_for(staying, 5)).release()
+    (await asyncio.wait_for(staying, 60)).release()
     assert is_idle(limiter)
 
 
@@ -179,7 +179,7 @@ async def test_a_raised_cap_lets_in_those_who_wait_and_a_lowered_one_holds_for_t
     waiting = queued(limiter)
     await settle()
     third = queued(limiter, two)
-    second = await asyncio.wait_for(waiting, 5)
+    second = await asyncio.wait_for(waiting, 60)
     fourth = queued(limiter, ONE)
     await settle()
     first_slot.release()
