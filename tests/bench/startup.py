@@ -23,7 +23,7 @@ from router_core.embedding import static_embedder
 from tests.bench.overhead.contenders import ROUTED, Server, answers, is_ready, ours, profiled
 from tests.bench.overhead.processes import cpu_s, memory_of_one, started, tree, until_it_answers
 from tests.bench.overhead.session import SETTLED_S
-from tests.support.command import ROOT
+from tests.support.program import ROOT
 from tests.support.scripted_upstream import ScriptedUpstream
 
 ROWS = {ROUTED: "auto"}
