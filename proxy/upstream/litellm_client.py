@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.chunk_reader import ChunkReader, FinishTracker, is_finished, requested_choices
+from proxy.upstream.chunk_source import ChunkSource, PulledChunks
 from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
 from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
@@ -133,7 +134,7 @@ class LiteLLMClient:
         *,
         connect_timeout_s: float | None = None,
         include_usage: bool = True,
-    ) -> AsyncIterator[list[JSONPayload]]:
+    ) -> ChunkSource:
         """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
 
         Close it to close the upstream's connection.
@@ -154,7 +155,7 @@ class LiteLLMClient:
             except self._call_errors as error:
                 raise redact(target.secrets, captured.error_from(error)) from error
             captured.openai_format = False  # litellm reads it
-            return TranslatedChunks(response, captured, target.secrets, self._call_errors)
+            return PulledChunks(TranslatedChunks(response, captured, target.secrets, self._call_errors))
 
     async def embed(
         self,
