@@ -8,7 +8,7 @@ are one TextRun.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -19,8 +19,8 @@ from proxy.upstream.payload import JSONPayload, replace_model, simple_text
 # Chunks that are longer, and did not come in one piece, are parsed.
 MAX_FRAME_BYTES = 4096
 
-# Chunks in a row that are taken together.
-MAX_RUN = 1000
+# Chunks in a row are taken together, up to so many bytes.
+MAX_RUN_BYTES = 16 * 2**10
 
 # OpenAI's random member, which makes all chunks equally long.
 _PADDING = "obfuscation"
@@ -70,8 +70,7 @@ class TextRun(JSONPayload):
     @property
     def text(self) -> str:
         """Return all the text."""
-        text: str = orjson.loads(b'"%b"' % b"".join(self.texts))
-        return text
+        return _string(b"".join(self.texts))
 
     def framed(self, before: bytes, after: bytes) -> bytes:
         """Return each text that is not empty between what a JSON string stands between."""
@@ -107,54 +106,57 @@ class TextFrame:
         renamed: by our name of the model, what was found by `rename`.
     """
 
-    __slots__ = ("_end", "_parts", "body", "is_plain", "renamed", "start")
+    __slots__ = ("_bytes", "_end", "_joint", "_parts", "body", "is_plain", "renamed", "start")
 
     def __init__(self, body: dict[str, Any], parts: Parts) -> None:
         self.body = body
         self._parts = parts
         self.start = _START + parts[0]
         self._end = parts[2] + _END
+        self._joint = self._end + self.start
+        self._bytes = len(self._joint) + len(parts[1])
         self.renamed: dict[str, Parts] = {}
         choice = body["choices"][0]
         self.is_plain = not (choice.get("index") or choice.get("logprobs"))
 
-    def match(self, piece: bytes, place: int, most: int = MAX_RUN) -> tuple[TextRun | None, int]:
-        """Return the chunks that stand at a place of a stream's bytes, and where they end; None if there is none.
+    def match(self, piece: bytes, place: int) -> tuple[TextRun | None, int]:
+        """Return chunks that stand at a place of a stream's bytes, and where they end; None if there is none.
 
         Args:
             place: where an event begins.
-            most: how many chunks are taken.
         """
-        start, (_, between, after) = self.start, self._parts
-        before_bytes, after_bytes = len(start), len(after)
+        if not piece.startswith(self.start, place):
+            return None, place
+        start_bytes = len(self.start)
+        texts = piece[place + start_bytes : place + MAX_RUN_BYTES].split(self._joint)
+        last, found, _ = texts[-1].partition(self._end)
+        texts[-1:] = [last] if found else []
+        if not self._parts[1] and _are_plain(texts):
+            size = sum(map(len, texts))
+            return TextRun(self, texts, [], size), place + size + len(texts) * self._bytes
+        texts, paddings = self._read(texts)
+        if not texts:
+            return None, place
+        text = b"".join(texts)
+        place += len(text) + sum(map(len, paddings)) + len(texts) * self._bytes
+        return TextRun(self, texts, paddings, len(_string(text).encode())), place
+
+    def _read(self, holes: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Return the texts and paddings of what stands between the bytes of this frame, up to anything else."""
+        between = self._parts[1]
         texts: list[bytes] = []
         paddings: list[bytes] = []
-        escaped = False
-        first = place
-        while len(texts) < most and piece.startswith(start, place):
-            end = piece.find(_END, place)
-            if end < 0 or not piece.endswith(after, place + before_bytes, end):
-                break
-            text = piece[place + before_bytes : end - after_bytes]
-            if between:
-                text, found, padding = text.partition(between)
-                if not found or b'"' in padding or b"\\" in padding:
-                    break
-                paddings.append(padding)
-            if b"\\" in text and _is_inside(text):
-                escaped = True
-            elif b"\\" in text or b'"' in text:
+        for hole in holes:
+            inside, others, _ = hole.partition(self._end)
+            text, found, padding = inside.partition(between) if between else (inside, b"", b"")
+            if found != between or not (_is_inside(text) and _is_inside(padding)):
                 break
             texts.append(text)
-            place = end + 2
-        if not texts:
-            return None, first
-        del paddings[len(texts) :]
-        strings = _strings(texts + paddings)
-        if strings is None:  # control characters, or no UTF-8
-            return self.match(piece, first, _first_bad(texts, paddings))
-        size = sum(len(text.encode()) for text in strings[: len(texts)]) if escaped else sum(map(len, texts))
-        return TextRun(self, texts, paddings, size), place
+            if between:
+                paddings.append(padding)
+            if others:
+                break
+        return texts, paddings
 
     def match_data(self, data: bytes) -> TextRun | None:
         """Return the chunk that the data of an event is; None if it does not fit this frame."""
@@ -246,23 +248,24 @@ def _absent_from(data: bytes) -> tuple[bytes, bytes]:
 def _is_inside(text: bytes) -> bool:
     """Return whether bytes are the inside of one JSON string."""
     try:
-        orjson.loads(b'"%b"' % text)
+        _string(text)
     except orjson.JSONDecodeError:
         return False
     return True
 
 
-def _first_bad(texts: list[bytes], paddings: list[bytes]) -> int:
-    """Return the index of the first chunk whose text or padding is not the inside of a JSON string."""
-    good = [_is_inside(text) for text in texts]
-    padded = [_is_inside(padding) for padding in paddings]
-    return min(each.index(False) for each in (good, padded) if False in each)
-
-
-def _strings(insides: Sequence[bytes]) -> list[str] | None:
-    """Return the strings with these insides, which have no quotes and no open escapes; None if one is not JSON."""
+def _are_plain(texts: list[bytes]) -> bool:
+    """Return whether bytes are the insides of JSON strings, without escapes."""
+    joined = b'","'.join(texts)
+    if b"\\" in joined or joined.count(b'"') != 2 * len(texts) - 2:
+        return False
     try:
-        strings: list[str] = orjson.loads(b'["%b"]' % b'","'.join(insides))
+        orjson.loads(b'["%b"]' % joined)
     except orjson.JSONDecodeError:
-        return None
-    return strings
+        return False
+    return True
+
+
+def _string(inside: bytes) -> str:
+    string: str = orjson.loads(b'"%b"' % inside)
+    return string
