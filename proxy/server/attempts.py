@@ -15,8 +15,7 @@ from proxy.server.requests import instance_id
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
-from proxy.upstream.chunk_reader import is_finished
-from proxy.upstream.chunk_source import ChunkSource
+from proxy.upstream.chunk_reader import ChunkSource, is_finished
 from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis

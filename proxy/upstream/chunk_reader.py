@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
@@ -107,6 +107,31 @@ def body_format(start: bytes) -> Literal["json", "events", "other"] | None:
         return "events"
     undecided = not rest or any(field.startswith(rest) for field in (*_EVENT_FIELDS, codecs.BOM_UTF8))
     return None if undecided else "other"
+
+
+class ChunkReceiver(Protocol):
+    """What takes the chunks of one stream."""
+
+    def receive(self, block: list[JSONPayload]) -> None:
+        """Take chunks that arrived together, at least one. Raises nothing. May tell the source to hold."""
+
+    def end(self, error: Exception | None) -> None:
+        """Note that no more comes. `error`: UpstreamError if the stream broke, or ended before its answer did."""
+
+
+class ChunkSource(Protocol):
+    """A stream of chunks. Close it, however it ended."""
+
+    def start(self, receiver: ChunkReceiver) -> None:
+        """Give the receiver what has arrived, and then what arrives. It may be told all of it, and the end, at once."""
+
+    def hold(self) -> None:
+        """Give the receiver no more chunks, until `resume` is called. The end may still be told."""
+
+    def resume(self) -> None: ...
+
+    async def aclose(self) -> None:
+        """Close the upstream's connection; the receiver is told nothing more. May be called again."""
 
 
 class ChunkReader:
@@ -337,10 +362,16 @@ class ChunkReader:
         chunk = _make_chunk(value, raw, data, self._headers)
         self._append(chunk, len(data), block)
         self._tracker.observe(chunk.body["choices"])
-        if self._frames_left and (chunk.raw is None or simple_text(chunk.body)):
+        if self._frames_left:
+            self._learn(chunk)
+
+    def _learn(self, chunk: JSONPayload) -> None:
+        """Learn what a chunk of text has around its text."""
+        text = None if chunk.raw is None else simple_text(chunk.body)
+        if chunk.raw is None or text:
             self._frames_left -= 1
-            if chunk.raw is not None:
-                self._frame = learn_frame(chunk.raw, chunk.body) or self._frame
+        if chunk.raw is not None and text:
+            self._frame = learn_frame(chunk.raw, chunk.body, text) or self._frame
 
     def _append(self, chunk: JSONPayload, size: int, block: list[JSONPayload]) -> None:
         if size > SMALL_BYTES:

@@ -13,7 +13,7 @@ from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
-from proxy.upstream.chunk_source import ChunkSource
+from proxy.upstream.chunk_reader import ChunkSource
 from proxy.upstream.embeddings import EmbeddingsRequest
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.native_api import native_provider

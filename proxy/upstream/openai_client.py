@@ -11,8 +11,7 @@ from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
-from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
-from proxy.upstream.chunk_source import ChunkReceiver
+from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, ChunkReceiver, requested_choices
 from proxy.upstream.completion_reader import CompletionReader
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.endpoint import Endpoint, Endpoints, encode

@@ -180,15 +180,15 @@ class TextFrame:
         return self.renamed[model]
 
 
-def learn_frame(data: bytes, body: dict[str, Any]) -> TextFrame | None:
-    """Return the frame of a chunk; None if it is more than text, or its text is not found in its bytes.
+def learn_frame(data: bytes, body: dict[str, Any], text: str) -> TextFrame | None:
+    """Return the frame of a chunk of text; None if it has more, or its text is not found in its bytes.
 
     Args:
         data: one line of JSON.
         body: what it was parsed to.
+        text: all that it says, not empty.
     """
-    text = simple_text(body)
-    if not text or len(data) > MAX_FRAME_BYTES or usage_of(body) or body["choices"][0].get("finish_reason"):
+    if len(data) > MAX_FRAME_BYTES or usage_of(body) or body["choices"][0].get("finish_reason"):
         return None
     place = _find(data, "content", text)
     if place is None:

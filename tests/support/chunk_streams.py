@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from proxy.upstream.chunk_source import ChunkSource
+from proxy.upstream.chunk_reader import ChunkSource
 from proxy.upstream.payload import JSONPayload
 from proxy.upstream.text_frame import TextRun
 

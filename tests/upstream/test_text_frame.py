@@ -133,17 +133,20 @@ def read(stream: bytes, cuts: list[int], frames: int) -> tuple[list[tuple[Any, b
                     check_text_alone(chunk)
                     chunks += as_sent(chunk)
                 else:
-                    chunks.append((chunk.body, *(chunk.with_model(name) for name in NAMES)))
+                    chunks.append((chunk.body, chunk.with_model(NAMES[0]), chunk.with_model(NAMES[1])))
     error = reader.final_error
     return chunks, repr(error) if error is None else str(error), framed
 
 
 def as_sent(run: TextRun) -> list[tuple[Any, bytes, bytes]]:
-    sent = [run.events(name).removesuffix(b"\n\n").split(b"\n\n") for name in NAMES]
+    first, second = (run.events(name).removesuffix(b"\n\n").split(b"\n\n") for name in NAMES)
     bodies = [chunk.body for chunk in run.chunks()]
-    return [
-        (body, *(event.removeprefix(b"data: ") for event in each)) for body, *each in zip(bodies, *sent, strict=True)
-    ]  # type: ignore[misc]
+    return list(zip(bodies, map(data_of, first), map(data_of, second), strict=True))
+
+
+def data_of(event: bytes) -> bytes:
+    assert event.startswith(b"data: ")
+    return event[6:]
 
 
 def check_text_alone(chunk: TextRun) -> None:
