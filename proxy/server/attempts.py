@@ -468,6 +468,8 @@ class UpstreamStream:
             self._waiter.set_result(None)
 
     def _time_out(self) -> None:
+        if self._write is None or self._ended:
+            return  # something has come in this very moment
         reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
         if monotonic() >= self._deadline:
             reason = "took longer than stream_timeout_s"

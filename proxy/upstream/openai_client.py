@@ -189,7 +189,7 @@ class UpstreamChunks:
 
     def resume(self) -> None:
         if not self._closed:
-            if self._reader.finished:
+            if self._reader.finished and self._tail is None:
                 self._start_tail()
             self._response.feed(self)
 
