@@ -19,8 +19,8 @@ from proxy.upstream.payload import JSONPayload, replace_model, simple_text
 # Chunks that are longer, and did not come in one piece, are parsed.
 MAX_FRAME_BYTES = 4096
 
-# Chunks in a row are taken together, up to so many bytes.
-MAX_RUN_BYTES = 16 * 2**10
+# Chunks in a row are taken together, up to so many bytes behind the first.
+MAX_AHEAD_BYTES = 16 * 2**10
 
 # OpenAI's random member, which makes all chunks equally long.
 _PADDING = "obfuscation"
@@ -106,7 +106,7 @@ class TextFrame:
         renamed: by our name of the model, what was found by `rename`.
     """
 
-    __slots__ = ("_bytes", "_end", "_joint", "_parts", "body", "is_plain", "renamed", "start")
+    __slots__ = ("_ahead", "_bytes", "_end", "_joint", "_parts", "body", "is_plain", "renamed", "start")
 
     def __init__(self, body: dict[str, Any], parts: Parts) -> None:
         self.body = body
@@ -114,6 +114,8 @@ class TextFrame:
         self.start = _START + parts[0]
         self._end = parts[2] + _END
         self._joint = self._end + self.start
+        # How many bytes behind a chunk are searched for others.
+        self._ahead = MAX_AHEAD_BYTES // 4
         self._bytes = len(self._joint) + len(parts[1])
         self.renamed: dict[str, Parts] = {}
         choice = body["choices"][0]
@@ -125,16 +127,21 @@ class TextFrame:
         Args:
             place: where an event begins.
         """
-        if not piece.startswith(self.start, place):
+        start = place + len(self.start)
+        stop = piece.find(_END, place)
+        if stop < 0 or not (piece.startswith(self.start, place) and piece.endswith(self._parts[2], start, stop)):
             return None, place
-        start_bytes = len(self.start)
-        texts = piece[place + start_bytes : place + MAX_RUN_BYTES].split(self._joint)
+        texts = piece[start : stop + len(_END) + self._ahead].split(self._joint)
         last, found, _ = texts[-1].partition(self._end)
         texts[-1:] = [last] if found else []
         if not self._parts[1] and _are_plain(texts):
+            self._ahead = min(2 * self._ahead, MAX_AHEAD_BYTES)
             size = sum(map(len, texts))
             return TextRun(self, texts, [], size), place + size + len(texts) * self._bytes
+        holes = len(texts)
         texts, paddings = self._read(texts)
+        # Where other events are among them, looking far ahead would be done again and again.
+        self._ahead = min(2 * self._ahead, MAX_AHEAD_BYTES) if len(texts) == holes else max(self._ahead // 2, 64)
         if not texts:
             return None, place
         text = b"".join(texts)
