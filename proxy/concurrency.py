@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import math
 import resource
 import sys
 import threading
@@ -13,7 +14,8 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from time import monotonic
+from typing import Any, Generic, Protocol, TypeVar
 
 log = logging.getLogger("uniroute")
 
@@ -179,6 +181,10 @@ async def background(
         await tasks.close()
 
 
+class _Limit(Protocol):
+    def expire(self) -> None: ...
+
+
 class DeadlineWheel:
     """Limit how long waits may take, with one timer for all of them. A limit strikes up to `tick_s` late, never early.
 
@@ -188,7 +194,7 @@ class DeadlineWheel:
     def __init__(self, tick_s: float = 0.05) -> None:
         self._tick_s = tick_s
         # The number of a tick → the deadlines that it ends.
-        self._due: dict[int, set[Deadline]] = {}
+        self._due: dict[int, set[_Limit]] = {}
         self._ticks = 0
         self._running = False
 
@@ -196,7 +202,7 @@ class DeadlineWheel:
         """Return a context manager that raises TimeoutError after so many seconds, as `asyncio.timeout` does."""
         return Deadline(self, seconds)
 
-    def _add(self, deadline: Deadline, seconds: float) -> int:
+    def _add(self, deadline: _Limit, seconds: float) -> int:
         loop = asyncio.get_running_loop()
         now = loop.time()
         if not self._running:
@@ -206,7 +212,7 @@ class DeadlineWheel:
         self._due.setdefault(tick, set()).add(deadline)
         return tick
 
-    def _remove(self, deadline: Deadline, tick: int) -> None:
+    def _remove(self, deadline: _Limit, tick: int) -> None:
         if (due := self._due.get(tick)) is not None:
             due.discard(deadline)
             if not due:
@@ -214,12 +220,14 @@ class DeadlineWheel:
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         before, self._ticks = self._ticks, int(loop.time() / self._tick_s)
-        for tick in range(before + 1, self._ticks + 1):
-            for deadline in self._due.pop(tick, ()):
-                deadline.expire()
-        self._running = bool(self._due)
-        if self._running:
-            self._start_timer(loop)
+        try:
+            for tick in range(before + 1, self._ticks + 1):
+                for deadline in self._due.pop(tick, ()):
+                    deadline.expire()
+        finally:
+            self._running = bool(self._due)
+            if self._running:
+                self._start_timer(loop)
 
     def _start_timer(self, loop: asyncio.AbstractEventLoop) -> None:
         # A loop that counts whole milliseconds may be early by one.
@@ -252,6 +260,50 @@ class Deadline:
     def expire(self) -> None:
         self._expired = True
         self._task.cancel()
+
+
+class SilenceTimer:
+    """Call back once nothing has happened for so many seconds, or at a certain time. It is one of a wheel's limits.
+
+    What happens is told by setting `since` to the monotonic time, which costs less than to start a timer again.
+    """
+
+    __slots__ = ("_callback", "_latest", "_seconds", "_tick", "_wheel", "since")
+
+    def __init__(
+        self, wheel: DeadlineWheel, seconds: float, callback: Callable[[], None], *, latest: float = math.inf
+    ) -> None:
+        """`latest`: when it calls back, in monotonic seconds, whatever happens."""
+        self._wheel = wheel
+        self._seconds = seconds
+        self._callback = callback
+        self._latest = latest
+        self._tick: int | None = None
+        self.since = 0.0
+
+    def start(self) -> None:
+        """Wait for the next silence, which begins now."""
+        self.since = monotonic()
+        if self._tick is None:
+            self._wait()
+
+    def stop(self) -> None:
+        if self._tick is not None:
+            self._wheel._remove(self, self._tick)
+            self._tick = None
+
+    def expire(self) -> None:
+        if self._tick is None:
+            return  # another limit of the same tick has stopped it
+        if min(self.since + self._seconds, self._latest) > monotonic():
+            self._wait()
+        else:
+            self._tick = None
+            self._callback()
+
+    def _wait(self) -> None:
+        ends = min(self.since + self._seconds, self._latest)
+        self._tick = self._wheel._add(self, max(0.0, ends - monotonic()))
 
 
 class FairQueue:

@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from proxy.concurrency import (
     BackgroundTasks,
     DeadlineWheel,
     FairQueue,
+    SilenceTimer,
     await_cancellable,
     background,
     cancel_and_wait,
@@ -373,3 +375,57 @@ def test_the_least_recently_used_entry_is_dropped() -> None:
     assert (list(cache), cache.get("a")) == (["a", "d"], 4)
     del cache["a"]
     assert list(cache) == ["d"]
+
+
+async def strikes(timer: SilenceTimer, struck: asyncio.Event) -> float:
+    """Return how many seconds after its start the timer strikes."""
+    started = monotonic()
+    timer.start()
+    async with asyncio.timeout(60):
+        await struck.wait()
+    return monotonic() - started
+
+
+@pytest.mark.parametrize(("seconds", "latest_s"), [(0.05, 60), (60, 0.05)])
+async def test_a_silence_is_told_once_it_has_lasted(seconds: float, latest_s: float) -> None:
+    wheel, struck = DeadlineWheel(0.01), asyncio.Event()
+    timer = SilenceTimer(wheel, seconds, struck.set, latest=monotonic() + latest_s)
+
+    assert await strikes(timer, struck) >= 0.05
+    assert wheel._due == {}
+
+
+async def test_a_silence_begins_with_the_last_that_happened() -> None:
+    wheel, struck = DeadlineWheel(0.01), asyncio.Event()
+    timer = SilenceTimer(wheel, 0.1, struck.set)
+    waiting = asyncio.create_task(strikes(timer, struck))
+    for _ in range(5):
+        await asyncio.sleep(0.04)
+        timer.since = last = monotonic()
+    await waiting
+
+    assert monotonic() - last >= 0.1
+
+
+async def test_a_timer_that_was_stopped_tells_nothing_until_it_is_started_again() -> None:
+    wheel, struck = DeadlineWheel(0.01), asyncio.Event()
+    timer = SilenceTimer(wheel, 0.02, struck.set)
+    timer.start()
+    timer.stop()
+    await asyncio.sleep(0.06)
+    assert (struck.is_set(), wheel._due) == (False, {})
+    await strikes(timer, struck)
+
+
+async def test_a_limit_that_fails_holds_up_no_other() -> None:
+    wheel, struck = DeadlineWheel(0.01), asyncio.Event()
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+
+    def fail() -> None:
+        raise ValueError("of its own")
+
+    SilenceTimer(wheel, 0.0, fail).start()
+    await strikes(SilenceTimer(wheel, 0.05, struck.set), struck)
+
+    assert [str(error) for error in reported] == ["of its own"]

@@ -1,28 +1,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from time import monotonic
 from typing import Any, TypeVar
 
+from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.token_limits import with_limit
 from proxy.server.api.adaptation import adapt
-from proxy.server.dependencies import ModelPlan, RequestContext, RequestTrace
+from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
 from proxy.settings.schema import NO_OVERRIDES, Timeouts, timeouts_for, total_timeout_s
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import usage_of
-from proxy.upstream.chunk_reader import is_finished
-from proxy.upstream.client import Blocks, NativeRequest
+from proxy.upstream.chunk_reader import ChunkSource, is_finished
+from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
 from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, simple_text
 from proxy.upstream.sse import encode_json
+from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
 from router_core.text import text_bytes
-
-T = TypeVar("T")
 
 Answer = TypeVar("Answer")
 
@@ -291,12 +291,16 @@ MAX_BUFFERED_CHUNKS = 1000
 MAX_BUFFERED_BYTES = 2**20
 
 
+# Takes a block, and returns what could not be sent yet of what it made of it. Then it is given no more.
+WriteBlock = Callable[[list[JSONPayload]], bytes]
+
+
 class UpstreamStream:
-    """Read one model's stream: first `read_until_content`, then iterate over it, and `aclose` it at the end."""
+    """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end."""
 
     def __init__(
         self,
-        source: Blocks,
+        source: ChunkSource,
         attempt: Attempt,
         record: RequestRecord,
         *,
@@ -304,16 +308,27 @@ class UpstreamStream:
         deadline: float,
         is_native: bool = False,
     ) -> None:
-        self._source = source if record.trace is None else _observed(source, record.trace)
+        self._source = source
         self._attempt = attempt
         self._record = record
+        self._trace = record.trace
         self._idle_s = idle_s
         self._deadline = deadline  # monotonic seconds
         # The upstream speaks the client's own API, and that is not chat.
         self.is_native = is_native
         self._buffered: list[JSONPayload] = []
         self._buffered_bytes = 0
-        self._ended = False
+        self._has_content = self._ended = False
+        # Why the stream broke.
+        self._error: Exception | None = None
+        # Why its chunks could not be taken.
+        self._own_error: Exception | None = None
+        self._limit: SilenceTimer | None = None
+        # While blocks are relayed: what takes them, and what it could not send.
+        self._write: WriteBlock | None = None
+        self._unsent = b""
+        # Whoever waits for content, for the end, or until the client has to be waited for.
+        self._waiter: asyncio.Future[None] | None = None
 
     async def read_until_content(self) -> None:
         """Read up to the first content, or to the end if there is none.
@@ -321,61 +336,111 @@ class UpstreamStream:
         On an error the connection is closed, but the attempt stays open. The caller ends it: only the caller can tell a
         timeout, which is a failure of the model, from a cancellation, which is not.
         """
+        if self._trace is not None:
+            self._trace.event("uniroute.first_byte")
         try:
-            async for block in self._source:
-                self._record_usage(block)
-                start = _index_of_content(block)
-                self._buffer(block[:start])
-                if start < len(block):
-                    self._buffered += block[start:]
-                    self._record.first_content()
-                    self._attempt.first_content()
-                    return
+            self._source.start(self)
+            await self._wait()
+            if self._own_error is not None:
+                raise self._own_error
+            if not self._has_content and self._error is not None:
+                raise self._error
         except BaseException:
-            await self._close_source()
+            await self._source.aclose()
             raise
-        self._ended = True
-        self._attempt.succeeded()
+        if not self._has_content:
+            self._attempt.succeeded()
 
     @property
     def is_empty(self) -> bool:
         """Whether the stream ended without content, and without a reason that explains it."""
-        return self._ended and is_empty_completion(
-            {"choices": [choice for chunk in self._buffered for choice in chunk.body.get("choices") or ()]}
+        return (
+            self._ended
+            and not self._has_content
+            and is_empty_completion(
+                {"choices": [choice for chunk in self._buffered for choice in chunk.body.get("choices") or ()]}
+            )
         )
 
-    async def __aiter__(self) -> AsyncIterator[list[JSONPayload]]:
-        """Iterate over blocks of chunks.
+    async def relay(self, write: WriteBlock, deadlines: DeadlineWheel) -> bytes:
+        """Give blocks to `write`, in the callback that brings them, until it returns bytes or the stream ends.
+
+        Returns:
+            What `write` returned: to be sent before this is called again. No bytes at the end.
 
         Raises:
             UpstreamError: the stream broke, was silent for too long, or went on for too long.
         """
         buffered, self._buffered = self._buffered, []
-        if buffered:
-            yield buffered
-        idle = IdleTimeout(self._idle_s, self._deadline)
-        try:
-            while not self._ended:
-                yield await idle.wait_for(anext(self._source))
-        except StopAsyncIteration:
+        if buffered and (unsent := write(buffered)):
+            return unsent
+        if not self._ended:
+            if self._limit is None:
+                self._limit = SilenceTimer(deadlines, self._idle_s, self._time_out, latest=self._deadline)
+            self._limit.start()
+            self._write = write
+            try:
+                self._source.resume()
+                await self._wait()
+            except BaseException:
+                self._source.hold()
+                raise
+            finally:
+                self._write = None
+                self._limit.stop()
+            if self._own_error is not None:
+                raise self._own_error
+            if self._unsent:
+                unsent, self._unsent = self._unsent, b""
+                return unsent
+        if self._error is None:
             self._attempt.succeeded()
-        except TimeoutError:
-            self._fail(failure := self._timeout_error())
-            raise failure from None
-        except UpstreamError as failure:
-            self._fail(failure)
-            raise
-        finally:
-            idle.close()
+            return b""
+        if isinstance(self._error, UpstreamError):
+            self._record.attempt_failed(self._error)
+            self._attempt.failed(self._error)
+        raise self._error
 
     async def aclose(self) -> None:
         self._attempt.abandoned()
-        await self._close_source()
+        await self._source.aclose()
 
-    def _record_usage(self, block: list[JSONPayload]) -> None:
+    # Called by the source, as ChunkReceiver.
+
+    def receive(self, block: list[JSONPayload]) -> None:
+        try:
+            if self._trace is not None:
+                for chunk in block:
+                    self._trace.observe(chunk)
+            if not self._has_content:
+                self._look_for_content(block)
+            elif self._write is None:  # it came in spite of being held
+                self._buffered += block
+            elif unsent := self._write(block):
+                self._unsent = unsent
+                self._stop()
+            elif self._limit is not None:
+                self._limit.since = monotonic()
+        except Exception as error:  # noqa: BLE001  it is raised by whoever waits: a callback has nobody to raise it to
+            self._own_error = error
+            self._stop()
+
+    def end(self, error: Exception | None) -> None:
+        self._ended, self._error = True, self._error or error
+        self._wake()
+
+    def _look_for_content(self, block: list[JSONPayload]) -> None:
         for chunk in block:
-            if usage := usage_of(chunk.body):
+            if type(chunk) is not TextRun and (usage := usage_of(chunk.body)):
                 self._record.set_usage(usage)
+        start = _index_of_content(block)
+        self._buffer(block[:start])
+        if start < len(block):
+            self._has_content = True
+            self._buffered += block[start:]
+            self._record.first_content()
+            self._attempt.first_content()
+            self._stop()
 
     def _buffer(self, block: list[JSONPayload]) -> None:
         """Keep chunks that came before the first content, within the limits."""
@@ -392,93 +457,37 @@ class UpstreamStream:
             if self._buffered_bytes < MAX_BUFFERED_BYTES:
                 self._buffered.append(chunk)
 
-    def _fail(self, failure: UpstreamError) -> None:
-        self._record.attempt_failed(failure)
-        self._attempt.failed(failure)
+    async def _wait(self) -> None:
+        """Wait until the source has brought what is waited for, if it has not done so at once."""
+        if self._ended or self._own_error is not None or self._unsent or (self._write is None and self._has_content):
+            return
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
-    def _timeout_error(self) -> UpstreamError:
+    def _stop(self) -> None:
+        """Take no more for now."""
+        self._write = None
+        self._source.hold()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _time_out(self) -> None:
+        if self._write is None or self._ended:
+            return  # something has come in this very moment
         reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
         if monotonic() >= self._deadline:
             reason = "took longer than stream_timeout_s"
-        return UpstreamError(f"the model's stream {reason}", timed_out=True)
-
-    async def _close_source(self) -> None:
-        await _close(self._source)
-
-
-async def _close(source: Blocks) -> None:
-    close = getattr(source, "aclose", None)
-    if close is not None:
-        await close()
-
-
-async def _observed(source: Blocks, trace: RequestTrace) -> AsyncGenerator[list[JSONPayload]]:
-    """Tell a trace that a model's response has begun, and what its chunks say."""
-    trace.event("uniroute.first_byte")
-    try:
-        async for block in source:
-            for chunk in block:
-                trace.observe(chunk)
-            yield block
-    finally:
-        await _close(source)
+        self._write = None
+        self._source.hold()
+        self.end(UpstreamError(f"the model's stream {reason}", timed_out=True))
 
 
 def _index_of_content(block: list[JSONPayload]) -> int:
     """Return the index of the first chunk with content; the block's length if none has."""
     return next((index for index, chunk in enumerate(block) if has_content(chunk.body)), len(block))
-
-
-class IdleTimeout:
-    """Limit each wait for a stream's next chunk, and the stream as a whole. Call `close` at the end.
-
-    `asyncio.timeout` would start and cancel a timer per chunk. This keeps one timer, and looks at the clock when it
-    fires.
-    """
-
-    def __init__(self, idle_s: float, deadline: float) -> None:
-        self._idle_s = idle_s
-        self._deadline = deadline  # monotonic seconds
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._waiter: asyncio.Task[object] | None = None
-        self._wait_started = 0.0
-        self._expired = False
-
-    async def wait_for(self, awaitable: Awaitable[T]) -> T:
-        """Return the result of `awaitable`, or raise TimeoutError."""
-        task = asyncio.current_task()
-        assert task is not None  # a coroutine always runs in a task
-        cancels_before = task.cancelling()
-        self._waiter, self._wait_started = task, monotonic()
-        if self._timer is None:
-            self._on_timer()
-        try:
-            return await awaitable
-        except asyncio.CancelledError:
-            # One cancellation is the timer's. If there is another, the caller was cancelled too, and that counts.
-            if self._expired and task.cancelling() - 1 <= cancels_before:
-                raise TimeoutError from None
-            raise
-        finally:
-            self._waiter = None
-            if self._expired:
-                task.uncancel()
-                self._expired = False
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _on_timer(self) -> None:
-        """Cancel the wait if it has taken too long; otherwise set the timer for the moment when it will have."""
-        self._timer = None
-        if self._waiter is None or self._expired:
-            return  # the next wait starts the timer again
-        left_s = min(self._wait_started + self._idle_s, self._deadline) - monotonic()
-        if left_s > 0:
-            self._timer = self._loop.call_later(left_s, self._on_timer)
-            return
-        self._expired = True
-        self._waiter.cancel()

@@ -115,6 +115,10 @@ class Exchange(ABC):
     async def write(self, data: bytes) -> None:
         """Send a piece of the body. Wait while the client reads too slowly."""
 
+    def write_now(self, data: bytes) -> bool:  # noqa: ARG002
+        """Send a piece if that needs no waiting, and return whether it was sent; where not, `write` it."""
+        return False
+
     @abstractmethod
     async def end(self, data: bytes = b"") -> None:
         """Send the last piece, which may be empty."""

@@ -141,7 +141,7 @@ class HTTPExchange(Exchange):
         # Set by uvicorn, which does not for every request of a connection: `disconnect` tells.
         self.disconnected = False
         self._chunked = False
-        # The head, until it is written together with the first of the body, or at the end of this turn of the loop.
+        # The head and the first of the body, until the end of this turn of the loop, or of the answer.
         self._head: bytes | None = None
         self._flushing: asyncio.Handle | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -203,12 +203,26 @@ class HTTPExchange(Exchange):
         if data and await self._can_write():
             self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    def write_now(self, data: bytes) -> bool:
+        if self.disconnect.is_set or self.response_complete:
+            return True  # dropped
+        if self._protocol.flow.write_paused:
+            return False
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._head is None:
+            self._transport.write(data)
+        else:
+            self._write(data)
+        return True
+
     async def end(self, data: bytes = b"") -> None:
         if not await self._can_write():
             return
         if self._chunked:
             data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
         self._write(data)
+        self._flush()
         self._complete()
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
@@ -241,13 +255,12 @@ class HTTPExchange(Exchange):
         return b"%b%b%b%b\r\n" % (STATUS_LINE[status], default, raw, framing.encode())
 
     def _write(self, data: bytes) -> None:
+        """Write together with the head, if that was not written yet. More may follow in this turn of the loop."""
         if self._head is not None:
-            if len(data) > MAX_JOINED_BYTES:  # to copy it would cost more than a system call
-                self._flush()
-            else:
-                data, self._head = self._head + data, None
-                if self._flushing is not None:
-                    self._flushing.cancel()
+            if len(self._head) + len(data) <= MAX_JOINED_BYTES:
+                self._head += data
+                return
+            self._flush()  # to copy it would cost more than a system call
         if data:
             self._transport.write(data)
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from time import monotonic
 from typing import Any, Protocol
 
-from proxy.concurrency import cancel_until_done
+from proxy.concurrency import DeadlineWheel, SilenceTimer, cancel_until_done
 from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
     SHUTTING_DOWN_MESSAGE,
@@ -36,7 +37,7 @@ from proxy.upstream.payload import (
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
 from proxy.upstream.sse import DONE, KEEP_ALIVE, decode_json, encode_json, format_event
-from proxy.upstream.text_frame import TextChunk
+from proxy.upstream.text_frame import TextRun
 
 HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -65,6 +66,7 @@ class CompletionStream:
         self._record = record
         self._keep = keep
         self._keep_alive_s = ctx.app.settings.keep_alive_s
+        self._deadlines = ctx.app.deadlines
         self._translation = ctx.translation
         self._has_metadata = ctx.request.options.metadata
         self._events: EventWriter = (
@@ -93,7 +95,9 @@ class CompletionStream:
         ending = "client_gone"
         try:
             await exchange.begin(200, self._headers)
-            keep_alive = SSEKeepAlive(exchange, self._keep_alive_s, sent=self._pending.done())
+            keep_alive = SSEKeepAlive(
+                exchange, self._keep_alive_s, self._deadlines, self._events, sent=self._pending.done()
+            )
             try:
                 await self._send_events(exchange, keep_alive)
                 ending = "complete"
@@ -126,12 +130,19 @@ class CompletionStream:
         """Send all events but those that end the answer."""
         stream = await self._pending
         if stream.is_native and self._translation is not None:
-            self._events = NativeEventWriter(self._record, self._translation)
+            self._events = keep_alive.events = NativeEventWriter(self._record, self._translation)
         events = self._events
-        async for block in stream:
-            if data := events.write(block):
-                keep_alive.reset(events.keep_alive)
-                await exchange.write(data)
+
+        def write(block: list[JSONPayload]) -> bytes:
+            """Send a block at once. Return what the client does not take yet."""
+            data = events.write(block)
+            if not data:
+                return b""
+            keep_alive.silence.since = monotonic()
+            return b"" if exchange.write_now(data) else data
+
+        while unsent := await stream.relay(write, self._deadlines):
+            await exchange.write(unsent)
 
     async def _send_shutting_down(self, exchange: Exchange) -> None:
         """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
@@ -203,9 +214,9 @@ class ChatEventWriter:
         pieces: list[bytes] = []
         size = 0
         for chunk in block:
-            if type(chunk) is TextChunk:  # text alone: no usage, no fingerprint, no end
-                size += len(chunk.text)
-                pieces += (b"data: ", chunk.with_model(model), b"\n\n")
+            if type(chunk) is TextRun:  # text alone: no usage, no fingerprint, no end
+                size += chunk.size
+                pieces.append(chunk.events(model))
                 continue
             body = chunk.body
             record.affinity.observe(body, model)
@@ -223,7 +234,7 @@ class ChatEventWriter:
         if block:
             self._last = block[-1]
         record.add_output(size)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def end(self) -> bytes:
         """Return [DONE], after the usage that the caller asked for if the upstream reported it in other chunks only."""
@@ -277,6 +288,12 @@ class TranslatedEventWriter:
         stream = self._begin()
         pieces: list[bytes] = []
         for chunk in block:
+            if type(chunk) is TextRun:
+                self._bounds.add_bytes(chunk.size + len(chunk.texts) * CHUNK_BYTES)
+                self._record.add_output(chunk.size)
+                written = stream.write_run(chunk)
+                pieces += [stream.write(each.body) for each in chunk.chunks()] if written is None else [written]
+                continue
             self._bounds.add_bytes(record_chunk(self._record, chunk.body) + logprobs_bytes(chunk.body) + CHUNK_BYTES)
             pieces.append(stream.write(chunk.body))
         events = b"".join(pieces)
@@ -404,37 +421,33 @@ def logprobs_bytes(chunk: Mapping[str, Any]) -> int:
 class SSEKeepAlive:
     """Send a comment or a ping whenever nothing was sent for `interval_s`, from now on until `stop`.
 
-    It keeps one timer, and starts a task only to send one.
+    Whoever sends something else sets `silence.since`.
 
     Args:
+        events: says what is sent.
         sent: whether something is sent just now; otherwise the first comment is sent at once.
     """
 
-    def __init__(self, exchange: Exchange, interval_s: float, *, sent: bool) -> None:
+    def __init__(
+        self, exchange: Exchange, interval_s: float, deadlines: DeadlineWheel, events: EventWriter, *, sent: bool
+    ) -> None:
         self._exchange = exchange
-        self._interval_s = interval_s
-        self._loop = asyncio.get_running_loop()
-        self._sent_at = self._loop.time() if sent else float("-inf")
-        self._data = KEEP_ALIVE
+        self.events = events
         self._sending: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(interval_s if sent else 0.0, self._tick)
-
-    def reset(self, data: bytes = KEEP_ALIVE) -> None:
-        """Start the interval again, because something else is sent now. `data`: what keeps the stream alive then."""
-        self._data = data
-        self._sent_at = self._loop.time()
+        self.silence = SilenceTimer(deadlines, interval_s, self._send)
+        if sent:
+            self.silence.start()
+        else:
+            self._send()
 
     def stop(self) -> None:
-        self._timer.cancel()
+        self.silence.stop()
         if self._sending is not None:
             self._sending.cancel()
 
-    def _tick(self) -> None:
-        waited = self._loop.time() - self._sent_at
-        if waited >= self._interval_s:
-            waited = 0.0
-            self.reset(self._data)
-            # If the last one is still being sent, the client reads nothing: do not send another.
-            if self._sending is None or self._sending.done():
-                self._sending = asyncio.create_task(self._exchange.write(self._data), name="uniroute-keep-alive")
-        self._timer = self._loop.call_later(self._interval_s - waited, self._tick)
+    def _send(self) -> None:
+        data = self.events.keep_alive
+        # If the last one is still being sent, the client reads nothing: do not send another.
+        if (self._sending is None or self._sending.done()) and not self._exchange.write_now(data):
+            self._sending = asyncio.create_task(self._exchange.write(data), name="uniroute-keep-alive")
+        self.silence.start()

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.upstream.errors import ERROR_MEMBERS, MAX_MESSAGE_CHARS, error_from_body, find_error, not_a_completion
-from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse
+from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse, simple_text
 from proxy.upstream.response_memory import HeldMemory, JSONBody, ResponseBounds, ResponseMemory
 from proxy.upstream.sse import ErrorData, EventTooLong, RawLine, SSEDecoder
 from proxy.upstream.text_frame import TextFrame, learn_frame
@@ -26,7 +26,7 @@ MAX_TAIL_S = 5.0
 # How much is kept of a body that is neither events nor a completion.
 MAX_OTHER_BYTES = 16 * 2**10
 
-# Chunks of one stream from which a frame is learned. Where they are all different, none fits for long.
+# Chunks of text in one stream from which a frame is learned. Where they are all different, none fits for long.
 MAX_FRAMES = 8
 
 _DONE = b"[DONE]"
@@ -112,6 +112,31 @@ def body_format(start: bytes) -> Literal["json", "events", "other"] | None:
     return None if undecided else "other"
 
 
+class ChunkReceiver(Protocol):
+    """What takes the chunks of one stream."""
+
+    def receive(self, block: list[JSONPayload]) -> None:
+        """Take chunks that arrived together, at least one. Raises nothing. May tell the source to hold."""
+
+    def end(self, error: Exception | None) -> None:
+        """Note that no more comes. `error`: UpstreamError if the stream broke, or ended before its answer did."""
+
+
+class ChunkSource(Protocol):
+    """A stream of chunks. Close it, however it ended."""
+
+    def start(self, receiver: ChunkReceiver) -> None:
+        """Give the receiver what has arrived, and then what arrives. It may be told all of it, and the end, at once."""
+
+    def hold(self) -> None:
+        """Give the receiver no more chunks, until `resume` is called. The end may still be told."""
+
+    def resume(self) -> None: ...
+
+    async def aclose(self) -> None:
+        """Close the upstream's connection; the receiver is told nothing more. May be called again."""
+
+
 class ChunkReader:
     """Turn the bytes of a streamed response into chunks, until the stream is `done`.
 
@@ -149,6 +174,8 @@ class ChunkReader:
         # What most chunks have around their text, and how many more are looked at to learn it.
         self._frame: TextFrame | None = None
         self._frames_left = MAX_FRAMES
+        # The answer is complete: every choice has finished, or [DONE] came after something.
+        self.finished = False
         # A chunk has come.
         self.started = False
         # Nothing more is to be read.
@@ -159,29 +186,39 @@ class ChunkReader:
     def _new_decoder(self) -> SSEDecoder:
         return SSEDecoder(self._memory.max_response_bytes)
 
-    @property
-    def finished(self) -> bool:
-        """Return whether the answer is complete: every choice has finished, or [DONE] came after something."""
+    def _is_finished(self) -> bool:
         return (self._seen_done and self._tracker.started) or self._tracker.all_finished()
 
     def feed(self, piece: bytes) -> list[JSONPayload]:
-        """Return the chunks of the events that this piece completes."""
+        """Return the chunks of the events that this piece completes. Those of text alone may be one TextRun."""
         if self._undecided is not None:
             return self._decide(self._undecided + piece)
         if self._json is not None:
             return self._add_json(self._json, piece)
-        return self._read_events(piece)
+        if self._other is not None and len(self._other) < MAX_OTHER_BYTES:
+            self._other = (self._other + piece)[:MAX_OTHER_BYTES]
+        block: list[JSONPayload] = []
+        place = 0
+        while place < len(piece) and not self.done:
+            if self._frame is not None and self._decoder.is_between_events:
+                run, place = self._frame.match(piece, place)
+                if run is not None:
+                    block.append(run)
+                    continue
+            place = self._decode(piece, place, block)
+        return block
 
     def close(self) -> list[JSONPayload]:
         """Return the chunks that are left at the end of the body."""
         block: list[JSONPayload] = []
         if self._undecided:
-            block = self._read_events(self._undecided)
+            start, self._undecided = self._undecided, None
+            block = self.feed(start)
         if self._json is not None:
             block = self._read_json(self._json)
         if not self.done:
             finished = self.finished
-            block += self._read_block(self._decoder.close())
+            self._read_block(self._decoder.close(), block)
             if finished and self.error is not None and self.error.message == NOT_JSON:
                 self.error = None  # half an event, from a connection that broke after the end of the answer
         self.done = True
@@ -220,7 +257,7 @@ class ChunkReader:
             return self._add_json(self._json, start.removeprefix(codecs.BOM_UTF8).lstrip())
         if form == "other":
             self._other = b""
-        return self._read_events(start)
+        return self.feed(start)
 
     def _add_json(self, body: JSONBody, piece: bytes) -> list[JSONPayload]:
         was_small = body.size < MAX_OTHER_BYTES
@@ -238,7 +275,7 @@ class ChunkReader:
         """Read as events what had only started like JSON."""
         body.bounds.restart()
         self._json = None
-        return self._read_events(data)
+        return self.feed(data)
 
     def _read_json(self, body: JSONBody) -> list[JSONPayload]:
         """Read a whole completion that came in place of a stream, or an error."""
@@ -263,22 +300,29 @@ class ChunkReader:
                 self._tracker.observe(chunk["choices"])
         except UpstreamError as error:
             return self._fail(error)
-        self.started, self._json = True, None
+        self.started, self._json, self.finished = True, None, self._is_finished()
         return [JSONPayload(chunk, held=body.bounds.held) for chunk in chunks]
 
-    def _read_events(self, piece: bytes) -> list[JSONPayload]:
-        if self._other is not None and len(self._other) < MAX_OTHER_BYTES:
-            self._other = (self._other + piece)[:MAX_OTHER_BYTES]
+    def _decode(self, piece: bytes, place: int, block: list[JSONPayload]) -> int:
+        """Decode and parse events from a place on, up to where a frame may fit. Return where that is."""
+        stop = -1
+        if self._frame is not None:
+            stop = piece.find(b"\n\n" + self._frame.start, place)
+        elif self._frames_left:
+            stop = piece.find(b"\n\n", place)
+        stop = stop + 2 if stop >= 0 else len(piece)
         decoder = self._decoder
         try:
-            events = decoder.feed(piece)
+            events = decoder.feed(piece[place:stop])
             if decoder.size > SMALL_BYTES or self._held.size:
                 self._hold(decoder.size)
         except EventTooLong as error:
-            return self._fail(ResponseTooLarge(f"{error} (max_answer_bytes)"))
+            self._fail(ResponseTooLarge(f"{error} (max_answer_bytes)"))
         except ResponseMemoryFull as error:
-            return self._fail(error)
-        return self._read_block(events)
+            self._fail(error)
+        else:
+            self._read_block(events, block)
+        return stop
 
     def _hold(self, size: int) -> None:
         """Hold memory for the event that is not complete yet."""
@@ -287,8 +331,8 @@ class ChunkReader:
         if size > SMALL_BYTES:
             self._held.grow_to(size)
 
-    def _read_block(self, events: list[bytes]) -> list[JSONPayload]:
-        block: list[JSONPayload] = []
+    def _read_block(self, events: list[bytes], block: list[JSONPayload]) -> None:
+        """Append the chunks of events to the block."""
         for event in events:
             try:
                 self._read_event(event, block)
@@ -296,11 +340,11 @@ class ChunkReader:
                 self._fail(error)
             if self.done:
                 break
-        return block
+        self.finished = self._is_finished()
 
     def _read_event(self, event: bytes, block: list[JSONPayload]) -> None:
         """Append the chunk of an event to the block. Raises UpstreamError."""
-        if self._frame is not None and type(event) is bytes and (framed := self._frame.match(event)) is not None:
+        if self._frame is not None and type(event) is bytes and (framed := self._frame.match_data(event)) is not None:
             block.append(framed)
             return
         data = event.strip()
@@ -321,9 +365,16 @@ class ChunkReader:
         chunk = _make_chunk(value, raw, data, self._headers)
         self._append(chunk, len(data), block)
         self._tracker.observe(chunk.body["choices"])
-        if self._frames_left and chunk.raw is not None:
+        if self._frames_left:
+            self._learn(chunk)
+
+    def _learn(self, chunk: JSONPayload) -> None:
+        """Learn what a chunk of text has around its text."""
+        text = None if chunk.raw is None else simple_text(chunk.body)
+        if chunk.raw is None or text:
             self._frames_left -= 1
-            self._frame = learn_frame(chunk.raw, chunk.body) or self._frame
+        if chunk.raw is not None and text:
+            self._frame = learn_frame(chunk.raw, chunk.body, text) or self._frame
 
     def _append(self, chunk: JSONPayload, size: int, block: list[JSONPayload]) -> None:
         if size > SMALL_BYTES:

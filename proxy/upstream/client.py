@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any
@@ -13,6 +13,7 @@ from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
+from proxy.upstream.chunk_reader import ChunkSource
 from proxy.upstream.embeddings import EmbeddingsRequest
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.native_api import native_provider
@@ -33,9 +34,6 @@ MAX_RETRY_INTERVAL_S = 300.0
 
 # Statuses with which servers refuse `stream_options`.
 _REFUSING_STATUSES = frozenset({400, 422, 500, 501})
-
-# Chunks of a stream. Those that arrived together are in one list.
-Blocks = AsyncIterator[list[JSONPayload]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +116,7 @@ class UpstreamClient:
         *,
         raw: bytes | None = None,
         connect_timeout_s: float | None = None,
-    ) -> Blocks:
+    ) -> ChunkSource:
         """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
 
         Close it to close the upstream's connection.
@@ -147,7 +145,7 @@ class UpstreamClient:
 
     async def stream_native(
         self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
-    ) -> Blocks:
+    ) -> ChunkSource:
         """Open a stream of NativePayload, the events of a model in the client's own API. Close it as any other.
 
         Raises:
@@ -164,7 +162,7 @@ class UpstreamClient:
         connect_timeout_s: float | None,
         *,
         without_options: bool = False,
-    ) -> Blocks:
+    ) -> ChunkSource:
         include_usage = not without_options and self._stream_options.are_accepted_by(record)
         resolved = self._resolved(record)
         if resolved is not None:

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
-from proxy.concurrency import GRACE_PERIOD_S, await_cancellable, in_own_thread, run_uncancelled
+from proxy.concurrency import GRACE_PERIOD_S, await_cancellable, cancel_until_done, in_own_thread, run_uncancelled
 from proxy.errors import UpstreamError
 from proxy.json_limits import MAX_VALUES
 from proxy.settings.litellm_params import (
@@ -27,7 +28,14 @@ from proxy.settings.model_config import SettingsError, resolve_secret
 from proxy.settings.outbound import Outbound, OutboundError, Trust
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
-from proxy.upstream.chunk_reader import ChunkReader, FinishTracker, is_finished, requested_choices
+from proxy.upstream.chunk_reader import (
+    ChunkReader,
+    ChunkReceiver,
+    ChunkSource,
+    FinishTracker,
+    is_finished,
+    requested_choices,
+)
 from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
 from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
@@ -133,7 +141,7 @@ class LiteLLMClient:
         *,
         connect_timeout_s: float | None = None,
         include_usage: bool = True,
-    ) -> AsyncIterator[list[JSONPayload]]:
+    ) -> ChunkSource:
         """Open a stream of chunks in OpenAI's format, the last with usage and no choices.
 
         Close it to close the upstream's connection.
@@ -373,7 +381,7 @@ _EMBEDS_WITH_OPENAI_SDK = frozenset(
 
 
 class TranslatedChunks:
-    """An iterator over blocks of chunks that litellm makes of another format. Close it, however it ended."""
+    """The chunks that litellm makes of a stream in another format. They are pulled out of it in a task of its own."""
 
     def __init__(
         self,
@@ -393,28 +401,51 @@ class TranslatedChunks:
         self._secrets = secrets
         self._call_errors = call_errors
         self._chunks = self._convert()
+        self._pulling: asyncio.Task[None] | None = None
+        self._goes_on = asyncio.Event()
 
-    def __aiter__(self) -> TranslatedChunks:
-        return self
+    def start(self, receiver: ChunkReceiver) -> None:
+        self._goes_on.set()
+        self._pulling = asyncio.create_task(self._pull(receiver), name="uniroute-chunks")
 
-    async def __anext__(self) -> list[JSONPayload]:
-        """Raises UpstreamError if the stream breaks, or ends before its answer does."""
+    def hold(self) -> None:
+        self._goes_on.clear()
+
+    def resume(self) -> None:
+        self._goes_on.set()
+
+    async def aclose(self) -> None:
+        try:
+            if self._pulling is not None:
+                await cancel_until_done((self._pulling,))
+        finally:
+            self._captured.end()
+            await self._chunks.aclose()
+
+    async def _pull(self, receiver: ChunkReceiver) -> None:
+        error: Exception | None = None
+        try:
+            while (chunk := await self._next()) is not None:
+                receiver.receive([chunk])
+                await self._goes_on.wait()
+        except Exception as failure:  # noqa: BLE001  it is raised where the chunks are waited for
+            error = failure
+        receiver.end(error)
+
+    async def _next(self) -> JSONPayload | None:
+        """Return the next chunk, or None at the end. Raises UpstreamError if the stream breaks, or ends too early."""
         captured = self._captured
         try:
             with in_call(captured):
-                return [JSONPayload(await anext(self._chunks))]
+                return JSONPayload(await anext(self._chunks))
         except StopAsyncIteration:
             captured.end()
             if captured.error is not None:  # in some formats litellm takes a body that breaks off for its end
                 raise redact(self._secrets, captured.error) from captured.error.__cause__
-            raise
+            return None
         except UpstreamError as error:
             captured.end()
             raise redact(self._secrets, captured.error or error) from error.__cause__
-
-    async def aclose(self) -> None:
-        self._captured.end()
-        await self._chunks.aclose()
 
     async def _convert(self) -> AsyncGenerator[dict[str, Any]]:
         """Yield litellm's chunks as JSON. Its usage chunk has a choice; ours has none."""

@@ -42,12 +42,12 @@ class NativeReader(ChunkReader):
         super().__init__(memory=memory, headers=headers)
         self._api = api
         self._chunks = new_chunks(api, headers)
+        self._frames_left = 0  # the events are those of another API
 
     def _new_decoder(self) -> SSEDecoder:
         return SSEDecoder(self._memory.max_response_bytes, typed=True)
 
-    @property
-    def finished(self) -> bool:
+    def _is_finished(self) -> bool:
         return self._chunks.ended
 
     def break_off(self) -> bool:
@@ -59,10 +59,12 @@ class NativeReader(ChunkReader):
         except UpstreamError as error:
             return self._fail(error)
         self.started, self._json = True, None
-        return [
+        block: list[JSONPayload] = [
             NativePayload(self._chunks.chunk(event), None, body.bounds.held, event, event["type"].encode())
             for event in events_of(self._api, reparse(data, completion))
         ]
+        self.finished = self._is_finished()
+        return block
 
     def _read_event(self, event: bytes, block: list[JSONPayload]) -> None:
         """Append an event to the block. Raises UpstreamError."""

@@ -13,7 +13,7 @@ from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
-from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, requested_choices
+from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, ChunkReceiver, requested_choices
 from proxy.upstream.completion_reader import CompletionReader, check_completion
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.endpoint import Endpoint, Endpoints, encode
@@ -167,46 +167,88 @@ class OpenAIClient:
 
 
 class UpstreamChunks:
-    """An iterator over blocks of chunks, each what one read returned. Close it, however it ended."""
+    """The chunks of one response. What one read of the connection brings is one block."""
 
     def __init__(self, response: UpstreamResponse, reader: ChunkReader, secrets: Collection[str]) -> None:
         self._response = response
         self._secrets = secrets
         self._reader = reader
+        self._receiver: ChunkReceiver | None = None
+        # Runs out if the answer has finished and nothing more comes soon.
+        self._tail: asyncio.TimerHandle | None = None
         self._closed = False
 
-    def __aiter__(self) -> UpstreamChunks:
-        return self
+    def start(self, receiver: ChunkReceiver) -> None:
+        self._receiver = receiver
+        self.resume()
 
-    async def __anext__(self) -> list[JSONPayload]:
-        """Raises UpstreamError if the stream breaks, or ends before its answer does."""
-        reader = self._reader
-        while not reader.done:
-            piece = await self._read()
-            if not reader.done and (block := reader.feed(piece) if piece else reader.close()):
-                return block
-        await self.aclose()
-        if (error := reader.final_error) is not None:
-            raise redact(self._secrets, error)
-        raise StopAsyncIteration
+    def hold(self) -> None:
+        if not self._closed:
+            self._response.hold()
+            self._stop_tail()
 
-    async def _read(self) -> bytes:
-        """Return nothing at the end of the stream, and where it broke after the end of its answer."""
-        try:
-            return await (_read_tail(self._response) if self._reader.finished else self._response.read())
-        except READ_ERRORS as error:
-            self._response.close()
-            if self._reader.break_off():
-                return b""
-            raise UpstreamError(
-                f"the model's stream broke: {type(error).__name__}",
-                connection_lost=not self._reader.started and not isinstance(error, RemoteProtocolError),
-            ) from error
+    def resume(self) -> None:
+        if not self._closed:
+            if self._reader.finished and self._tail is None:
+                self._start_tail()
+            self._response.feed(self)
 
     async def aclose(self) -> None:
+        self._close()
+
+    # Called by the connection, as BodySink.
+
+    def on_data(self, piece: bytes) -> None:
+        reader, receiver = self._reader, self._receiver
+        assert receiver is not None
+        if self._tail is not None:
+            self._stop_tail()
+        block = reader.feed(piece)
+        if reader.finished and not reader.done:
+            self._start_tail()
+        if block:
+            receiver.receive(block)
+        if reader.done:
+            self._end(receiver)
+
+    def on_end(self, error: Exception | None) -> None:
+        reader, receiver = self._reader, self._receiver
+        assert receiver is not None
+        if error is None:
+            if block := reader.close():
+                receiver.receive(block)
+            self._end(receiver)
+            return
+        self._response.close()
+        if reader.break_off():  # after the end of the answer
+            self._end(receiver)
+            return
+        self._close()
+        broken = UpstreamError(
+            f"the model's stream broke: {type(error).__name__}",
+            connection_lost=not reader.started and not isinstance(error, RemoteProtocolError),
+        )
+        broken.__cause__ = error
+        receiver.end(broken)
+
+    def _end(self, receiver: ChunkReceiver) -> None:
+        self._close()
+        error = self._reader.final_error
+        receiver.end(None if error is None else redact(self._secrets, error))
+
+    def _start_tail(self) -> None:
+        self._tail = asyncio.get_running_loop().call_later(MAX_TAIL_S, self.on_end, TimeoutError())
+
+    def _stop_tail(self) -> None:
+        if self._tail is not None:
+            self._tail.cancel()
+            self._tail = None
+
+    def _close(self) -> None:
         if self._closed:
             return
         self._closed = True
+        self._stop_tail()
         self._reader.release()
         if self._reader.done and self._reader.error is None:
             self._response.finish()

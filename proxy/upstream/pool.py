@@ -15,7 +15,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import aiohappyeyeballs
 import httptools
 
-from proxy.concurrency import FairQueue, cancel_and_wait
+from proxy.concurrency import FairQueue
 from proxy.settings.outbound import DEFAULT_TRUST, Trust
 
 # How long a connection is kept after its last response.
@@ -64,6 +64,16 @@ class Origin(NamedTuple):
     """Which certificates are trusted."""
 
 
+class BodySink(Protocol):
+    """What takes the body of a response as it arrives."""
+
+    def on_data(self, piece: bytes) -> None:
+        """Take what has arrived: at least one byte, and never more after the connection was told to hold."""
+
+    def on_end(self, error: Exception | None) -> None:
+        """Note the end of the body. `error`: one of READ_ERRORS, if it broke off."""
+
+
 class ConnectionPool:
     """Keep-alive connections of one process, on one event loop, with a bound on how many are open."""
 
@@ -80,7 +90,7 @@ class ConnectionPool:
         self._idle: dict[Origin, dict[HTTP11Connection, float]] = {}
         self._idle_count = 0
         self._sweep_timer: asyncio.TimerHandle | None = None
-        self._draining: set[asyncio.Task[None]] = set()
+        self._draining: set[_Drain] = set()
         self._closed = False
 
     async def acquire(
@@ -159,15 +169,14 @@ class ConnectionPool:
         """Give back the connection of a response whose answer has ended, once the end of its body has come too."""
         if response.ended:
             response.close()
-            return
-        task = asyncio.create_task(_drain(response), name="uniroute-drain")
-        self._draining.add(task)
-        task.add_done_callback(self._draining.discard)
+        else:
+            _Drain(response, self._draining).start()
 
     async def aclose(self) -> None:
         """Close the idle connections. Those in use are closed when they are released."""
         self._closed = True
-        await cancel_and_wait(*self._draining)
+        for drain in tuple(self._draining):
+            drain.on_end(None)
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
         for idle in self._idle.values():
@@ -286,10 +295,21 @@ class UpstreamResponse:
         self.close()
         return body
 
+    def feed(self, sink: BodySink) -> None:
+        """Give the body to `sink` as it arrives, in place of `read`. Do nothing if the connection was given back."""
+        if self._connection is not None:
+            self._connection.feed(sink)
+
+    def hold(self) -> None:
+        """Give the sink nothing more, until `feed` is called again."""
+        if self._connection is not None:
+            self._connection.hold()
+
     def close(self) -> None:
         """Keep the connection if the response has ended, else close it. May be called again."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            connection.hold()
             self._pool.release(self._origin, connection)
 
     def finish(self) -> None:
@@ -297,15 +317,30 @@ class UpstreamResponse:
         self._pool.drain(self)
 
 
-async def _drain(response: UpstreamResponse) -> None:
-    try:
-        async with asyncio.timeout(DRAIN_TIMEOUT_S):
-            while await response.read():
-                pass
-    except READ_ERRORS:
+class _Drain:
+    """Read a body to its end, which is all that is still to come, and give the connection back."""
+
+    __slots__ = ("_others", "_response", "_timer")
+
+    def __init__(self, response: UpstreamResponse, others: set[_Drain]) -> None:
+        """`others`: all that are under way."""
+        self._response = response
+        self._others = others
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self._others.add(self)
+        self._timer = asyncio.get_running_loop().call_later(DRAIN_TIMEOUT_S, self.on_end, None)
+        self._response.feed(self)
+
+    def on_data(self, piece: bytes) -> None:
         pass
-    finally:
-        response.close()
+
+    def on_end(self, error: Exception | None) -> None:  # noqa: ARG002  an answer that has ended cannot fail
+        self._others.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._response.close()
 
 
 def port_of(parts: SplitResult) -> int:
@@ -344,8 +379,9 @@ WRITE_BYTES = 256 * 2**10
 class HTTP11Connection(asyncio.Protocol):
     """One connection to an upstream, used by one request at a time.
 
-    For each request call `send` or `send_stream`, `wait_for_head`, then `read` until it returns no bytes. Then send the
-    next request, or call `close`. A `timeout_s` is for each time that bytes are waited for, and raises TimeoutError.
+    For each request call `send` or `send_stream`, `wait_for_head`, then `read` until it returns no bytes, or `feed`
+    until the sink is told the end. Then send the next request, or call `close`. A `timeout_s` is for each time that
+    bytes are waited for, and raises TimeoutError.
     """
 
     def __init__(self, on_lost: Callable[[HTTP11Connection], None] = lambda _: None) -> None:
@@ -375,6 +411,8 @@ class HTTP11Connection(asyncio.Protocol):
         self._bytes_since_body = 0
         self._pieces: deque[bytes] = deque()
         self._unread = 0
+        # What takes the body as it arrives; None: it waits for `read`.
+        self._sink: BodySink | None = None
         self._error: Exception | None = None
         self._decompressor: Decompressor | None = None
         # What the decompressor has not taken yet.
@@ -444,39 +482,68 @@ class HTTP11Connection(asyncio.Protocol):
         Raises:
             IncompleteResponse, RemoteProtocolError: the rest cannot be read.
         """
-        while True:
-            if self._compressed or self._more_plain:
-                data = self._compressed
-            elif not (data := await self._read_as_sent(timeout_s)) or self._decompressor is None:
-                return data
-            if plain := self._decompress(data):
-                return plain
-
-    async def _read_as_sent(self, timeout_s: float | None) -> bytes:
-        while not self._pieces:
+        while not (data := self._take()):
             if self.ended:
                 return b""
             if self._error is not None:
                 raise self._error
             await self._wait(timeout_s)
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._release_pieces()
         return data
-
-    def _release_pieces(self) -> None:
-        self._pieces.clear()
-        self._unread = 0
-        if self._reading_paused:
-            self._reading_paused = False
-            self._transport.resume_reading()
 
     def take_whole(self) -> bytes | None:
         """Return all of the body of a response that has ended and is not compressed, else None."""
-        if not self.ended or self._decompressor is not None:
-            return None
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._release_pieces()
-        return data
+        return self._take() if self.ended and self._decompressor is None else None
+
+    def feed(self, sink: BodySink) -> None:
+        """Give the body to `sink`, what has arrived of it at once, until `hold` is called. It is plain, as for `read`.
+
+        In the meantime as much is kept as for a reader that does not read.
+        """
+        self._sink = sink
+        self._deliver()
+
+    def hold(self) -> None:
+        self._sink = None
+
+    def _deliver(self) -> None:
+        """Give the sink what has arrived, then the end, as long as it is not to be held."""
+        error: Exception | None = None
+        while (sink := self._sink) is not None and (self._pieces or self._compressed or self._more_plain):
+            try:
+                data = self._take()
+            except RemoteProtocolError as problem:
+                error = problem
+                break
+            if data:
+                sink.on_data(data)
+        if error is None and not self.ended:
+            error = self._error
+        if sink is not None and (self.ended or error is not None):
+            self._sink = None
+            sink.on_end(error)
+
+    def _take(self) -> bytes:
+        """Return what has arrived of the body and was not taken, plain; no bytes if there is nothing.
+
+        Raises:
+            RemoteProtocolError: it cannot be unpacked.
+        """
+        while True:
+            if self._compressed or self._more_plain:
+                data = self._compressed
+            elif self._pieces:
+                data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+                self._pieces.clear()
+                self._unread = 0
+                if self._reading_paused:
+                    self._reading_paused = False
+                    self._transport.resume_reading()
+            else:
+                return b""
+            if self._decompressor is None:
+                return data
+            if plain := self._decompress(data):
+                return plain
 
     @property
     def reusable(self) -> bool:
@@ -529,7 +596,9 @@ class HTTP11Connection(asyncio.Protocol):
             waiter.set_exception(TimeoutError())
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._sink is not None:
+            self._deliver()
+        elif self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _fail(self, error: Exception) -> None:
@@ -556,14 +625,17 @@ class HTTP11Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             cause = error.__context__
-            self._fail(cause if isinstance(cause, RemoteProtocolError) else RemoteProtocolError(str(error)))
             self._keep_alive = False
             self.close()
+            self._fail(cause if isinstance(cause, RemoteProtocolError) else RemoteProtocolError(str(error)))
             return
         if self._bytes_since_body > MAX_HEAD_BYTES:
-            self._fail(RemoteProtocolError("the answer goes on without saying anything"))
             self.close()
-        self._wake()
+            self._fail(RemoteProtocolError("the answer goes on without saying anything"))
+        elif self._sink is not None:
+            self._deliver()
+        else:
+            self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._lost = True

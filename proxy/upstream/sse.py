@@ -56,21 +56,18 @@ class SSEDecoder:
         self.size = 0
         self._started = False
         self._ended_with_return = False
+        # Nothing is held of an event: the next bytes begin one. False until it is known that no byte order mark comes.
+        self.is_between_events = False
 
     def feed(self, piece: bytes) -> list[bytes]:
         """Return the data of the events that this piece completes. Raises EventTooLong."""
-        if not self._started and not any(self._rest) and piece.startswith(b"data:"):
-            self._started = True  # no byte order mark comes any more
-        if self._is_between_events and b"\r" not in piece:
+        if not (self._started or self.size) and piece.startswith(b"data:"):
+            self._started = self.is_between_events = True  # no byte order mark comes any more
+        if self.is_between_events and b"\r" not in piece:
             whole, blank, rest = piece.rpartition(b"\n\n")
             if blank:
                 return self._decode_whole(whole) + (self._decode_lines(rest) if rest else [])
         return self._decode_lines(piece)
-
-    @property
-    def _is_between_events(self) -> bool:
-        held = self._data or self._raw or self._event_type or self._ended_with_return
-        return self._started and not held and not any(self._rest)
 
     def _decode_whole(self, whole: bytes) -> list[bytes]:
         """Decode complete events. Most are one line of data, and are not split into lines."""
@@ -91,10 +88,14 @@ class SSEDecoder:
         if self.size > self._max_event_bytes:
             raise EventTooLong(f"one event of the stream is larger than {self._max_event_bytes} bytes")
         if not lines:
+            self.is_between_events = self.is_between_events and not piece
             return []
         whole = [b"".join(self._rest), *lines[:-1]]
         self._rest = [lines[-1]]
-        return [data for line in whole for data in self._decode_line(line)]
+        found = [data for line in whole for data in self._decode_line(line)]
+        held = lines[-1] or self._data or self._raw or self._event_type or self._ended_with_return
+        self.is_between_events = self._started and not held
+        return found
 
     def _normalize_line_ends(self, piece: bytes) -> bytes:
         """Make line feeds of CR and CRLF, also where a CRLF is split between two pieces."""

@@ -17,6 +17,7 @@ from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.litellm_transport import import_litellm
 from tests.attacks.conftest import ASK
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.litellm_calls import open_litellm_client
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -72,7 +73,7 @@ async def ask(client: LiteLLMClient, provider: str, api_base: str) -> None:
         with contextlib.suppress(UpstreamError):
             async with asyncio.timeout(60):
                 if stream:
-                    async for _ in await client.stream(record, body):
+                    async for _ in PulledBlocks(await client.stream(record, body)):
                         pass
                 else:
                     await client.complete(record, body)

@@ -35,6 +35,7 @@ from tests.bench.overhead.bodies import LIMIT, write_record
 from tests.bench.overhead.compiled import Upstream
 from tests.bench.overhead.upstream import CHUNKS, write_answers
 from tests.bench.prompts import generated_prompts
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.makers import PRICED, a_record
 from tests.support.native_answers import event
 
@@ -220,7 +221,7 @@ def calls(case: Case, base: str, bare: Any, ours: UpstreamClient) -> Mapping[str
             assert (await ours.complete(record, body)).body["choices"]
             return
         count = 0
-        async for block in await ours.stream(record, {**body, "stream": True}):
+        async for block in PulledBlocks(await ours.stream(record, {**body, "stream": True})):
             count += len(block)
         assert count >= CHUNKS
 

@@ -11,6 +11,7 @@ from proxy.settings.model_config import ModelInfo
 from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from tests.server.test_other_formats import BEGIN
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.litellm_calls import open_litellm_client
 from tests.support.raw_upstream import CHUNK, RawUpstream, Reply, chunked
 from tests.support.waiting import until
@@ -45,7 +46,7 @@ async def test_a_stream_is_closed_however_often_its_reader_is_cancelled(translat
         began = asyncio.Event()
 
         async def read() -> None:
-            stream: Any = await translate.stream(record_of(model, server), ASK)
+            stream = PulledBlocks(await translate.stream(record_of(model, server), ASK))
             async with aclosing(stream):
                 async for _ in stream:
                     began.set()

@@ -12,7 +12,8 @@ from proxy.errors import UpstreamError
 from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.openai_client import UpstreamChunks
 from proxy.upstream.sse import SSEDecoder, encode_json, format_event
-from tests.support.connection_pool import ReadInPieces
+from tests.support.chunk_streams import PulledBlocks
+from tests.support.connection_pool import FedInPieces
 
 LINE_ENDS = st.sampled_from(["\n", "\r\n"])
 TEXTS = st.text(st.sampled_from('a字é😀\u2028\u2029\x85\x0b\x0c\ufeff:\\" \t\u0301'), max_size=12)
@@ -89,10 +90,10 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], str | None]:
     """Return the chunks of a response that comes in these parts, and the failure that it ends in."""
 
     async def read() -> tuple[list[Any], str | None]:
-        response: Any = ReadInPieces(parts)
+        response: Any = FedInPieces(parts)
         chunks: list[Any] = []
         try:
-            async for block in UpstreamChunks(response, ChunkReader(), ()):
+            async for block in PulledBlocks(UpstreamChunks(response, ChunkReader(), ())):
                 chunks += [chunk.body for chunk in block]
         except UpstreamError as failure:
             return chunks, failure.message

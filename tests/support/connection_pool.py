@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 
-from proxy.upstream.pool import ConnectionPool, Origin
+from proxy.upstream.pool import BodySink, ConnectionPool, Origin
 from tests.support.raw_upstream import RawUpstream
 
 HEAD = b"POST / HTTP/1.1\r\nhost: x\r\n"
@@ -30,17 +30,25 @@ async def send_request(connections: ConnectionPool, origin: Origin, body: bytes 
             connections.release(origin, connection)
 
 
-class ReadInPieces:
-    """Return a body piece by piece, as an UpstreamResponse does."""
+class FedInPieces:
+    """Give a body to a sink piece by piece, as an UpstreamResponse does."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self._left = [piece for piece in pieces if piece]
+        self._sink: BodySink | None = None
 
-    async def read(self) -> bytes:
-        return self._left.pop(0) if self._left else b""
+    def feed(self, sink: BodySink) -> None:
+        self._sink = sink
+        while self._sink is not None and self._left:
+            self._sink.on_data(self._left.pop(0))
+        if self._sink is not None:
+            self._sink.on_end(None)
+
+    def hold(self) -> None:
+        self._sink = None
 
     def close(self) -> None:
-        self._left = []
+        self._left, self._sink = [], None
 
     finish = close
 

@@ -10,6 +10,7 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.makers import a_record
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked
 
@@ -33,7 +34,7 @@ async def completion_of(upstream: UpstreamClient, record: ModelRecord) -> bytes:
 
 async def stream_of(upstream: UpstreamClient, record: ModelRecord) -> list[bytes]:
     found: list[bytes] = []
-    stream: Any = await upstream.stream(record, {**BODY, "stream": True})
+    stream = PulledBlocks(await upstream.stream(record, {**BODY, "stream": True}))
     try:
         async for block in stream:
             found += [chunk.with_model("ours") for chunk in block]

@@ -10,6 +10,7 @@ from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.pool import ConnectionPool
 from proxy.upstream.response_memory import ResponseMemory
+from tests.support.chunk_streams import PulledBlocks
 
 
 @asynccontextmanager
@@ -37,5 +38,5 @@ async def translated_chunks(
     client: LiteLLMClient, record: ModelRecord, body: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the chunks of a stream."""
-    blocks = await client.stream(record, {**body, "stream": True})
+    blocks = PulledBlocks(await client.stream(record, {**body, "stream": True}))
     return [chunk.body async for block in blocks for chunk in block]

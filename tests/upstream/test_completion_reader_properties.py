@@ -12,7 +12,8 @@ from proxy.errors import UpstreamError
 from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.openai_client import UpstreamChunks
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder
-from tests.support.connection_pool import ReadInPieces
+from tests.support.chunk_streams import PulledBlocks, one_by_one
+from tests.support.connection_pool import FedInPieces
 
 CONTENT_CHUNK: Any = {"model": "m", "choices": [{"index": 0, "delta": {"content": "é\u2028字"}, "finish_reason": None}]}
 END: Any = {"model": "m", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
@@ -194,12 +195,12 @@ def as_list(value: Any) -> list[Any]:
 
 
 def streamed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
-    response: Any = ReadInPieces(parts)
+    response: Any = FedInPieces(parts)
 
     async def read() -> tuple[list[Any], tuple[Any, ...] | None]:
         found: list[Any] = []
         try:
-            async for block in UpstreamChunks(response, ChunkReader(), ()):
+            async for block in PulledBlocks(UpstreamChunks(response, ChunkReader(), ())):
                 found += [chunk.body for chunk in block]
         except UpstreamError as failure:
             return found, fields_of(failure)
@@ -217,7 +218,7 @@ def relayed(parts: Sequence[bytes]) -> tuple[list[Any], tuple[Any, ...] | None]:
     found: list[Any] = []
     while not reader.done:
         block = reader.feed(left.pop(0)) if left else reader.close()
-        events = [chunk.with_model("m") for chunk in block]
+        events = [chunk.with_model("m") for chunk in one_by_one(block)]
         assert not any(b"\n" in event or b"\r" in event for event in events), "a client would read on at another line"
         found += map(json.loads, events)
     return found, None if reader.final_error is None else fields_of(reader.final_error)

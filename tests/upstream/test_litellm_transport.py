@@ -18,6 +18,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, KEY, WHOLE, completion_of, model_in_mode, stream_of
 from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
@@ -61,7 +62,7 @@ def a_translated_model(model: str, url: str) -> ModelRecord:
 async def ask(client: LiteLLMClient, record: ModelRecord, *, stream: bool) -> list[Any]:
     if not stream:
         return [await client.complete(record, BODY)]
-    async with aclosing(await client.stream(record, BODY)) as blocks:  # type: ignore[type-var]
+    async with aclosing(PulledBlocks(await client.stream(record, BODY))) as blocks:
         return [chunk async for block in blocks for chunk in block]
 
 

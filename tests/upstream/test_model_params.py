@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from proxy.upstream.litellm_client import LiteLLMClient
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.litellm_calls import open_litellm_client
 from tests.support.makers import a_record
 from tests.support.scripted_answers import CLAUDE, Step
@@ -32,7 +33,7 @@ async def arriving(upstream: LiteLLMClient, body: dict[str, Any], *, stream: boo
     with ScriptedUpstream() as server:
         record = a_record(model="openai/m", api_base=server.url, api_key="k", **MODEL_PARAMS)
         if stream:
-            async for _ in await upstream.stream(record, {"model": "auto", **body}):
+            async for _ in PulledBlocks(await upstream.stream(record, {"model": "auto", **body})):
                 pass
         else:
             await upstream.complete(record, {"model": "auto", **body})

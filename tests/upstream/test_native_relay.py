@@ -19,6 +19,7 @@ from proxy.storage.usage import TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.client import NativeRequest, UpstreamClient
 from proxy.upstream.payload import NativePayload, content_bytes, finish_reasons, has_content, is_empty_completion
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import KEY, a_model
 from tests.support.makers import a_record
 from tests.support.native_answers import (
@@ -73,7 +74,7 @@ async def read(upstream: UpstreamClient, record: ModelRecord, api: NativeAPI) ->
 
 async def read_into(found: list[NativePayload], upstream: UpstreamClient, record: ModelRecord, api: NativeAPI) -> None:
     async with asyncio.timeout(60):
-        stream: Any = await upstream.stream_native(record, NativeRequest(api, DOCUMENTS[api]))
+        stream: Any = PulledBlocks(await upstream.stream_native(record, NativeRequest(api, DOCUMENTS[api])))
         try:
             async for block in stream:
                 found += block
@@ -725,8 +726,8 @@ async def test_a_client_that_leaves_closes_the_upstreams_connection(upstream: Up
     events = (*THINKING_EVENTS[:2], *CALL_EVENTS)
     pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in events]
     async with RawUpstream(Reply((head, *pieces), "hang")) as server:
-        stream: Any = await upstream.stream_native(
-            native_model(server), NativeRequest("messages", DOCUMENTS["messages"])
+        stream = PulledBlocks(
+            await upstream.stream_native(native_model(server), NativeRequest("messages", DOCUMENTS["messages"]))
         )
         await anext(stream)
         await stream.aclose()

@@ -7,6 +7,7 @@ import pytest
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.pool import MAX_HEADER_VALUE_BYTES
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, SHORT, WHOLE, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
@@ -66,7 +67,7 @@ async def test_a_stream_that_ends_before_its_answer_is_an_error(
     seen = []
 
     async def ask(upstream: UpstreamClient, record: ModelRecord) -> None:
-        async for block in await upstream.stream(record, {**BODY, "stream": True}):
+        async for block in PulledBlocks(await upstream.stream(record, {**BODY, "stream": True})):
             seen.extend(block)
 
     async with RawUpstream(reply) as server:
@@ -139,7 +140,8 @@ async def test_unusual_but_complete_streams_arrive_unchanged(upstream: UpstreamC
 
 async def test_events_that_are_read_together_come_in_one_block(upstream: UpstreamClient) -> None:
     async with RawUpstream(Reply(chunked(CHUNK * 2000 + END))) as server:
-        sizes = [len(block) async for block in await upstream.stream(a_model(server), {**BODY, "stream": True})]
+        stream = PulledBlocks(await upstream.stream(a_model(server), {**BODY, "stream": True}))
+        sizes = [len(block) async for block in stream]
 
     assert sum(sizes) == 2001
     assert len(sizes) < 200

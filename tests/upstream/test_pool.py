@@ -15,6 +15,7 @@ from proxy.upstream import pool as pool
 from proxy.upstream.pool import (
     ConnectionClosed,
     ConnectionPool,
+    HTTP11Connection,
     IncompleteResponse,
     Origin,
     ProxyError,
@@ -219,6 +220,84 @@ async def test_a_small_response_that_decompresses_to_a_huge_one_is_returned_in_s
         assert (sum(sizes), max(sizes)) == (30 * MIB, pool.DECOMPRESSED_PIECE_BYTES)
         assert await send_request(connections, at(server)) == (200, bytes(30 * MIB))
         assert server.connections == 1
+
+
+class Sink:
+    """Take a body as it is fed, a piece at a time."""
+
+    def __init__(self, connection: HTTP11Connection, *, greedy: bool = False) -> None:
+        self.pieces: list[bytes] = []
+        self.ends: list[Exception | None] = []
+        self._connection = connection
+        self._greedy = greedy
+
+    def on_data(self, piece: bytes) -> None:
+        self.pieces.append(piece)
+        if not self._greedy:
+            self._connection.hold()
+
+    def on_end(self, error: Exception | None) -> None:
+        self.ends.append(error)
+
+    async def all(self) -> tuple[bytes, list[Exception | None]]:
+        """Feed until the end."""
+        async with asyncio.timeout(60):
+            while not self.ends:
+                self._connection.feed(self)
+                await asyncio.sleep(0)
+        return b"".join(self.pieces), self.ends
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+async def test_a_body_that_is_fed_is_the_same_however_often_it_is_held(
+    connections: ConnectionPool, greedy: bool, packed: bool
+) -> None:
+    plain_body = os.urandom(300_000) + bytes(2 * MIB)
+    body, head = (gzip.compress(plain_body), b"content-encoding: gzip\r\n") if packed else (plain_body, b"")
+    parts = [body[start : start + 30_000] for start in range(0, len(body), 30_000)]
+    pieces = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
+    async with RawUpstream(Reply((CHUNKED + head + b"\r\n", *pieces, b"0\r\n\r\n"))) as server:
+        for _ in range(2):
+            connection = await connections.acquire(at(server), 5)
+            await connection.send(HEAD, b"{}")
+            await connection.wait_for_head()
+            sink = Sink(connection, greedy=greedy)
+            assert await sink.all() == (plain_body, [None])
+            assert max(map(len, sink.pieces)) <= 2 * pool.MAX_UNREAD_BYTES
+            connections.release(at(server), connection)
+
+        assert server.connections == 1
+
+
+async def test_a_body_that_breaks_off_is_fed_up_to_there(connections: ConnectionPool) -> None:
+    async with RawUpstream(Reply((CHUNKED + b"\r\n4\r\nhalf\r\n",), "reset")) as server:
+        connection = await connections.acquire(at(server), 5)
+        await connection.send(HEAD, b"{}")
+        await connection.wait_for_head()
+        body, (error,) = await Sink(connection).all()
+        connections.discard(connection)
+
+    assert (body, type(error)) == (b"half", IncompleteResponse)
+
+
+async def test_a_body_whose_sink_holds_is_read_no_further_than_the_bound(connections: ConnectionPool) -> None:
+    async def handle(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (32 * MIB))
+        for piece in [bytes(MIB)] * 32:
+            writer.write(piece)
+            await writer.drain()
+
+    async with served(handle) as origin:
+        connection = await connections.acquire(origin, 1)
+        await connection.send(HEAD, b"{}")
+        await connection.wait_for_head()
+        sink = Sink(connection)
+        connection.feed(sink)
+        await until(lambda: connection._reading_paused)
+        assert connection._unread <= 2 * pool.MAX_UNREAD_BYTES
+        assert await sink.all() == (bytes(32 * MIB), [None])
+        connections.discard(connection)
 
 
 async def test_a_large_body_is_read_only_as_fast_as_its_reader(connections: ConnectionPool) -> None:

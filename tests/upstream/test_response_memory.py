@@ -20,6 +20,7 @@ from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
 from proxy.upstream.health import HealthRegistry
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, a_model, completion_of, error_of, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, STREAM_HEAD, RawUpstream, Reply, chunked, plain
 from tests.support.waiting import until
@@ -227,7 +228,7 @@ async def test_no_connection_to_a_model_outlives_its_process(upstream: UpstreamC
 
 async def test_memory_of_a_large_event_is_held_until_the_event_is_gone(upstream: UpstreamClient) -> None:
     async with RawUpstream(saying(stream_of, b'"' + b"x" * 1_000_000 + b'"')) as server:
-        stream: Any = await upstream.stream(by("relay", server), {**BODY, "stream": True})
+        stream = PulledBlocks(await upstream.stream(by("relay", server), {**BODY, "stream": True}))
         most = 0
         async for block in stream:
             most = max(most, upstream.memory.used_bytes)

@@ -9,6 +9,7 @@ import pytest
 from proxy.errors import UpstreamError
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, KEY, completion_of, error_of, model_in_mode, stream_of
 from tests.support.raw_upstream import CHUNK, DONE, END, JSON, RawUpstream, Reply, chunked, plain
 
@@ -108,7 +109,7 @@ async def test_a_choice_that_never_finishes_is_an_error(upstream: UpstreamClient
 
 async def test_a_requested_choice_that_never_started_is_an_error(upstream: UpstreamClient, mode: str) -> None:
     async def two(upstream: UpstreamClient, record: ModelRecord) -> None:
-        async for _ in await upstream.stream(record, {**BODY, "n": 2, "stream": True}):
+        async for _ in PulledBlocks(await upstream.stream(record, {**BODY, "n": 2, "stream": True})):
             pass
 
     async with RawUpstream(Reply(chunked(CHUNK, END, end=b""), "close"), Reply(chunked(CHUNK, END))) as server:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from proxy.upstream.client import UpstreamClient
+from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, error_of, model_in_mode, stream_of
 from tests.support.raw_upstream import CHUNK, END, RawUpstream, Reply, chunked, plain
 
@@ -67,7 +68,9 @@ async def test_a_caller_who_asked_for_usage_is_served_without_it(upstream: Upstr
     async with RawUpstream(plain(REFUSAL, status=b"422 No"), Reply(chunked(CHUNK, END))) as server:
         blocks = [
             block
-            async for block in await upstream.stream(model_in_mode(server, mode), body, raw=json.dumps(body).encode())
+            async for block in PulledBlocks(
+                await upstream.stream(model_in_mode(server, mode), body, raw=json.dumps(body).encode())
+            )
         ]
         assert len(blocks) >= 1
         assert "stream_options" not in json.loads(server.bodies[1])

@@ -14,7 +14,7 @@ from proxy.upstream import chunk_reader
 from proxy.upstream.chunk_reader import ChunkReader, is_finished
 from proxy.upstream.errors import find_error
 from proxy.upstream.payload import content_bytes, is_null_usage_chunk, simple_text
-from proxy.upstream.text_frame import TextChunk
+from proxy.upstream.text_frame import TextRun
 
 PLAIN = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=12)
 ANY = st.text(max_size=12)
@@ -43,6 +43,7 @@ WAYS = [
 ]
 USAGE = {"prompt_tokens": 3, "completion_tokens": 1}
 CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NAMES = ("small", "模型-2")
 TEXTS = st.lists(st.one_of(PLAIN, PLAIN, ANY, ODD), min_size=1, max_size=14)
 
 
@@ -127,18 +128,31 @@ def read(stream: bytes, cuts: list[int], frames: int) -> tuple[list[tuple[Any, b
     for start, end in pairwise(places):
         if not reader.done:
             for chunk in reader.feed(stream[start:end]):
-                if type(chunk) is TextChunk:
-                    framed += 1
+                if isinstance(chunk, TextRun):
+                    framed += len(chunk.texts)
                     check_text_alone(chunk)
-                chunks.append((chunk.body, chunk.with_model("small"), chunk.with_model("模型-2")))
+                    chunks += as_sent(chunk)
+                else:
+                    chunks.append((chunk.body, chunk.with_model(NAMES[0]), chunk.with_model(NAMES[1])))
     error = reader.final_error
     return chunks, repr(error) if error is None else str(error), framed
 
 
-def check_text_alone(chunk: TextChunk) -> None:
+def as_sent(run: TextRun) -> list[tuple[Any, bytes, bytes]]:
+    first, second = (run.events(name).removesuffix(b"\n\n").split(b"\n\n") for name in NAMES)
+    bodies = [chunk.body for chunk in run.chunks()]
+    return list(zip(bodies, map(data_of, first), map(data_of, second), strict=True))
+
+
+def data_of(event: bytes) -> bytes:
+    assert event.startswith(b"data: ")
+    return event[6:]
+
+
+def check_text_alone(chunk: TextRun) -> None:
     """Check what the writer of a stream takes for granted: there is nothing to record but the size of the text."""
-    assert simple_text(chunk.body) == chunk.text.decode()
-    assert content_bytes(chunk.body) == len(chunk.text)
+    assert simple_text(chunk.body) == chunk.text
+    assert content_bytes(chunk.body) == chunk.size
     assert not usage_of(chunk.body)
     assert not is_finished(chunk.body)
     assert not is_null_usage_chunk(chunk.body)
@@ -171,9 +185,10 @@ def test_plain_text_of_a_stream_is_parsed_once(more: dict[str, Any]) -> None:
     assert json.loads(chunks[3][1])["model"] == "small"
 
 
-@pytest.mark.parametrize("text", ['say "x"', "a\\b", "two\nlines", "tab\t"])
-def test_text_with_escapes_is_parsed(text: str) -> None:
+@pytest.mark.parametrize("text", ['say "x"', "a\\b", "two\nlines", "tab\t", "\\", '\\","content":"', "é\u2028"])
+def test_text_with_escapes_is_recognised_too(text: str) -> None:
     chunks, _, framed = read(chunk_of("a") + chunk_of(text) + chunk_of("b"), [], 8)
 
-    assert framed == 1
+    assert framed == 2
     assert chunks[1][0]["choices"][0]["delta"]["content"] == text
+    assert json.loads(chunks[1][1])["choices"][0]["delta"]["content"] == text

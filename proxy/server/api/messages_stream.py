@@ -33,6 +33,7 @@ from proxy.storage.usage import usage_of
 from proxy.upstream.endpoint import encode
 from proxy.upstream.payload import simple_text
 from proxy.upstream.sse import encode_json
+from proxy.upstream.text_frame import TextRun
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -187,6 +188,11 @@ class MessageStream:
         if choice is not None:
             self._read(choice)
         return self._take()
+
+    def write_run(self, run: TextRun) -> bytes | None:
+        if self._queue or not self._before_text or not run.frame.is_plain:
+            return None
+        return run.framed(self._before_text + b'"', b'"}}\n\n')
 
     def finish(self) -> bytes:
         self._begin()

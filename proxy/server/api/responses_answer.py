@@ -20,6 +20,7 @@ from proxy.storage.usage import TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
 from proxy.upstream.payload import iter_choices, simple_text
 from proxy.upstream.sse import KEEP_ALIVE
+from proxy.upstream.text_frame import TextRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +465,18 @@ class ResponseStream:
         self._begin()
         self._read(chunk)
         return self._take_events()
+
+    def write_run(self, run: TextRun) -> bytes | None:
+        if self._text is None or not run.frame.is_plain:
+            return None
+        start, pieces = self._text
+        pieces.append(run.text)
+        texts = [text for text in run.texts if text]
+        number = self._sequence
+        self._sequence = number + len(texts)
+        return b"".join(
+            [b'%b"%b","sequence_number":%d}\n\n' % (start, text, number + place) for place, text in enumerate(texts)]
+        )
 
     def finish(self) -> bytes:
         if self._ended:

@@ -24,6 +24,7 @@ from proxy.server.api.translation import APIName, RelayedEvents
 from proxy.storage.usage import usage_of
 from proxy.upstream.payload import iter_choices
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
+from proxy.upstream.text_frame import TextFrame, TextRun
 
 # What is translated here, and not passed on under its name.
 _TRANSLATED = frozenset({"prompt", "suffix", "echo", "best_of", "logprobs", "top_logprobs"})
@@ -203,14 +204,24 @@ class TextCompletionsStream:
         self._usage: Any = None
         # By the index of their choice, for offsets count from the start of its text.
         self._logprobs: dict[int, LegacyLogprobs] = {}
+        # The newest frame, and what stands around the text of its events.
+        self._frame: TextFrame | None = None
+        self._around = (b"", b"")
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
         self._usage = usage_of(chunk) or self._usage
         choices = list(self._choices(chunk))
-        if not choices:
-            return b""
-        event = self._translation.envelope(chunk, self._model, choices)
-        return format_event({**event, "usage": None} if self._translation.include_usage else event)
+        return self._event(chunk, choices) if choices else b""
+
+    def write_run(self, run: TextRun) -> bytes | None:
+        if not run.frame.is_plain:
+            return None
+        if self._frame is not run.frame:
+            choice = {"text": "", "index": 0, "logprobs": None, "finish_reason": None}
+            # Quotes within a string are escaped, so that this is no part of another member's value.
+            before, text, after = self._event(run.frame.body, [choice]).partition(b'"text":"')
+            self._frame, self._around = run.frame, (before + text, after)
+        return run.framed(*self._around)
 
     def finish(self) -> bytes:
         if not self._translation.include_usage or self._usage is None:
@@ -219,6 +230,10 @@ class TextCompletionsStream:
 
     def fail(self, error: Mapping[str, Any], status: int) -> bytes:  # noqa: ARG002
         return format_event({"error": error})
+
+    def _event(self, chunk: Mapping[str, Any], choices: list[dict[str, Any]]) -> bytes:
+        event = self._translation.envelope(chunk, self._model, choices)
+        return format_event({**event, "usage": None} if self._translation.include_usage else event)
 
     def _choices(self, chunk: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Yield the choices that have text, log probabilities or an end."""

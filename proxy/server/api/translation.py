@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from proxy.upstream.text_frame import TextRun
+
 APIName = Literal["chat", "messages", "responses", "completions"]
 
 
@@ -44,6 +46,9 @@ class StreamTranslation(Protocol):
 
         The last chunk may hold nothing but `usage`.
         """
+
+    def write_run(self, run: TextRun) -> bytes | None:
+        """Return the events of chunks that are text alone; None: each of them must be given to `write`."""
 
     def finish(self) -> bytes:
         """Return the events that end a complete answer."""
