@@ -195,8 +195,9 @@ class HTTPExchange(Exchange):
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
         if await self._can_write():
-            self.status, self._chunked = status, "content-length" not in headers
-            self._head = self._head_bytes(status, headers, "transfer-encoding: chunked\r\n" if self._chunked else "")
+            chunked = "content-length" not in headers
+            self._head = self._head_bytes(status, headers, "transfer-encoding: chunked\r\n" if chunked else "")
+            self.status, self._chunked = status, chunked
             self._flushing = self._protocol.loop.call_soon(self._flush)
 
     async def write(self, data: bytes) -> None:
