@@ -144,7 +144,8 @@ def own_words(texts: Sequence[str]) -> str:
     in_result = False
     for text in texts:
         start = text.lstrip()
-        in_result = in_result or (start[:1] == "[" and _RESULT.match(start) is not None)
+        if start[:1] == "[" and _RESULT.match(start) is not None:
+            in_result = True
         if words := "\n".join(_marked_words(start)) if in_result else _words_of(start):
             found.append(words)
     return "\n".join(found).strip()
@@ -165,8 +166,8 @@ def _words_of(text: str) -> str:
             text = inner.strip() + after
     if text[-1:] == ">" or text[-1:].isspace():
         text = _without_last_elements(text.rstrip())
-    for end in _ENDS:
-        if end in text:
+    if "\n" in text:
+        for end in _ENDS:
             text = text.partition(end)[0]
     return text
 
