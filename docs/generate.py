@@ -50,8 +50,9 @@ the setting is refused at the start.
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "Routing": (
-        *("model_list", "lambda", "route_names", "presets", "default_model", "latency_weight", "cost_unit"),
-        *("reference_price", "map", "embedder", "recipe", "compiled", "clamp_max_tokens"),
+        *("model_list", "lambda", "route_names", "presets", "default_model", "housekeeping"),
+        *("latency_weight", "cost_unit", "reference_price", "map", "embedder", "recipe", "compiled"),
+        "clamp_max_tokens",
     ),
     "Measuring": (
         *("validation_set", "judge_model"),

@@ -31,7 +31,8 @@ class Affinity:
     scope: str = ""
     """The client key's id; empty if no key was needed."""
     session: str | None = field(default=None, repr=False)
-    """What the session is stored under; None: there is none, or sessions are off."""
+    """What the session's newest answer is stored under; None: there is no session, sessions are off, or this answer is
+    no turn of it."""
     has_reasoning: bool = False
     producer: str | None = None
     """The model whose tool calls are answered here, or whose reasoning is carried."""
@@ -59,14 +60,22 @@ async def load_affinity(
     scope = key.id if key else ""
     plain = request.contents is not None and request.contents.plain_messages
     history = NO_HISTORY if plain else inspect_history(request.body["messages"])
-    name = request.options.session
-    session = None if name is None or settings.sticky_sessions == "off" else scoped_key(scope, f"session:{name}")
+    session = None if settings.sticky_sessions == "off" else _session_key(scope, request)
     if session is None and not history.fingerprints:
         if not scope and not history.has_reasoning:
             return NO_AFFINITY
         return Affinity(scope, None, history.has_reasoning)
     found = await sessions.lookup([scoped_key(scope, each) for each in history.fingerprints], session)
-    return Affinity(scope, session, history.has_reasoning, found.producer, found.last)
+    stored_under = None if request.housekeeping else session
+    return Affinity(scope, stored_under, history.has_reasoning, found.producer, found.last)
+
+
+def _session_key(scope: str, request: ChatRequest) -> str | None:
+    """Return what the conversation of one agent of a session is stored under; None: the request names no session."""
+    name, agent = request.options.session, request.options.agent
+    if name is None:
+        return None
+    return scoped_key(scope, f"session:{name}" if agent is None else f"session:{name}\n{agent}")
 
 
 # Of one answer with `n`: a caller goes on with one of them.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
+from proxy.routing.agents import find_housekeeping
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
@@ -38,6 +39,8 @@ class ChatRequest:
     """What the parser has counted of `body`. None: it has not."""
     translated: bool = False
     """The client speaks another API: its token limit is a cap, and what a model may lack is left out for it."""
+    housekeeping: bool = False
+    """The client asks for itself, for a title or a summary."""
 
 
 def parse_chat(raw: bytes, headers: Sequence[tuple[str, str]]) -> ChatRequest:
@@ -88,6 +91,7 @@ def read_chat(
         raw=None if has_own_fields else raw,
         contents=contents,
         translated=translated,
+        housekeeping=find_housekeeping(body) is not None,
     )
 
 
@@ -124,6 +128,9 @@ MAX_ID = 255
 
 SESSION_HEADERS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 
+# Headers that tell one agent of a session from another. Claude Code's main agent sends none, Codex's its own thread.
+AGENT_HEADERS = ("x-claude-code-agent-id", "thread-id", "x-codex-parent-thread-id", "x-openai-subagent")
+
 
 def session_id_from_client(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) -> str | None:
     """Return the session id that a client sends for another gateway, if it is one here too.
@@ -147,6 +154,14 @@ def _session_ids(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
     if isinstance(metadata, Mapping):
         yield metadata.get("session_id")
 
+
+def _agent(headers: Sequence[tuple[str, str]]) -> str | None:
+    """Return which agent of a session asks; None: its main one, or the client does not say."""
+    stated = [(name, value.strip(" \t")) for name, value in headers if name in _AGENTS]
+    return "\n".join(f"{name}={value}" for name, value in stated if is_session_id(value)) or None
+
+
+_AGENTS = frozenset(AGENT_HEADERS)
 
 PER_MILLION = 1e6
 
@@ -281,6 +296,8 @@ class RoutingOptions:
     latency_weight: float | None = None
     session: str | None = field(default=None, repr=False)
     """Of `uniroute.session`, or else of the client's own headers and fields."""
+    agent: str | None = field(default=None, repr=False)
+    """Which agent of the session asks, where the client's headers say so: each has a conversation of its own."""
     fallbacks: bool | None = None
     timeouts: TimeoutOverrides = NO_OVERRIDES
     provider: ProviderPreferences = NO_PREFERENCES
@@ -293,7 +310,7 @@ class RoutingOptions:
 NO_OPTIONS = RoutingOptions()
 
 # The headers that are read here.
-READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS, TAGS_HEADER, METADATA_HEADER)
+READ_HEADERS = (*LAMBDA_HEADERS, *SESSION_HEADERS, *AGENT_HEADERS, TAGS_HEADER, METADATA_HEADER)
 
 _READ_FIELDS = frozenset({"uniroute", "models", "provider", "prompt_cache_key", "metadata"})
 
@@ -317,6 +334,7 @@ def read_options(body: Mapping[str, Any], headers: Sequence[tuple[str, str]]) ->
         max_cost_usd=_amount(stated, "max_cost_usd"),
         latency_weight=_amount(stated, "latency_weight"),
         session=_session(stated) or session_id_from_client(body, headers),
+        agent=_agent(headers),
         fallbacks=_fallbacks(stated, provider),
         provider=provider,
         timeouts=_timeouts(stated),

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from proxy.routing.agents import is_example, own_words, texts_of
 from proxy.routing.token_limits import MAX_TOKENS, output_limit, requested_answers
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
@@ -102,25 +102,8 @@ PriceCaps = tuple[float | None, float | None]
 
 NO_CAPS: PriceCaps = (None, None)
 
-_TEXT_PARTS = ("text", "input_text")
-
 # Efforts that ask a model to think hardly or not at all: one that cannot think does as well.
 _NO_THINKING = ("", "none", "minimal", "disable")
-
-
-# What agents write around the words of their users, as they were seen to: blocks at the start of a part, by their tags;
-# whole parts, by their start; and instructions behind the user's words, by their first line.
-AGENT_TAGS = (
-    *("system-reminder", "command-message", "command-name", "local-command-stdout"),  # Claude Code
-    *("environment_context", "user_instructions", "permissions instructions", "skills_instructions"),  # Codex
-    "environment_details",  # Cline
-)
-
-AGENT_PARTS = ("This is the Qwen Code.", "<image name=[Image #", "</image>")
-
-AGENT_ENDS = ("\n# *SEARCH/REPLACE block* Rules:",)  # Aider
-
-_AGENT_BLOCKS = re.compile(rf"\s*(?:<({'|'.join(AGENT_TAGS)})>.*?(?:</\1>|\Z)\s*)+", re.DOTALL)
 
 
 def routing_text(messages: Sequence[Any]) -> str:
@@ -142,35 +125,16 @@ def _user_turns(messages: Sequence[Any]) -> Iterator[str]:
     found = False
     for message in reversed(messages):
         if isinstance(message, Mapping) and message.get("role") == "user":
-            parts = [text for text in _texts_of(message.get("content")) if text.strip()]
-            if text := "\n".join(filter(None, map(_own_words, parts))).strip():
+            parts = [text for text in texts_of(message.get("content")) if text.strip()]
+            if text := own_words(parts):
                 found = True
                 yield text
             elif parts:
                 newest_of_agent = newest_of_agent or "\n".join(parts).strip()
+                if is_example(parts):
+                    break
     if not found and newest_of_agent:
         yield newest_of_agent
-
-
-def _own_words(text: str) -> str:
-    """Return a part of a user turn without what an agent has written."""
-    start = text.lstrip()
-    if start.startswith("<") and (blocks := _AGENT_BLOCKS.match(text)) is not None:
-        text = start = text[blocks.end() :]
-    if start.startswith(AGENT_PARTS):
-        return ""
-    for end in AGENT_ENDS:
-        text = text.partition(end)[0]
-    return text
-
-
-def _texts_of(content: Any) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    if not isinstance(content, list):
-        return []
-    parts = (part for part in content if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS)
-    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
 
 
 def requirements_of(

@@ -135,7 +135,8 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
         if selection is None:
             raise no_candidate_error(ctx, eligibility)
         return selection
-    text = routing_text(ctx.request.body["messages"])
+    # Housekeeping is not assessed: what its harness has written says nothing of the user's work.
+    text = "" if ctx.is_housekeeping else routing_text(ctx.request.body["messages"])
     degraded_reason, won_by_cache = None, False
     try:
         assignment = await assigner.assign(text, snapshot.cluster_map) if text else None
@@ -153,9 +154,14 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
     if all_open:
         degraded_reason = "every model that could answer rests"
         order = tuple(sorted(order, key=ctx.cooling_down.__getitem__))  # the model that recovers first comes first
-    reason = "degraded" if degraded_reason is not None else "sticky" if won_by_cache else "scored"
     if len(order) == 1:
         reason = "only_candidate"
+    elif degraded_reason is not None:
+        reason = "degraded"
+    elif ctx.is_housekeeping:
+        reason = "housekeeping"
+    else:
+        reason = "sticky" if won_by_cache else "scored"
     no_fallbacks = ctx.request.options.fallbacks is False
     return Selection(
         id=ctx.decision_id,
@@ -207,8 +213,8 @@ def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
 def _rank(
     ctx: SelectionContext, eligibility: Eligibility, assignment: Assignment | None, params: ScoringParams
 ) -> RoutingDecision:
-    """Rank by cost if the mode asks for it, else by the score for this prompt, or by mean error without clusters."""
-    if ctx.mode is RoutingMode.CHEAP:
+    """Rank by cost for the cheap mode and housekeeping, else by score, or by mean error without clusters."""
+    if ctx.mode is RoutingMode.CHEAP or ctx.is_housekeeping:
         return rank_by_cost(eligibility, assignment, ctx.requirements, params)
     if assignment is None:
         return rank_by_mean(eligibility, ctx.requirements, params)
@@ -244,7 +250,7 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
     """Prefer the model that a conversation belongs to over the best-scored one.
 
     Tool results and reasoning go back to the model that produced them. A session goes back to its last model if
-    `sticky_sessions` is "on".
+    `sticky_sessions` is "on"; its housekeeping does not.
     """
     affinity = ctx.affinity
     if affinity.producer is not None:
@@ -254,7 +260,7 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
         fallbacks = ctx.request.options.fallbacks
         may_fall_back = fallbacks is True if affinity.has_reasoning else fallbacks is not False
         return _prefer(ctx, selection, affinity.producer, may_fall_back=may_fall_back)
-    last_turn = affinity.last_turn
+    last_turn = None if ctx.is_housekeeping else affinity.last_turn
     if ctx.settings.sticky_sessions == "on" and last_turn and _is_eligible(ctx, selection, last_turn.model):
         may_fall_back = ctx.request.options.fallbacks is not False
         return _prefer(ctx, selection, last_turn.model, may_fall_back=may_fall_back)

@@ -17,7 +17,7 @@ from proxy.errors import (
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import NO_OPTIONS, ChatRequest, RoutingOptions
-from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight
+from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
 from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
 from proxy.settings.schema import PRESET_PREFIX, Preset, Settings
 from proxy.storage.client_keys import ClientKey
@@ -73,6 +73,7 @@ class SelectionContext:
         self.preset = terms.preset
         self.allowed = terms.allowed
         self.params = terms.params
+        self.is_housekeeping = request.housekeeping and terms.frees_housekeeping
         self.requirements = self._requirements()
 
     def _terms(self) -> SelectionTerms:
@@ -104,7 +105,17 @@ class SelectionContext:
             reference=settings.reference_price,
             cached=self.affinity.cached_prompt(settings),
         )
-        return SelectionTerms(mode, preset, allowed, params)
+        return SelectionTerms(mode, preset, allowed, params, self._frees_housekeeping(mode, preset))
+
+    def _frees_housekeeping(self, mode: RoutingMode, preset: Preset | None) -> bool:
+        """Whether a housekeeping request goes to the cheapest model: a λ that is stated comes before that."""
+        return (
+            self.settings.housekeeping == "cheapest"
+            and mode is RoutingMode.SCORED
+            and self.request.options.lambda_ is None
+            and (preset is None or preset.lambda_ is None)
+            and key_allows_mode(RoutingMode.CHEAP, self.key)
+        )
 
     def _requirements(self) -> Requirements:
         """Read what the body needs of a model, at prices within the request's caps."""
@@ -132,6 +143,8 @@ class SelectionTerms:
     allowed: Collection[str] | None
     """The names that may be selected; None: all."""
     params: ScoringParams
+    frees_housekeeping: bool
+    """Whether housekeeping goes to the cheapest model, whatever λ is."""
 
 
 def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:

@@ -21,6 +21,7 @@ from proxy.settings.model_config import (
     NameList,
     NonNegativeFloat,
     OffAutoOn,
+    OffCheapest,
     OffObserveAdapt,
     PositiveInt,
     Seconds,
@@ -218,6 +219,13 @@ class Settings(FrozenModel):
         description=(
             "Names of your own that ask for routing: `NAME: {lambda, models, max_cost_usd}` makes the model name "
             "`uniroute/NAME`; see [Presets](routing.md#presets). Only in the file."
+        ),
+    )
+    housekeeping: OffCheapest = Field(
+        default="cheapest",
+        description=(
+            "What agents and chat clients ask for themselves, as titles and summaries: `cheapest` sends it to the "
+            "cheapest able model, `off` routes it as any request; see [Housekeeping](routing.md#housekeeping)."
         ),
     )
     latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")

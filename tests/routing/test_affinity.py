@@ -30,9 +30,16 @@ def memory(store: Store) -> SessionStore:
 
 
 async def affinity_of(
-    memory: SessionStore, *messages: Any, key: ClientKey | None = None, session: str | None = None, mode: str = "auto"
+    memory: SessionStore,
+    *messages: Any,
+    key: ClientKey | None = None,
+    session: str | None = None,
+    mode: str = "auto",
+    agent: str | None = None,
+    housekeeping: bool = False,
 ) -> Affinity:
-    request = ChatRequest({"messages": list(messages)}, "auto", False, False, RoutingOptions(session=session))
+    options = RoutingOptions(session=session, agent=agent)
+    request = ChatRequest({"messages": list(messages)}, "auto", False, False, options, housekeeping=housekeeping)
     return await load_affinity(memory, request, key, Settings.model_validate({"sticky_sessions": mode}))
 
 
@@ -140,3 +147,22 @@ def test_no_chunk_makes_it_fail(chunk: dict[str, Any], message: Any) -> None:
     recorder.observe(chunk, "small")
     recorder.observe_completion(chunk, "small")
     recorder.commit("small", None)
+
+
+async def test_each_agent_of_a_session_has_a_conversation_of_its_own(memory: SessionStore) -> None:
+    await answered(memory, ASK, session="mine", model="large")
+    await answered(memory, ASK, session="mine", agent="helper", model="small")
+    agents = (None, "helper", "another")
+    turns = [(await affinity_of(memory, ASK, session="mine", agent=agent)).last_turn for agent in agents]
+
+    assert [turn and turn.model for turn in turns] == ["large", "small", None]
+
+
+async def test_housekeeping_is_no_turn_of_its_session(memory: SessionStore) -> None:
+    await answered(memory, ASK, session="mine", model="large")
+    await answered(memory, ASK, session="mine", model="small", housekeeping=True)
+    found = await affinity_of(memory, ASK, session="mine", housekeeping=True)
+
+    assert found.session is None
+    assert found.last_turn is not None
+    assert found.last_turn.model == "large"

@@ -72,10 +72,11 @@ async def chosen(
     settings: dict[str, Any] | None = None,
     body: dict[str, Any] | None = None,
     explain: bool = False,
+    housekeeping: bool = False,
     **options: Any,
 ) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
-    request = ChatRequest(content, model, stream=False, include_usage=False, options=RoutingOptions(**options))
+    request = ChatRequest(content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping)
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
     ctx = SelectionContext("dec-1", request, key, state or a_state(), found, affinity=affinity)
     return await select_model(ctx, ClusterAssigner(Corner(), 1.0), explain=explain)
@@ -217,3 +218,18 @@ async def test_off_and_on_are_what_they_say() -> None:
 @pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("auto", "auto")])
 def test_yamls_on_and_off_are_read_as_written(written: Any, read: str) -> None:
     assert Settings.model_validate({"sticky_sessions": written}).sticky_sessions == read
+
+
+async def test_housekeeping_follows_no_session_and_is_where_the_cache_makes_it_cheapest() -> None:
+    on = {"sticky_sessions": "on"}
+    stuck = await chosen(session(None, model="plain"), settings=on, housekeeping=True)
+    cached = await chosen(session(900), housekeeping=True)
+
+    assert (stuck.model, stuck.reason) == ("cold", "housekeeping")
+    assert (cached.model, cached.reason) == ("warm", "housekeeping")
+
+
+async def test_housekeeping_that_carries_reasoning_goes_to_its_producer() -> None:
+    choice = await chosen(REASONING, housekeeping=True)
+
+    assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain",))

@@ -165,3 +165,21 @@ def test_a_session_id_is_not_shown_with_the_options() -> None:
 @pytest.mark.parametrize("nothing", ["", None, []])
 def test_a_field_of_reasoning_with_nothing_in_it_is_no_reasoning(name: str, nothing: Any) -> None:
     assert inspect_history([{"role": "assistant", "content": "Rain.", name: nothing}]) == NO_HISTORY
+
+
+CODEX_MAIN = [("thread-id", "main")]
+CODEX_HELPER = [("thread-id", "one"), ("x-codex-parent-thread-id", "main"), ("x-openai-subagent", "collab_spawn")]
+
+
+def test_the_agents_of_a_session_are_told_apart_by_their_headers() -> None:
+    headers = [[], [("x-claude-code-agent-id", "one")], [("x-claude-code-agent-id", "two")], CODEX_MAIN, CODEX_HELPER]
+    options = [read_options(BODY, [HEADERS[0], *each]) for each in headers]
+
+    assert {each.session for each in options} == {"one"}
+    assert options[0].agent is None
+    assert len({each.agent for each in options}) == len(headers)
+
+
+@pytest.mark.parametrize("value", ["", " ", "x" * 256])
+def test_an_agent_without_a_proper_id_is_the_main_one(value: str) -> None:
+    assert read_options(BODY, [HEADERS[0], ("x-claude-code-agent-id", value)]).agent is None

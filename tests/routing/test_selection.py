@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from proxy.errors import Forbidden, ModelNotFound, ServiceUnavailable
@@ -137,3 +139,43 @@ async def test_the_stand_in_tells_a_limited_key_of_its_own_models_alone() -> Non
 async def test_a_key_states_lambda_where_the_request_does_not() -> None:
     best = ClientKey("k", "team", "0a", 0.0, lambda_default=0.0)
     assert [(await chosen(key=key)).model for key in (None, best)] == ["cheap", "dear"]
+
+
+async def test_housekeeping_goes_to_the_cheapest_model_whatever_the_default_is() -> None:
+    best = {"lambda": 0}
+    asked, kept = await chosen(settings=best), await chosen(settings=best, housekeeping=True)
+
+    assert (asked.model, asked.reason) == ("dear", "scored")
+    assert (kept.model, kept.reason, kept.candidates) == ("cheap", "housekeeping", ("cheap", "dear"))
+    assert selection_to_json(kept)["reason"] == "housekeeping"
+
+
+async def test_the_text_of_housekeeping_is_not_assessed() -> None:
+    choice = await chosen(text="broken", housekeeping=True)
+
+    assert (choice.reason, choice.degraded_reason) == ("housekeeping", None)
+    assert selection_to_json(choice)["clusters"] == []
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "reason"),
+    [
+        ("dear", {}, "pinned"),
+        ("uniroute/best", {}, "scored"),
+        ("auto", {"lambda_": 0.0}, "scored"),
+        ("auto", {"settings": {"lambda": 0, "housekeeping": "off"}}, "scored"),
+        ("auto", {"settings": {"lambda": 0}, "key": ClientKey("k", "k", "digest", 0.0, lambda_max=0.5)}, "scored"),
+        ("uniroute/exact", {"settings": {"presets": {"exact": {"lambda": 0}}}}, "scored"),
+    ],
+)
+async def test_housekeeping_keeps_a_lambda_that_is_stated(model: str, options: dict[str, Any], reason: str) -> None:
+    choice = await chosen(model, housekeeping=True, **options)
+
+    assert (choice.model, choice.reason) == ("dear", reason)
+
+
+async def test_a_preset_without_lambda_sends_housekeeping_to_the_cheapest_of_its_models() -> None:
+    settings = {"lambda": 0, "presets": {"all": {"models": ["cheap", "dear"]}}}
+    choice = await chosen("uniroute/all", housekeeping=True, settings=settings)
+
+    assert (choice.model, choice.reason) == ("cheap", "housekeeping")

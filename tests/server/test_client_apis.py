@@ -62,6 +62,20 @@ def test_the_lambda_of_a_request_decides(http: httpx.Client, api: APIName) -> No
     assert (by_header.model, by_body.model) == ("good", "good")
 
 
+TITLE = "You are a title generator. You output ONLY a thread title. Nothing else."
+
+
+def test_a_title_that_a_client_asks_for_itself_goes_to_the_cheapest_model(http: httpx.Client) -> None:
+    messages = [{"role": "system", "content": TITLE}, {"role": "user", "content": "hi"}]
+    unstated = ask(http, "chat", body_of("chat", messages=messages))
+    stated = ask(http, "chat", body_of("chat", messages=messages), headers={"lambda": "0"})
+    metrics = http.get("/metrics").text
+
+    assert (unstated.model, unstated.headers["x-uniroute-reason"]) == ("fair", "housekeeping")
+    assert (stated.model, stated.headers["x-uniroute-reason"]) == ("good", "scored")
+    assert 'uniroute_requests_total{ending="complete",model="fair",reason="housekeeping"} 1.0' in metrics
+
+
 @EVERY_API
 def test_our_own_fields_reach_no_upstream(http: httpx.Client, fleet: Fleet, api: APIName) -> None:
     ask(http, api, body_of(api, uniroute={"lambda": 0.1}, models=["fair"], provider={}))
