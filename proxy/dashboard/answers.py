@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from proxy.profiling.job_store import MAX_TEXT_CHARS, PromptAnswer
 from proxy.server.dependencies import AppState
@@ -44,6 +45,8 @@ class ShownPrompt:
     prompt: ValidationPrompt
     share: float
     """How much of it is in the cluster."""
+    context: str
+    """The tools that it offers, and the turns that follow the user's. Empty if it offers none."""
     grader: str
     expected: str
     answers: Mapping[str, ShownAnswer]
@@ -69,6 +72,7 @@ def shown_prompts(
         ShownPrompt(
             prompt,
             share,
+            _context(prompt),
             str(prompt.grader.to_json()["type"]),
             _expected(prompt),
             {model: _shown(model, found[prompt.id], most) for model, found in answers.items() if prompt.id in found},
@@ -85,6 +89,20 @@ def _shown(model: str, answer: PromptAnswer, most: int) -> ShownAnswer:
     return ShownAnswer(model, answer, plain(kept.beginning[:most]), is_whole)
 
 
+def _context(prompt: ValidationPrompt) -> str:
+    """Write the names of the tools, and calls and results, one a line."""
+    if not prompt.tools:
+        return ""
+    request: Mapping[str, Any] = prompt.request
+    lines = [f"tools: {', '.join(tool['function']['name'] for tool in request['tools'])}"]
+    for message in request["messages"]:
+        calls = message.get("tool_calls", ())
+        lines += [f"called: {call['function']['name']} {call['function']['arguments']}" for call in calls]
+        if message["role"] in ("system", "developer", "tool"):
+            lines.append(f"{message['role']}: {message['content']}")
+    return _cut(plain("\n".join(lines)))
+
+
 def _expected(prompt: ValidationPrompt) -> str:
     """Write what the grader looks for, one of its fields a line."""
     spec = {name: value for name, value in prompt.grader.to_json().items() if name != "type"}
@@ -92,5 +110,8 @@ def _expected(prompt: ValidationPrompt) -> str:
         f"{name}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}"
         for name, value in spec.items()
     )
-    text = plain("\n".join(lines))
+    return _cut(plain("\n".join(lines)))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= MAX_EXPECTED_CHARS else f"{text[:MAX_EXPECTED_CHARS]}…"

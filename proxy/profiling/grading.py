@@ -203,10 +203,10 @@ class GraderRunner:
         if not isinstance(prompt.grader, JudgeGrader):
             return 0.0
         client, price = self._client_of(prompt.grader.model or self._default or "")
-        messages = prompt.grader.messages(prompt.text, "")
+        request = {"messages": prompt.grader.messages(prompt.text, "")}
         if price is None:
             return 0.0
-        return max_cost_usd(messages, client.record, price, MAX_JUDGE_TOKENS) + (
+        return max_cost_usd(request, client.record, price, MAX_JUDGE_TOKENS) + (
             8 * answer_tokens * price.input_cost_per_token
         )
 
@@ -216,11 +216,11 @@ class GraderRunner:
         if not isinstance(grader, JudgeGrader):
             return await self._grading.grade(prompt, answer.text), 0.0
         client, price = self._client_of(grader.model or self._default or "")
-        messages = grader.messages(prompt.text, answer.text)
-        verdict = await client.complete(messages, MAX_JUDGE_TOKENS)
+        request = {"messages": grader.messages(prompt.text, answer.text)}
+        verdict = await client.complete(request, MAX_JUDGE_TOKENS)
         cost = 0.0
         if price is not None:
-            cost = cost_of(verdict, price, max_cost_usd(messages, client.record, price, MAX_JUDGE_TOKENS))
+            cost = cost_of(verdict, price, max_cost_usd(request, client.record, price, MAX_JUDGE_TOKENS))
         return (None if verdict.finish_reason == TRUNCATED else grader.parse(verdict.text)), cost
 
 
@@ -235,16 +235,17 @@ class AssignedPrompts:
     assignment: Assignment
     clusters: int
 
-    def select(self, count: int, answered: Collection[str] = ()) -> AssignedPrompts:
+    def select(self, count: int, answered: Collection[str] = (), *, tools: bool = True) -> AssignedPrompts:
         """Select up to `count` prompts, spread over clusters and families: the same ones for every model.
 
         Args:
             answered: ids of prompts that are all selected first; others fill up to `count`.
+            tools: whether the model may be offered tools. If not, the next prompts without them take their place.
         """
         families = [prompt.family for prompt in self.prompts]
         ranked = choose_prompts(self.assignment, len(self.prompts), families=families).tolist()
         fixed = {row for row in ranked if self.prompts[row].id in answered}
-        others = [row for row in ranked if row not in fixed]
+        others = [row for row in ranked if row not in fixed and (tools or not self.prompts[row].tools)]
         wanted = fixed.union(others[: max(0, count - len(fixed))])
         rows = [row for row in ranked if row in wanted]
         assignment = Assignment(self.assignment.ids[rows], self.assignment.weights[rows])

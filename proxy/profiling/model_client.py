@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from proxy.upstream.circuit_breaker import parse_retry_after
 from proxy.upstream.payload import JSONPayload
 from router_core.pricing import max_price_usd
 from router_core.types import Price
+from router_core.validation.graders.answers import MAX_CALLS, ToolCall, write_reply
 
 RETRYABLE_STATUSES = frozenset({408, 409, 425, 429})
 
@@ -40,7 +42,11 @@ REASONING_TOKENS = 4096
 # For the roles and marks that a provider puts around a message.
 TOKENS_PER_MESSAGE = 16
 
-Message = Mapping[str, str]
+# Providers explain tools to a model in words of their own, which they bill: Anthropic names up to 530 tokens.
+TOKENS_OF_TOOLS = 1024
+
+# The members of a chat request that a prompt fixes: `messages`, and perhaps `tools` and `tool_choice`.
+ChatRequest = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,7 @@ class ModelAnswer:
     """The answer of a model. None: the provider did not say."""
 
     text: str
+    """With its tool calls, in the form of `write_reply`."""
     finish_reason: str | None
     counts: TokenCounts
     reasoned: bool
@@ -85,7 +92,7 @@ class ModelCallError(Exception):
 
 class ModelClient(Protocol):
     async def complete(
-        self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
+        self, record: ModelRecord, request: ChatRequest, *, max_tokens: int, timeout_s: float
     ) -> ModelAnswer:
         """Return the model's answer. Raise ModelCallError, also when `timeout_s` is over."""
 
@@ -102,9 +109,9 @@ class UpstreamModelClient:
         self._upstream = upstream
 
     async def complete(
-        self, record: ModelRecord, messages: Sequence[Message], *, max_tokens: int, timeout_s: float
+        self, record: ModelRecord, request: ChatRequest, *, max_tokens: int, timeout_s: float
     ) -> ModelAnswer:
-        body = {"model": record.name, "messages": [dict(message) for message in messages], "max_tokens": max_tokens}
+        body = {"model": record.name, **request, "max_tokens": max_tokens}
         started = monotonic()
         try:
             async with asyncio.timeout(timeout_s):
@@ -124,7 +131,7 @@ def read_answer(completion: Mapping[str, Any], seconds: float, model: str) -> Mo
     if not isinstance(choice, Mapping) or not isinstance(message, Mapping):
         raise ModelCallError(f"{model} answered without any choice", status=502)
     counts = parse_usage(usage_of(completion))
-    text = _text(message.get("content"))
+    text = write_reply(_text(message.get("content")), _calls(message.get("tool_calls")))[:MAX_GRADED_CHARS]
     counts = plausible_usage(counts, ObservedTraffic(0, len(text.encode("utf-8", "replace")), unreported_bytes=0))
     return ModelAnswer(
         text=text,
@@ -153,6 +160,20 @@ def _text(content: Any) -> str:
         parts = [part.get("text") for part in content[:MAX_GRADED_CHARS] if isinstance(part, Mapping)]
         content = "".join(part[:MAX_GRADED_CHARS] for part in parts if isinstance(part, str))
     return content[:MAX_GRADED_CHARS] if isinstance(content, str) else ""
+
+
+def _calls(calls: Any) -> list[ToolCall]:
+    """Return the calls of a message, however odd each is. Their ids do not matter: nothing answers them."""
+    functions = [
+        call.get("function") if isinstance(call, Mapping) else None
+        for call in (calls[:MAX_CALLS] if isinstance(calls, list) else ())
+    ]
+    return [
+        ToolCall.received(function.get("name"), function.get("arguments"))
+        if isinstance(function, Mapping)
+        else ToolCall.received(None, None)
+        for function in functions
+    ]
 
 
 def _word(value: Any) -> str | None:
@@ -185,13 +206,13 @@ class RetryingClient:
         self._retry_policy = retry_policy
         self._not_before = 0.0
 
-    async def complete(self, messages: Sequence[Message], max_tokens: int) -> ModelAnswer:
+    async def complete(self, request: ChatRequest, max_tokens: int) -> ModelAnswer:
         """Return the answer. Raise ModelCallError if another attempt is not worth it."""
         for attempt in range(self._retry_policy.attempts):
             await asyncio.sleep(max(0.0, self._not_before - monotonic()))
             try:
                 return await self._client.complete(
-                    self.record, messages, max_tokens=max_tokens, timeout_s=self._retry_policy.timeout_s
+                    self.record, request, max_tokens=max_tokens, timeout_s=self._retry_policy.timeout_s
                 )
             except ModelCallError as failure:
                 if not failure.retryable or attempt + 1 == self._retry_policy.attempts:
@@ -214,10 +235,14 @@ def cost_of(answer: ModelAnswer, price: Price, at_most: float) -> float:
     return at_most if usd is None else usd
 
 
-def max_cost_usd(messages: Sequence[Message], record: ModelRecord, price: Price, max_tokens: int) -> float:
+def max_cost_usd(request: ChatRequest, record: ModelRecord, price: Price, max_tokens: int) -> float:
     """Return the USD to reserve before a call: a token is at least one byte of what is sent."""
-    sent = [message["content"] for message in messages] + [str(record.litellm_params.get("system") or "")]
+    sent = [message["content"] or "" for message in request["messages"]]
+    sent += [json.dumps(message["tool_calls"]) for message in request["messages"] if "tool_calls" in message]
+    sent.append(str(record.litellm_params.get("system") or ""))
     prompt_tokens = sum(len(text.encode("utf-8", "replace")) + TOKENS_PER_MESSAGE for text in sent)
+    if tools := request.get("tools"):
+        prompt_tokens += len(json.dumps(tools)) + TOKENS_OF_TOOLS
     return max_price_usd(prompt_tokens, max_tokens, price, audio_input=False, audio_output=False, images=False)
 
 

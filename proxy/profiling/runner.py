@@ -40,7 +40,7 @@ from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
 from router_core.text import rfc3339
-from router_core.types import Price
+from router_core.types import Capabilities, Price
 from router_core.validation.validation_set import ValidationPrompt
 
 log = logging.getLogger("uniroute.jobs")
@@ -104,7 +104,9 @@ class PromptRunner:
         try:
             answer, limit = await self._answer(prompt, limit, cost)
         except ModelCallError as failure:
-            self._count_failure(failure)
+            # A server that takes no tools answers other prompts.
+            if not prompt.tools or failure.retryable:
+                self._count_failure(failure)
             return PromptAnswer(failed=True)
         return PromptAnswer(
             score=await self._score(prompt, answer, limit, cost),
@@ -128,7 +130,7 @@ class PromptRunner:
         return await self._ask(prompt, larger_limit, cost), larger_limit
 
     async def _ask(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> ModelAnswer:
-        answer = await self._model.client.complete(prompt.messages, limit)
+        answer = await self._model.client.complete(prompt.request, limit)
         if self._model.price is not None:
             cost.spent += cost_of(answer, self._model.price, self._max_cost_usd(prompt, limit))
         return answer
@@ -157,7 +159,7 @@ class PromptRunner:
     def _max_cost_usd(self, prompt: ValidationPrompt, limit: int) -> float:
         if self._model.price is None:
             return 0.0
-        answering = max_cost_usd(prompt.messages, self._model.client.record, self._model.price, limit)
+        answering = max_cost_usd(prompt.request, self._model.client.record, self._model.price, limit)
         return answering + self._judge.max_cost_usd(prompt, limit)
 
 
@@ -357,7 +359,12 @@ class JobRunner:
         cluster_map = self._state.current.cluster_map
         answered = await self._job_store.answers(job.id)
         try:
-            assigned = (await self._prompts.load(cluster_map)).select(job.total, answered)
+            tools = self._capabilities(record).tools is not False
+            assigned = (await self._prompts.load(cluster_map)).select(job.total, answered, tools=tools)
+            if not assigned.prompts:
+                raise JobRejected(
+                    f"{record.name!r} is known to call no tools, and every validation prompt offers some: add others"
+                )
             open_prompts = tuple(prompt for prompt in assigned.prompts if prompt.id not in answered)
             model = self._profiled_model(job, record, will_ask=bool(open_prompts))
             judge = GraderRunner(self._grader_client, self._settings.judge_model, self._grading)
@@ -386,8 +393,7 @@ class JobRunner:
                 f"no price is known for {record.name!r}, so max_usd cannot be kept: put a price, or state it or"
                 " free: true in model_info, and profile the model again"
             )
-        listed = bundled_price_map().find(str(record.litellm_params["model"]))
-        capabilities = capabilities_of(record.info, listed)
+        capabilities = self._capabilities(record)
         return ProfiledModel(
             client=RetryingClient(self._model_client, record, self._retry_policy),
             price=None if price is None else price.price,
@@ -395,6 +401,9 @@ class JobRunner:
             max_output_tokens=capabilities.max_output_tokens,
             keep_texts=self._settings.profile.keep_answers,
         )
+
+    def _capabilities(self, record: ModelRecord) -> Capabilities:
+        return capabilities_of(record.info, bundled_price_map().find(str(record.litellm_params["model"])))
 
     def _grader_client(self, name: str) -> tuple[RetryingClient, Price | None]:
         """Return client and price of a judge: a registered model, or one that litellm knows by name.

@@ -5,12 +5,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from router_core.errors import InvalidValidationSet
 from router_core.types import Assignment, Doubles, Indices
 from router_core.validation.graders import Grader
+
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,14 +22,27 @@ class ValidationPrompt:
 
     id: str
     family: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Message, ...]
+    """In OpenAI's form. The content of a turn with tool calls may be None; that of the user is a text."""
     grader: Grader
     max_tokens: int
     level: int | None = None
     """1 easy, 2 medium, 3 hard; None if not stated."""
     language: str = "en"
     reference: str | None = field(default=None, repr=False)
-    """An answer with full marks. Never sent to a model."""
+    """An answer with full marks, tool calls in the form of `write_reply`. Never sent to a model."""
+    tools: tuple[Mapping[str, object], ...] = ()
+    """What the model may call, in OpenAI's form. Models that are known to call no tools are not asked such prompts."""
+    tool_choice: str | Mapping[str, object] | None = None
+
+    @property
+    def request(self) -> dict[str, object]:
+        """Return the members of a chat request that the prompt fixes."""
+        return {"messages": [dict(message) for message in self.messages], **self._tool_fields()}
+
+    def _tool_fields(self) -> dict[str, object]:
+        fields = {"tools": [dict(tool) for tool in self.tools] or None, "tool_choice": self.tool_choice}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @property
     def text(self) -> str:
@@ -39,7 +55,7 @@ class ValidationPrompt:
         content: dict[str, object] = {"prompt": self.text} if single else {"messages": [dict(m) for m in self.messages]}
         record = {"id": self.id, "family": self.family, **content, "grader": self.grader.to_json()}
         record |= {"max_tokens": self.max_tokens, "level": self.level, "language": self.language}
-        record |= {"reference": self.reference}
+        record |= {"reference": self.reference, **self._tool_fields()}
         return {key: value for key, value in record.items() if value is not None}
 
 

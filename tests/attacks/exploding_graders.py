@@ -9,17 +9,21 @@ from router_core.validation.graders import (
     ChoiceGrader,
     ContainsGrader,
     ExactGrader,
+    ExpectedCall,
     Grader,
     JsonSchemaGrader,
     JudgeGrader,
+    NoToolCallGrader,
     NumericGrader,
     PythonGrader,
     RegexGrader,
     SequenceGrader,
     SqlGrader,
     Terms,
+    ToolCallsGrader,
     WritingGrader,
 )
+from router_core.validation.graders.answers import ToolCall, write_reply
 from tests.support.linear_time import read_all
 
 TREE = {"properties": {"a": {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}}, "items": {"$ref": "#"}, "uniqueItems": True}
@@ -36,7 +40,9 @@ GRADERS: tuple[Grader, ...] = (
     JsonSchemaGrader(TREE),
     SqlGrader(ROWS, "SELECT a FROM t"),
     PythonGrader("f", ("n",), ("recursion",)),
+    NoToolCallGrader(NumericGrader(42.0)),
 )
+CALLS = ToolCallsGrader((ExpectedCall("f", {"a": ["x"]}),) * 16)
 JUDGE = JudgeGrader("Is it right?")
 
 
@@ -44,6 +50,8 @@ def readers() -> dict[str, Callable[[str], object]]:
     found: dict[str, Callable[[str], object]] = {
         f"{place} {grader.type}": grader.grade for place, grader in enumerate(GRADERS)
     }
+    found["calls"] = lambda text: CALLS.grade("\n".join([f"[tool call] {text}"] * 16))
+    found["arguments"] = lambda text: CALLS.grade(write_reply(text, [ToolCall.received(text, text)] * 16))
     return {**found, "judge": JUDGE.parse, "to the judge": lambda text: JUDGE.messages(text, text)}
 
 

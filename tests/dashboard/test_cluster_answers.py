@@ -10,6 +10,7 @@ import pytest
 
 from proxy.dashboard.answers import MAX_EXPECTED_CHARS, MAX_PAGE_CHARS, shown_prompts
 from proxy.profiling.job_store import MAX_TEXT_CHARS, AnswerText, PromptAnswer
+from router_core.validation.families.registry import builtin_validation_set
 from router_core.validation.graders import ExactGrader, JudgeGrader, NumericGrader
 from router_core.validation.validation_set import ValidationPrompt
 from tests.dashboard.site import Site
@@ -44,7 +45,8 @@ def page_with(site: Site, prompt: str, key: str | None = None) -> str:
 
 def answers_on(page: str, prompt: str) -> str:
     """Return the part of a page that belongs to one prompt."""
-    row = page[page.index(f"<pre>{html.escape(prompt, quote=False)[:20]}") :]
+    start = html.escape(prompt[:20], quote=False).replace('"', "&#34;").replace("'", "&#39;")
+    row = page[page.index(f"<pre>{start}") :]
     return row[: row.index("</tr>")]
 
 
@@ -92,6 +94,18 @@ def test_what_the_grader_looks_for_is_written_one_field_a_line() -> None:
         ("judge", "rubric: Is it kind?\nSay why."),
     ]
     assert len(prompts[2].expected) == MAX_EXPECTED_CHARS + 1
+
+
+def test_a_prompt_with_tools_is_shown_with_them_and_its_later_turns() -> None:
+    prompt = next(each for each in builtin_validation_set() if each.family == "tool_errors")
+    (shown, plain) = shown_prompts([(prompt, 1.0), a_prompt()], {})
+    tools, system, called, result = shown.context.split("\n")
+
+    assert tools == "tools: reserve_room"
+    assert system.startswith("system: You finish")
+    assert called.startswith('called: reserve_room {"room": ')
+    assert result.startswith('tool: {"error": {"code": "E31"')
+    assert plain.context == ""
 
 
 def test_an_answer_without_text_or_without_a_grade_says_so() -> None:

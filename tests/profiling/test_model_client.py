@@ -9,7 +9,7 @@ from proxy.profiling.model_client import MAX_GRADED_CHARS, ModelCallError, Upstr
 from proxy.storage.records import ModelRecord
 from tests.support.makers import a_record
 
-ASK = [{"role": "user", "content": "hi"}]
+ASK = {"messages": [{"role": "user", "content": "hi"}]}
 
 
 class Failing:

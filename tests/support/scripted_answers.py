@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from router_core.validation.graders.answers import read_reply
+
 Json = dict[str, Any]
 # The newest user text → the answer.
 # A message of Anthropic's API.
@@ -70,10 +72,27 @@ def newest_user_text(body: Mapping[str, Any]) -> str:
     return ""
 
 
+def message_of(words: str, body: Mapping[str, Any]) -> Json:
+    """Return the message of a model that says these words, and calls tools where they are written calls of it."""
+    text, calls = read_reply(words)
+    if not calls or not body.get("tools"):
+        return {"role": "assistant", "content": words}
+    made = [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
+        }
+        for number, call in enumerate(calls)
+    ]
+    return {"role": "assistant", "content": text or None, "tool_calls": made}
+
+
 def completion(body: Mapping[str, Any], step: Step, words: str) -> Json:
-    message = step.message or {"role": "assistant", "content": words}
+    message = step.message or message_of(words, body)
+    ended = "tool_calls" if step.message is None and "tool_calls" in message else step.finish_reason
     choices = [
-        {"index": index, "message": message, "finish_reason": step.finish_reason, "logprobs": _logprobs(body)}
+        {"index": index, "message": message, "finish_reason": ended, "logprobs": _logprobs(body)}
         for index in range(int(body.get("n") or 1))
     ]
     return {

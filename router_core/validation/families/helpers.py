@@ -6,8 +6,10 @@ from itertools import cycle
 from random import Random
 from typing import TypeVar
 
+from router_core.documents import JsonObject
 from router_core.validation.families.tables import Question, read_questions
 from router_core.validation.graders import ChoiceGrader, Grader
+from router_core.validation.validation_set import Message
 
 # Token limit for answers of a word or a line, with room for an explanation first.
 SHORT = 256
@@ -29,6 +31,9 @@ class Draft:
     max_tokens: int = SHORT
     language: str = "en"
     system: str | None = None
+    tools: tuple[JsonObject, ...] = ()
+    turns: tuple[Message, ...] = ()
+    """What follows the user's text: earlier calls of the model, and their results."""
 
 
 Row = TypeVar("Row")

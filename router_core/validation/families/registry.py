@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from random import Random
@@ -26,6 +27,14 @@ from router_core.validation.families import (
     sql_queries,
     strings,
     summaries,
+    tool_abstention,
+    tool_arguments,
+    tool_errors,
+    tool_nesting,
+    tool_parallel,
+    tool_results,
+    tool_selection,
+    tool_steps,
     translation,
     units_dates,
     word_lists,
@@ -61,6 +70,14 @@ SECTIONS: tuple[Section, ...] = (
     *languages.SECTIONS,
     *knowledge.SECTIONS,
     *accounting.SECTIONS,
+    *tool_selection.SECTIONS,
+    *tool_arguments.SECTIONS,
+    *tool_nesting.SECTIONS,
+    *tool_parallel.SECTIONS,
+    *tool_abstention.SECTIONS,
+    *tool_results.SECTIONS,
+    *tool_errors.SECTIONS,
+    *tool_steps.SECTIONS,
 )
 
 _MAX_TRIES = 400
@@ -95,15 +112,19 @@ def is_fair(draft: Draft) -> bool:
 
 
 def _prompt(family: str, draft: Draft) -> ValidationPrompt:
-    digest = hashlib.sha256(f"{draft.system}\n{draft.text}".encode()).hexdigest()[:8]
+    content = f"{draft.system}\n{draft.text}"
+    if draft.tools:
+        content += f"\n{json.dumps([draft.tools, draft.turns])}"
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     system = ({"role": "system", "content": draft.system},) if draft.system else ()
     return ValidationPrompt(
         id=f"{family}-{digest}",
         family=family,
-        messages=(*system, {"role": "user", "content": draft.text}),
+        messages=(*system, {"role": "user", "content": draft.text}, *draft.turns),
         grader=draft.grader,
         max_tokens=draft.max_tokens,
         level=draft.level,
         language=draft.language,
         reference=draft.reference,
+        tools=draft.tools,
     )

@@ -1,4 +1,4 @@
-"""Graders, which score the text of an answer, and the table from a `type` to its class. None calls a model."""
+"""Graders, which score an answer, and the table from a `type` to its class. None calls a model."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from router_core.validation.graders.text import (
     Terms,
     WritingGrader,
 )
+from router_core.validation.graders.tool_calls import ExpectedCall, NoToolCallGrader, ToolCallsGrader
 
 __all__ = [
     "GRADER_TYPES",
@@ -25,15 +26,18 @@ __all__ = [
     "ChoiceGrader",
     "ContainsGrader",
     "ExactGrader",
+    "ExpectedCall",
     "Grader",
     "JsonSchemaGrader",
     "JudgeGrader",
+    "NoToolCallGrader",
     "NumericGrader",
     "PythonGrader",
     "RegexGrader",
     "SequenceGrader",
     "SqlGrader",
     "Terms",
+    "ToolCallsGrader",
     "WritingGrader",
     "parse_grader",
 ]
@@ -44,11 +48,13 @@ GRADER_TYPES: Mapping[str, Callable[[JsonObject], Grader]] = {
     ExactGrader.type: ExactGrader.from_json,
     JsonSchemaGrader.type: JsonSchemaGrader.from_json,
     JudgeGrader.type: JudgeGrader.from_json,
+    NoToolCallGrader.type: lambda spec: NoToolCallGrader.from_json(spec, parse_grader),
     NumericGrader.type: NumericGrader.from_json,
     PythonGrader.type: PythonGrader.from_json,
     RegexGrader.type: RegexGrader.from_json,
     SequenceGrader.type: SequenceGrader.from_json,
     SqlGrader.type: SqlGrader.from_json,
+    ToolCallsGrader.type: ToolCallsGrader.from_json,
     WritingGrader.type: WritingGrader.from_json,
 }
 

@@ -1,16 +1,87 @@
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from router_core.documents import parse_json
 from router_core.text import normalize
 
 # Longer answers are cut before grading, so that no answer can make a grader slow.
 MAX_ANSWER_CHARS = 20_000
 
 
+# A reply begins with its tool calls, one a line, each after this mark: `[tool call] {"name": …, "arguments": …}`.
+_CALL = "[tool call] "
+
+MAX_CALLS = 32
+
+MAX_ARGUMENT_CHARS = 10_000
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that a model made."""
+
+    name: str
+    arguments: object
+    """The JSON object, or what was sent where that is none."""
+
+    @classmethod
+    def received(cls, name: object, arguments: object) -> ToolCall:
+        """Read the members of a call as a provider sends them. Without arguments it has an empty object."""
+        if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+            arguments = {}
+        return cls(name[:MAX_ARGUMENT_CHARS] if isinstance(name, str) else "", _parsed(arguments))
+
+
+def _parsed(arguments: object) -> object:
+    """Return the object that the arguments are or that their text states, else their text."""
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    text = text[:MAX_ARGUMENT_CHARS]
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def write_reply(text: str, calls: Iterable[ToolCall] = ()) -> str:
+    """Write text and tool calls as one readable text, which `read_reply` reads.
+
+    The calls come first, so that no cut of a long text loses them. A text cannot pass for calls.
+    """
+    lines = [_CALL + json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False) for call in calls]
+    if not lines:
+        return f"\n{text}" if text.startswith(_CALL) else text
+    return "\n".join([*lines[:MAX_CALLS], f"\n{text}"] if text else lines[:MAX_CALLS])
+
+
+def read_reply(reply: str) -> tuple[str, list[ToolCall]]:
+    """Return the text of a reply and its tool calls. A call that cannot be read has no name."""
+    calls: list[ToolCall] = []
+    while len(calls) < MAX_CALLS and reply.startswith(_CALL):
+        line, _, reply = reply.partition("\n")
+        calls.append(_read_call(line.removeprefix(_CALL)))
+    return (reply.removeprefix("\n") if calls else reply), calls
+
+
+def _read_call(line: str) -> ToolCall:
+    try:
+        call = parse_json(line)
+    except ValueError:
+        call = None
+    name = call.get("name") if isinstance(call, dict) else None
+    return ToolCall(name, call.get("arguments")) if isinstance(name, str) else ToolCall("", line)
+
+
 class Grader(Protocol):
-    """Turns the text of an answer into a score in [0, 1]; NaN if only a model could tell (JudgeGrader)."""
+    """Turns a reply into a score in [0, 1]; NaN if only a model could tell (JudgeGrader).
+
+    A reply is a text, after its tool calls if it has any (`write_reply`). Graders of texts leave the calls out.
+    """
 
     type: ClassVar[str]
 
@@ -47,8 +118,8 @@ _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 
 
 def strip_thinking(answer: str) -> str:
-    """Return the reply without its thinking. If a thought never ends, only what comes before it is left."""
-    text = answer[:MAX_ANSWER_CHARS].replace("\r\n", "\n")
+    """Return the reply's text without its thinking. If a thought never ends, only what comes before it is left."""
+    text = read_reply(answer[:MAX_ANSWER_CHARS])[0].replace("\r\n", "\n")
     for mark in _THINK_ENDS:
         text = text.rpartition(mark)[2]
     for mark in _THINK_STARTS:

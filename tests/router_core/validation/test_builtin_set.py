@@ -19,6 +19,7 @@ EXPECTED_FAMILIES = """
     arithmetic word_problems mathematics units dates logic code_output code_writing debugging sql json_extraction
     formatting strings reading summaries writing chat classification translation chinese spanish other_languages
     general_facts commonsense science medicine law_and_politics history
+    tool_selection tool_arguments tool_nesting tool_parallel tool_abstention tool_results tool_errors tool_steps
 """
 REPLIES_WITHOUT_AN_ANSWER = (
     "", " \n", "I don't know.", "I don't know", "As an AI language model, I cannot help with that.", "No lo sé.", "...",

@@ -34,6 +34,16 @@ SPECS: list[dict[str, Any]] = [
     {"type": "sql", "setup": "CREATE TABLE t (a); INSERT INTO t VALUES (1);", "query": "SELECT a FROM t"},
     {"type": "python", "function": "f", "arguments": ["a"], "uses": ["loop"]},
     {"type": "judge", "rubric": "Be kind.", "model": "big"},
+    {
+        "type": "tool_calls",
+        "calls": [
+            {"name": "f", "arguments": {"a": [1, {"b": None}]}, "alternatives": {"a": [2]}, "optional": {"c": ["x"]}},
+            {"name": "g", "arguments": {}},
+        ],
+        "tolerance": 0.5,
+        "case_sensitive": True,
+    },
+    {"type": "no_tool_call", "answer": {"type": "numeric", "answer": 4}},
 ]
 
 

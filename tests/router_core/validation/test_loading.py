@@ -38,6 +38,69 @@ def test_messages_may_hold_a_system_prompt_and_earlier_turns(tmp_path: Path) -> 
     assert prompt.text == "a\nc"
 
 
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+ASKED = {"role": "user", "content": "a"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call00001", "content": "{}"}
+
+
+def test_a_prompt_may_offer_tools_and_hold_calls_and_their_results(tmp_path: Path) -> None:
+    turns = [ASKED, CALLED, RESULT]
+    line = a_line(prompt=None, messages=turns, tools=[TOOL], tool_choice="required", family="t")
+    (prompt,) = load_validation_set(a_file(tmp_path, line))
+    assert prompt.request == {"messages": turns, "tools": [TOOL], "tool_choice": "required"}
+    assert prompt.to_json()["messages"] == turns
+    assert prompt.text == "a"
+
+
+def test_a_prompt_without_tools_is_sent_and_written_as_before(tmp_path: Path) -> None:
+    (prompt,) = load_validation_set(a_file(tmp_path, a_line()))
+    assert list(prompt.request) == ["messages"]
+    assert list(prompt.to_json()) == ["id", "family", "prompt", "grader", "max_tokens", "language"]
+
+
+def with_turns(*turns: Any, **more: Any) -> str:
+    return a_line(prompt=None, messages=list(turns), tools=[TOOL], **more)
+
+
+def a_call(**changes: Any) -> dict[str, Any]:
+    return {**CALLED, "tool_calls": [{**CALL, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (a_line(tools=[]), "'tools' must be a list of 1 to 128"),
+        (a_line(tools=["f"]), r"'tools\[0\]' must be an object"),
+        (a_line(tools=[{"type": "custom", "function": {}}]), r"'tools\[0\].type' must be 'function'"),
+        (a_line(tools=[{"type": "function", "name": "f"}]), r"unknown field 'tools\[0\].name'"),
+        (a_line(tools=[{"type": "function", "function": {"name": "a b"}}]), "1 to 64 letters"),
+        (a_line(tools=[{"type": "function", "function": {"name": "f", "parameters": 1}}]), "must be a JSON object"),
+        (a_line(tools=[TOOL, TOOL]), "'tools' has 'f' twice"),
+        (a_line(tool_choice="auto"), "'tool_choice' must be one of auto, none, required"),
+        (a_line(tools=[TOOL], tool_choice="f"), "'tool_choice' must be one of"),
+        (a_line(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "'tool_choice' must be"),
+        (a_line(grader={"type": "tool_calls", "calls": [{"name": "g"}]}, tools=[TOOL]), "'tools' has no tool 'g'"),
+        (a_line(prompt=None, messages=[ASKED, CALLED, RESULT]), "'tools' has no tool 'f'"),
+        (with_turns(ASKED, CALLED), "end with a user turn or a tool's result"),
+        (with_turns(ASKED, CALLED, ASKED), "no result of the tool call 'call00001'"),
+        (with_turns(ASKED, CALLED, RESULT, RESULT), r"'messages\[3\].tool_call_id' must be the id of a call"),
+        (with_turns(ASKED, RESULT), r"'messages\[1\].tool_call_id' must be the id of a call"),
+        (with_turns(ASKED, CALLED, {"role": "tool", "content": "a"}), r"'messages\[2\].tool_call_id' is missing"),
+        (with_turns({**ASKED, "tool_calls": []}), r"unknown field 'messages\[0\].tool_calls'"),
+        (with_turns({**CALLED, "tool_calls": []}, ASKED), r"'messages\[0\].tool_calls' must be a list of calls"),
+        (with_turns({**CALLED, "tool_calls": ["f"]}, ASKED), r"tool_calls\[0\]' must be an object"),
+        (with_turns(a_call(id=7), ASKED), r"tool_calls\[0\].id' must be a string"),
+        (with_turns(a_call(function={"name": "f", "arguments": "[1]"}), ASKED), "the text of a JSON object"),
+        (with_turns(a_call(function={"name": "f", "arguments": "{"}), ASKED), "the text of a JSON object"),
+    ],
+)
+def test_tools_and_calls_that_a_provider_would_refuse_are_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(InvalidValidationSet, match=rf"mine\.jsonl, line 1: .*{message}"):
+        load_validation_set(a_file(tmp_path, line))
+
+
 def test_a_byte_order_mark_windows_line_ends_and_odd_separators_are_read(tmp_path: Path) -> None:
     line = a_line(prompt="a\u2028b").encode()
     raw = json.dumps({**GOOD, "prompt": "x\u2028y"}, ensure_ascii=False).encode()
@@ -98,7 +161,7 @@ def test_a_byte_order_mark_windows_line_ends_and_odd_separators_are_read(tmp_pat
         (a_line(messages=[{"role": "user", "content": "a"}]), "not both"),
         (a_line(prompt=None, messages=[]), "'messages' must be a list such as"),
         (a_line(prompt=None, messages=["a"]), r"'messages\[0\]' must be an object"),
-        (a_line(prompt=None, messages=[{"role": "tool", "content": "a"}]), r"'messages\[0\].role' must be one of"),
+        (a_line(prompt=None, messages=[{"role": "robot", "content": "a"}]), r"'messages\[0\].role' must be one of"),
         (
             a_line(prompt=None, messages=[{"role": "user", "content": None}]),
             r"'messages\[0\].content' must be a string",
