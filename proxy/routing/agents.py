@@ -226,7 +226,10 @@ class HousekeepingRequest:
     """A text that stands behind the mark."""
 
 
-_TITLE, _SUMMARY, _COMPACTION, _LABEL = "title", "summary", "compaction", "label"
+_TITLE, _SUMMARY, _LABEL = "title", "summary", "label"
+
+# A summary that takes the place of the conversation: what it leaves out is lost.
+COMPACTION = "compaction"
 
 _CONVERSATION_NAME = "Generate a short kebab-case name (2-4 words) that captures the main topic of this conversation."
 _DETAILED_SUMMARY = "Your task is to create a detailed summary of "
@@ -240,16 +243,16 @@ _ROWS: tuple[tuple[str, str, Place, str] | tuple[str, str, Place, str, str], ...
     (CLAUDE_CODE, _TITLE, "user", "You are coming up with a succinct title and git branch name for a"),
     (CLAUDE_CODE, "topic", "system", "Analyze if this message indicates a new conversation topic."),
     (CLAUDE_CODE, "suggestion", "turn", "[SUGGESTION MODE: Suggest what the user might naturally type next"),
-    (CLAUDE_CODE, _COMPACTION, "turn", "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.", _DETAILED_SUMMARY),
-    (CLAUDE_CODE, _COMPACTION, "turn", _DETAILED_SUMMARY),
+    (CLAUDE_CODE, COMPACTION, "turn", "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.", _DETAILED_SUMMARY),
+    (CLAUDE_CODE, COMPACTION, "turn", _DETAILED_SUMMARY),
     (CLAUDE_CODE, _SUMMARY, "turn", "The user stepped away and is coming back. Recap in under 40 words"),
     (CLAUDE_CODE, _LABEL, "turn", "Describe your most recent action in 3-5 words using present tense (-ing)."),
     (CLAUDE_CODE, _LABEL, "system", "Write a short summary label describing what these tool calls accomplished."),
     (CLAUDE_CODE, _LABEL, "system", "Extract any file paths that this command reads or modifies."),
     *((CLAUDE_CODE, "probe", "probe", text) for text in ("quota", "test", ".")),
-    (CODEX, _COMPACTION, "turn", "You are performing a CONTEXT CHECKPOINT COMPACTION. Create a handoff summary"),
+    (CODEX, COMPACTION, "turn", "You are performing a CONTEXT CHECKPOINT COMPACTION. Create a handoff summary"),
     (OPENCODE, _TITLE, "system", "You are a title generator. You output ONLY a thread title. Nothing else."),
-    (OPENCODE, _COMPACTION, "system", "You are a context summarization agent. You are given a conversation between"),
+    (OPENCODE, COMPACTION, "system", "You are a context summarization agent. You are given a conversation between"),
     (OPENCODE, _SUMMARY, "system", "Summarize what was done in this conversation. Write like a pull request"),
     (AIDER, _LABEL, "system", "You are an expert software engineer that generates concise, one-line Git commit"),
     (AIDER, _SUMMARY, "system", "*Briefly* summarize this partial conversation about programming."),
@@ -259,14 +262,14 @@ _ROWS: tuple[tuple[str, str, Place, str] | tuple[str, str, Place, str, str], ...
     (QWEN, "next speaker", "turn", "Analyze *only* the content and structure of your immediately preceding response"),
     (
         QWEN,
-        _COMPACTION,
+        COMPACTION,
         "system",
         "You are the component that summarizes internal chat history into a given",
     ),
     (QWEN, _SUMMARY, "system", "You generate session recaps for a programming assistant CLI."),
-    (CLINE, _COMPACTION, "turn", '<explicit_instructions type="summarize_task">'),
-    (CLINE, _COMPACTION, "turn", "Summarize the conversation so far, as described in the prompt instructions."),
-    (CLINE, _COMPACTION, "system", _DETAILED_SUMMARY),
+    (CLINE, COMPACTION, "turn", '<explicit_instructions type="summarize_task">'),
+    (CLINE, COMPACTION, "turn", "Summarize the conversation so far, as described in the prompt instructions."),
+    (CLINE, COMPACTION, "system", _DETAILED_SUMMARY),
     (OPEN_WEBUI, _TITLE, "user", "### Task:\nGenerate a concise, 3-5 word title", "<chat_history>"),
     (OPEN_WEBUI, _LABEL, "user", "### Task:\nGenerate 1-3 broad tags categorizing", "<chat_history>"),
     (OPEN_WEBUI, "suggestion", "user", "### Task:\nSuggest 3-5 relevant follow-up questions", "<chat_history>"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.agents import find_housekeeping
+from proxy.routing.agents import COMPACTION, find_housekeeping
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
@@ -41,6 +41,8 @@ class ChatRequest:
     """The client speaks another API: its token limit is a cap, and what a model may lack is left out for it."""
     housekeeping: bool = False
     """The client asks for itself, for a title or a summary."""
+    compaction: bool = False
+    """It asks for the summary that takes the place of the conversation."""
 
 
 def parse_chat(raw: bytes, headers: Sequence[tuple[str, str]]) -> ChatRequest:
@@ -82,6 +84,7 @@ def read_chat(
     if set(map(type, body["messages"])) != {dict}:
         raise BadRequest("every item of `messages` must be an object with `role` and `content`", param="messages")
     has_own_fields = not OWN_FIELDS.isdisjoint(body)
+    found = find_housekeeping(body)
     return ChatRequest(
         body=without_own_fields(body) if has_own_fields else body,
         model=model,
@@ -91,7 +94,8 @@ def read_chat(
         raw=None if has_own_fields else raw,
         contents=contents,
         translated=translated,
-        housekeeping=find_housekeeping(body) is not None,
+        housekeeping=found is not None,
+        compaction=found is not None and found.task == COMPACTION,
     )
 
 

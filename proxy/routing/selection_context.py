@@ -73,7 +73,8 @@ class SelectionContext:
         self.preset = terms.preset
         self.allowed = terms.allowed
         self.params = terms.params
-        self.is_housekeeping = request.housekeeping and terms.frees_housekeeping
+        # What a compaction leaves out is lost for the rest of the run: a cheap one would be dear.
+        self.is_housekeeping = request.housekeeping and not request.compaction and terms.frees_housekeeping
         self.requirements = self._requirements()
 
     def _terms(self) -> SelectionTerms:

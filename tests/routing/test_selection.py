@@ -150,6 +150,12 @@ async def test_housekeeping_goes_to_the_cheapest_model_whatever_the_default_is()
     assert selection_to_json(kept)["reason"] == "housekeeping"
 
 
+async def test_a_compaction_is_routed_as_any_request() -> None:
+    choice = await chosen(settings={"lambda": 0}, housekeeping=True, compaction=True)
+
+    assert (choice.model, choice.reason) == ("dear", "scored")
+
+
 async def test_the_text_of_housekeeping_is_not_assessed() -> None:
     choice = await chosen(text="broken", housekeeping=True)
 

@@ -76,10 +76,13 @@ async def chosen(
     explain: bool = False,
     body: dict[str, Any] | None = None,
     housekeeping: bool = False,
+    compaction: bool = False,
     **options: Any,
 ) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
-    request = ChatRequest(content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping)
+    request = ChatRequest(
+        content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping, compaction=compaction
+    )
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
     ctx = SelectionContext("dec-1", request, key, state or a_state(), found)
     return await select_model(ctx, assigner or ClusterAssigner(Corners(), 1.0), explain=explain)
