@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tests.bench.code_figures import requests_walked
 
-# Without compiled kernels; with them a routed request enters one less.
-MAX_FILES = {"named model": 42, "routed": 52, "routed stream": 54, "routed stream, limited key": 59}
+# Two more than were seen: some are entered only now and then, and without compiled kernels one more.
+MAX_FILES = {"named model": 45, "routed": 54, "routed stream": 56, "routed stream, limited key": 61}
 
 
 def test_a_chat_request_enters_few_files(embedder_cache: Path) -> None:

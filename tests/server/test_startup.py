@@ -17,7 +17,7 @@ import yaml
 
 from tests.support.command import ADMIN_KEY, environment
 from tests.support.ports import free_port
-from tests.support.processes import store_answers
+from tests.support.processes import open_files, store_answers
 from tests.support.program import ROOT
 from tests.support.valkey import ValkeyServer
 from tests.support.waiting import wait_until
@@ -142,13 +142,9 @@ def test_a_starting_server_reports_progress_refuses_requests_and_stops_when_aske
 def test_a_profiling_worker_stops_when_asked_while_it_starts(tmp_path: Path) -> None:
     with distilling_elsewhere(tmp_path / "data"), starting(tmp_path, "proxy.cli", "worker") as worker:
         lock = tmp_path / "data" / ".static-1.lock"
-        assert wait_until(lambda: opened_by(worker.process.pid, lock)), worker.log
+        assert wait_until(lambda: str(lock.resolve()) in open_files(worker.process.pid)), worker.log
         assert worker.end(signal.SIGINT) == 0
         assert quiet(worker.log), worker.log
-
-
-def opened_by(pid: int, path: Path) -> bool:
-    return str(path) in {os.path.realpath(file) for file in Path(f"/proc/{pid}/fd").iterdir()}
 
 
 def test_uvicorn_with_the_app_factory_listens_at_once_too(tmp_path: Path) -> None:

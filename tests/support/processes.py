@@ -60,10 +60,11 @@ def owners_of(response: httpx.Response, pids: Sequence[int]) -> list[int]:
     client_port = response.extensions["network_stream"].get_extra_info("client_addr")[1]
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     sockets = {f"socket:[{row[9]}]" for row in rows if int(row[2].split(":")[1], 16) == client_port}
-    return [pid for pid in pids if sockets & _open_files(pid)]
+    return [pid for pid in pids if sockets & open_files(pid)]
 
 
-def _open_files(pid: int) -> set[str]:
+def open_files(pid: int) -> set[str]:
+    """Return the paths of what a process has open, and the names of its sockets."""
     found = set()
     for file in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
