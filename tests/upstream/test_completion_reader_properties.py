@@ -160,12 +160,16 @@ def an_error(reported: Any, *, status: int) -> UpstreamError:
         reported = reported.decode("utf-8", "replace")
     inner = reported.get("error", reported) if isinstance(reported, dict) else reported
     status = inner.get("code", status) if isinstance(inner, dict) else status
-    body = (
-        reported
-        if isinstance(reported, dict) and (reported.get("error") or reported.get("object") == "error")
-        else {"error": reported}
-    )
+    body = reported if isinstance(reported, dict) and says_that_it_failed(reported) else {"error": reported}
     return UpstreamError("the model reported an error within its stream", status=status, body=body)
+
+
+def says_that_it_failed(reported: dict[str, Any]) -> bool:
+    return bool(reported.get("error") or reported.get("object") == "error" or ends_in_an_error(reported.get("choices")))
+
+
+def ends_in_an_error(choices: Any) -> bool:
+    return any(isinstance(choice, dict) and choice.get("finish_reason") == "error" for choice in as_list(choices))
 
 
 def a_chunk(data: bytes) -> Any:
@@ -178,7 +182,7 @@ def a_chunk(data: bytes) -> Any:
     if chunk.get("error") or chunk.get("object") == "error":
         raise an_error(chunk, status=502)
     choices = chunk["choices"] = [] if chunk.get("choices") is None else chunk["choices"]
-    if any(isinstance(choice, dict) and choice.get("finish_reason") == "error" for choice in as_list(choices)):
+    if ends_in_an_error(choices):
         raise an_error({"error": {"message": "the model's answer ended with finish_reason 'error'"}}, status=502)
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamError("the model sent a chunk whose `choices` are not a list of objects")
@@ -233,6 +237,7 @@ def nan_as_null(chunks: list[Any]) -> list[Any]:
 @settings(max_examples=300, deadline=None)
 @example(b'data: {"model":"m","choices":\ndata: []}\n\ndata: {"model":"m","choices":\rdata:[]}\n\n', None)
 @example(b'data: {"choices":[{"index":0}]}\ndata: {"choices":[{"finish_reason":"stop"}]}\ndata: [DONE]\n', None)
+@example(b'event: error\ndata: {"choices":[{"delta":{},"finish_reason":"error"}]}\n\n', None)
 def test_a_stream_is_read_as_the_reference_reads_it(raw: bytes, data: st.DataObject | None) -> None:
     parts = [raw] if data is None else data.draw(pieces(raw))
     chunks, failure = spelled_out(raw)
