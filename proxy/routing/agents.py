@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from proxy.routing.token_limits import LIMITS
 from router_core.types import frozen
 
 _TEXT_PARTS = ("text", "input_text")
@@ -293,8 +294,6 @@ _IN_SYSTEM, _IN_TURN = _by_head("system"), _by_head("user", "turn")
 
 _PROBES = {row.mark: row for row in HOUSEKEEPING if row.place == "probe"}
 
-_LIMITS = ("max_tokens", "max_completion_tokens")
-
 
 def find_housekeeping(body: Mapping[str, Any]) -> HousekeepingRequest | None:
     """Return which request of its own a client sends; None: it asks for its user.
@@ -311,7 +310,7 @@ def find_housekeeping(body: Mapping[str, Any]) -> HousekeepingRequest | None:
                 return found
         if len(messages) == 1:
             probe = _PROBES.get(text) if type(text) is str else None
-            return probe if probe is not None and any(body.get(name) == 1 for name in _LIMITS) else None
+            return probe if probe is not None and any(body.get(name) == 1 for name in LIMITS) else None
     if first.get("role") in ("system", "developer") and not body.get("tools"):
         text = first.get("content")
         for each in (text,) if type(text) is str else texts_of(text):

@@ -18,11 +18,10 @@ from proxy.upstream.chunk_reader import ChunkSource, is_finished
 from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion, simple_text
+from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
-from router_core.text import text_bytes
 
 Answer = TypeVar("Answer")
 
@@ -200,12 +199,9 @@ class AttemptRunner:
         attempt.succeeded()
         if record.trace is not None:
             record.trace.observe(answer)
-        body = answer.body
-        text = simple_text(body)
-        record.add_output(content_bytes(body) if text is None else text_bytes(text))
-        record.set_usage(body)
-        if text is None:  # text leaves no fingerprint
-            record.affinity.observe_completion(body, model.name)
+        record.add_output(content_bytes(answer.body))
+        record.set_usage(answer.body)
+        record.affinity.observe_completion(answer.body, model.name)
         return answer
 
     async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:

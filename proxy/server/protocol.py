@@ -211,10 +211,7 @@ class HTTPExchange(Exchange):
             return False
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._head is None:
-            self._transport.write(data)
-        else:
-            self._write(data)
+        self._write(data)
         return True
 
     async def end(self, data: bytes = b"") -> None:

@@ -269,9 +269,10 @@ _PLAIN_REPORT = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"}
 def _read_plain(usage: Mapping[str, Any]) -> TokenCounts | None:
     """Read a report of these three alone, quickly; None: they are no whole numbers above 0, or do not add up."""
     prompt, output, total = usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]
-    if type(prompt) is int and type(output) is int and prompt + output == total and min(prompt, output) > 0:
-        return TokenCounts(prompt_tokens=prompt, output_tokens=output) if max(prompt, output) < MAX_TOKENS else None
-    return None
+    if type(prompt) is not int or type(output) is not int or prompt + output != total:
+        return None
+    is_plain = 0 < prompt < MAX_TOKENS and 0 < output < MAX_TOKENS
+    return TokenCounts(prompt_tokens=prompt, output_tokens=output) if is_plain else None
 
 
 def _has_no_parts(found: Mapping[str, int]) -> bool:

@@ -256,12 +256,9 @@ class CircuitBreaker:
         """
         if permit is not self._confirming and permit.epoch != self.epoch:
             return
-        if permit is self._probe:
-            self._probe = None
+        self.abandoned(permit)
         if not self.closed:
             if self.cooldown_s(now) > 0:
-                if permit is self._confirming:
-                    self._confirming = None
                 return
             self._close()
         self._confirming = None  # another success has confirmed it too

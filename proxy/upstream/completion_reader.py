@@ -64,8 +64,7 @@ class CompletionReader:
         # Whether it is decided that the body is JSON or events.
         self._decided = False
         self._events: ChunkReader | None = None
-        # Made with the first chunk.
-        self._builder: CompletionBuilder | None = None
+        self._builder = CompletionBuilder()
 
     @property
     def is_events(self) -> bool:
@@ -114,11 +113,6 @@ class CompletionReader:
         """Note that the connection broke, and return whether the answer was complete."""
         return self._events is not None and self._events.break_off()
 
-    @property
-    def is_small(self) -> bool:
-        """Return whether `completion` takes next to no time."""
-        return self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE
-
     def completion(self) -> JSONPayload:
         """Return the completion, once all of the body has come. Raises UpstreamError."""
         if self._events is not None:
@@ -131,7 +125,9 @@ class CompletionReader:
         return self._from_json(value, raw)
 
     async def completion_in_thread(self) -> JSONPayload:
-        """Return the completion as `completion` does. Parse it in a thread, so that others get a turn."""
+        """Return the completion as `completion` does. Parse a large one in a thread, so that others get a turn."""
+        if self._events is not None or self._bounds.values <= MAX_VALUES_AT_ONCE:
+            return self.completion()
         data = self._take_data()
         try:
             value, raw = await parse_in_thread(data)
@@ -164,13 +160,11 @@ class CompletionReader:
             self._add_chunks(events.close())
         if (error := events.final_error) is not None:
             raise error
-        builder = self._builder or CompletionBuilder()
-        return JSONPayload(builder.completion(), held=self._bounds.held)
+        return JSONPayload(self._builder.completion(), held=self._bounds.held)
 
     def _add_chunks(self, block: list[JSONPayload]) -> None:
-        builder = self._builder = self._builder or CompletionBuilder()
         for chunk in block:
-            builder.add(chunk.body)
+            self._builder.add(chunk.body)
 
 
 def check_completion(

@@ -72,13 +72,8 @@ class Attempt(Permit):
             self._health._change(self.model, self._breaker, self._breaker.first_content, self)
 
     def succeeded(self) -> None:
-        if not self._end():
-            return
-        breaker, now = self._breaker, self._health._clock()
-        if breaker.closed and breaker.epoch == self.epoch:  # which stays so
-            breaker.succeeded(self, now)
-        else:
-            self._health._change(self.model, breaker, breaker.succeeded, self)
+        if self._end():
+            self._health._change(self.model, self._breaker, self._breaker.succeeded, self)
 
     def failed(self, failure: UpstreamError) -> None:
         if failure.timed_out and self.is_cut_short:
@@ -155,7 +150,7 @@ class HealthRegistry:
             slots: of which a slot was acquired, to be released when the attempt ends.
             acquired_at: when it was.
         """
-        breaker = self._breakers.get(model) or self._make_breaker(model)
+        breaker = self._breaker(model)
         attempt = Attempt(self, model, breaker, slots, acquired_at)
         if model in self._open_breakers:
             breaker.start(attempt, self._clock())
@@ -165,7 +160,7 @@ class HealthRegistry:
         """Open a model's circuit, for no longer than the longest cooldown. Does nothing if `seconds` is not above 0."""
         if not seconds > 0:
             return
-        breaker = self._breakers.get(model) or self._make_breaker(model)
+        breaker = self._breaker(model)
         change = breaker.open_from_peer if from_peer else breaker.open
         self._change(model, breaker, change, seconds, why, from_peer=from_peer)
 
@@ -204,11 +199,13 @@ class HealthRegistry:
         """Return how often this process opened the circuit of each model that it has asked."""
         return {model: breaker.open_count for model, breaker in self._breakers.items()}
 
-    def _make_breaker(self, model: str) -> CircuitBreaker:
-        if len(self._breakers) >= MAX_MODELS:
-            closed = (name for name in self._breakers if name not in self._open_breakers)
-            self.reset(next(chain(closed, self._open_breakers)))
-        breaker = self._breakers[model] = CircuitBreaker(self.settings)
+    def _breaker(self, model: str) -> CircuitBreaker:
+        breaker = self._breakers.get(model)
+        if breaker is None:
+            if len(self._breakers) >= MAX_MODELS:
+                closed = (name for name in self._breakers if name not in self._open_breakers)
+                self.reset(next(chain(closed, self._open_breakers)))
+            breaker = self._breakers[model] = CircuitBreaker(self.settings)
         return breaker
 
     def _change(

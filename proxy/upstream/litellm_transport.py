@@ -209,7 +209,7 @@ class CapturedResponse:
             stream.close()
         if self._taken is not None:
             self._taken.close()
-        self.bounds.release()
+        self.bounds.held.release()
 
     def take(self, response: httpx.Response) -> None:
         """Take a response in OpenAI's format out of litellm's hands. Raises ResponseTaken."""

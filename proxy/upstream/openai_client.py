@@ -278,11 +278,13 @@ async def read_completion(
             await _read_body(response, name, reader)
         elif start:
             reader.feed(start)
-        return reader.completion() if reader.is_small else await reader.completion_in_thread()
+        return await reader.completion_in_thread()
 
 
-async def _read_tail(response: UpstreamResponse) -> bytes:
-    """Read what comes after the end of the answer. TimeoutError if nothing comes soon."""
+async def _read_next(response: UpstreamResponse, reader: BodyReader) -> bytes:
+    """Read the next piece. TimeoutError if the answer has finished and nothing more comes soon."""
+    if not reader.finished:
+        return await response.read()
     async with asyncio.timeout(MAX_TAIL_S):
         return await response.read()
 
@@ -294,10 +296,7 @@ async def _read_body(response: UpstreamResponse, name: str, reader: BodyReader) 
         UpstreamError: the body breaks off, or is larger than can be held.
     """
     try:
-        while not reader.done:
-            piece = await (_read_tail(response) if reader.finished else response.read())
-            if not piece:
-                break
+        while not reader.done and (piece := await _read_next(response, reader)):
             reader.feed(piece)
     except READ_ERRORS as error:
         if not reader.break_off():

@@ -107,12 +107,10 @@ class ConnectionPool:
             TimeoutError: it could not be opened in time.
             OSError, ProxyError: it cannot be opened.
         """
-        if (idle := self.acquire_idle(origin)) is not None:
-            return idle
         if not self._slots.acquire_nowait():
             await self._wait_for_slot(wait_s)
-            if (idle := self._pop_idle(origin)) is not None:
-                return idle
+        if (idle := self._pop_idle(origin)) is not None:
+            return idle
         try:
             while self._slots.taken + self._idle_count > self._max_open and self._idle_count:
                 self._close_oldest()
@@ -632,8 +630,6 @@ class HTTP11Connection(asyncio.Protocol):
         if self._bytes_since_body > MAX_HEAD_BYTES:
             self.close()
             self._fail(RemoteProtocolError("the answer goes on without saying anything"))
-        elif self._sink is not None:
-            self._deliver()
         else:
             self._wake()
 

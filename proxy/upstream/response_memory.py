@@ -88,31 +88,24 @@ class ResponseBounds:
 
     def __init__(self, memory: ResponseMemory, max_values: int = MAX_VALUES) -> None:
         """`max_values`: how many values one text may hold."""
-        # None: a small text holds nothing that is counted.
-        self.held: HeldMemory | None = None
+        self.held = HeldMemory(memory)
         self.memory = memory
         self._max_values = max_values
-        self._size = 0
-        self._uncounted: list[bytes] = []
-        self._counter: JSONSizeCounter | None = None
-
-    def release(self) -> None:
-        """Give the memory back."""
-        if self.held is not None:
-            self.held.release()
+        self.restart()
 
     def restart(self) -> None:
         """Begin another text, and give back the memory of the last."""
-        self.release()
+        self.held.release()
         self._size = 0
-        self._uncounted, self._counter = [], None
+        self._uncounted: list[bytes] = []
+        self._counter: JSONSizeCounter | None = None
 
     def __enter__(self) -> ResponseBounds:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            self.release()
+            self.held.release()
 
     @property
     def values(self) -> int:
@@ -125,7 +118,6 @@ class ResponseBounds:
         if self._size > self.memory.max_response_bytes:
             raise self.too_large()
         if self._size > SMALL_BYTES:
-            self.held = self.held or HeldMemory(self.memory)
             self.held.grow_to(self._size)
 
     def add(self, piece: bytes) -> None:

@@ -288,7 +288,7 @@ def test_each_line_is_limited_by_itself(cut: int) -> None:
     for start in range(0, len(text), step):
         bounds.add_lines(text[start : start + step])
 
-    assert bounds.held is None or bounds.held.size == 0
+    assert bounds.held.size == 0
     bounds.add_lines(b"y" * SMALL_BYTES)
     bounds.add_lines(b"y" * (SMALL_BYTES - 1))
     with pytest.raises(ResponseTooLarge):

@@ -17,9 +17,10 @@ import yaml
 
 from proxy.settings.model_config import ModelInfo
 from router_core.artifact import load_map
-from tests.bench.overhead.processes import free_port, started, until_it_answers
+from tests.bench.overhead.processes import started, until_it_answers
 from tests.support.client_apis import APIName
 from tests.support.command import ADMIN_KEY, environment
+from tests.support.ports import free_port
 from tests.support.program import ROOT
 from tests.support.proxy_process import model_entry, uniform_profile
 

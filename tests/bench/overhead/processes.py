@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,12 +60,6 @@ def core_busy_s(core: int) -> float:
             user, nice, system, _idle, _waiting, irq, soft, stolen = map(int, fields[:8])
             return (user + nice + system + irq + soft + stolen) / TICKS
     raise ValueError(f"there is no core {core}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        port: int = bound.getsockname()[1]
-        return port
 
 
 @contextmanager
