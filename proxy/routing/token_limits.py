@@ -100,18 +100,20 @@ class TokenLimits:
 
 def output_limit(body: Mapping[str, Any]) -> int | None:
     """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated."""
-    if _STATED.isdisjoint(body):
-        return None
-    limits = [_positive(body[name]) or 0 for name in LIMITS if name in body]
-    return (max(limits) or None) if limits else None
+    largest = 0
+    for name in LIMITS:
+        if (stated := body.get(name)) is not None and (limit := _positive(stated)) is not None and limit > largest:
+            largest = limit
+    return largest or None
 
 
 def requested_answers(body: Mapping[str, Any]) -> int:
     """Return how many answers OpenAI's fields ask for."""
-    if _STATED.isdisjoint(body):
-        return 1
-    counts = [_positive(body[name]) or 1 for name in COUNTS if name in body]
-    return min(max(counts), MAX_ANSWERS) if counts else 1
+    largest = 1
+    for name in COUNTS:
+        if (stated := body.get(name)) is not None:
+            largest = max(largest, _positive(stated) or 1)
+    return min(largest, MAX_ANSWERS)
 
 
 def check_token_limits(body: Mapping[str, Any]) -> None:
@@ -122,14 +124,17 @@ def check_token_limits(body: Mapping[str, Any]) -> None:
     """
     if _STATED.isdisjoint(body):
         return
-    stated = [(name, body[name]) for name in LIMITS if body.get(name) is not None]
-    for name, value in stated:
+    before: tuple[str, Any] | None = None
+    for name in LIMITS:
+        value = body.get(name)
+        if value is None:
+            continue
         if not _is_whole(value):
             raise BadRequest(f"`{name}` must be a whole number of tokens; got {value!r}"[:200], param=name)
-    if len(stated) > 1 and stated[0][1] != stated[1][1]:
-        (name, value), (other, other_value) = ((name, str(value)[:20]) for name, value in stated)
-        message = f"`{name}` ({value}) and `{other}` ({other_value}) are two names of one limit: send one of them"
-        raise BadRequest(message, param=other)
+        if before is not None and before[1] != value:
+            both = f"`{before[0]}` ({str(before[1])[:20]}) and `{name}` ({str(value)[:20]})"
+            raise BadRequest(f"{both} are two names of one limit: send one of them", param=name)
+        before = name, value
     for name in COUNTS:
         count = body.get(name)
         if count is not None and not (type(count) is int and 1 <= count <= MAX_ANSWERS):
@@ -211,6 +216,8 @@ def _whole(amount: float) -> int:
 
 def _positive(value: Any) -> int | None:
     """Read a number above 0; None if it is something else. Servers that accept 0 or less read it as not stated."""
+    if type(value) is int and 0 < value <= MAX_TOKENS:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         return None
     return math.ceil(min(value, MAX_TOKENS))

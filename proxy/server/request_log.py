@@ -22,6 +22,7 @@ from proxy.server.reservations import Reservation, Settlement
 from proxy.storage.client_keys import MAX_TAGS
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.usage import (
+    NOTHING_REPORTED,
     ObservedTraffic,
     TokenCounts,
     UsageRecord,
@@ -76,7 +77,7 @@ class RequestRecord:
         self._timed_out = False
         self._attempted_at = ctx.received_at
         self._first_content_at: float | None = None
-        self._counts = TokenCounts()
+        self._counts = NOTHING_REPORTED
         self._fault: str | None = None
         self._finished = False
         self._ending = ""
@@ -101,7 +102,7 @@ class RequestRecord:
             self.reason = "fallback"
         self.model = model
         self._attempts.append([model, self._attempted_at - self._ctx.received_at, None, None, None])
-        self._counts, self._first_content_at = TokenCounts(), None
+        self._counts, self._first_content_at = NOTHING_REPORTED, None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
         self.clamped, self.left_out, self.native_document = None, (), None
         if self.trace is not None:

@@ -53,6 +53,8 @@ class TokenCounts:
         return replace(self, **{name: getattr(earlier, name) for name in kept})
 
 
+NOTHING_REPORTED = TokenCounts()
+
 _OF_PROMPT = (
     *("prompt_tokens", "cached_tokens", "written_tokens", "written_1h_tokens"),
     *("audio_input_tokens", "cached_audio_tokens", "image_input_tokens"),
@@ -231,7 +233,7 @@ def parse_usage(usage: object) -> TokenCounts:
     Perplexity)? The total says which, where there is one; else the names do. A part is never larger than its whole.
     """
     if not isinstance(usage, Mapping):
-        return TokenCounts()
+        return NOTHING_REPORTED
     if usage.keys() == _PLAIN_REPORT and (plain := _read_plain(usage)) is not None:
         return plain
     found: dict[str, int] = {}

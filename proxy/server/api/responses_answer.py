@@ -16,7 +16,7 @@ import orjson
 
 from proxy.server.api.responses_reasoning import CarriedReasoning, encode, encode_carried, mappings, reasoning_text
 from proxy.server.api.responses_tools import ClientTool, ToolTable, call_item, item_prefix
-from proxy.storage.usage import TokenCounts, parse_usage, usage_of
+from proxy.storage.usage import NOTHING_REPORTED, TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
 from proxy.upstream.payload import iter_choices, simple_text
 from proxy.upstream.sse import KEEP_ALIVE
@@ -489,7 +489,7 @@ class ResponseStream:
         response = self._response(
             "incomplete" if reason else "completed",
             output=self._output,
-            usage=_usage(self._counts or TokenCounts()),
+            usage=_usage(self._counts or NOTHING_REPORTED),
             incomplete_details={"reason": reason} if reason else None,
         )
         self._emit(f"response.{response['status']}", {"response": response})
