@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.errors import MapMismatch
-from router_core.estimators import POOLED, SHRINKAGE, Estimator
+from router_core.estimators import POOLED, SHRINKAGE, Estimator, tool_excess
 from router_core.kernels import ScoringKernel
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
@@ -86,11 +86,13 @@ class RoutingPlan:
         seconds: tuple[Doubles, Doubles],
         output_caps: Doubles,
         prices: PriceColumns,
+        tool_excess: Doubles,
     ) -> None:
         """
         Args:
             errors, output_tokens, seconds: (M, K), and their (M,) means; errors are NaN without a profile.
             output_caps: (M,)
+            tool_excess: (M,) errors that tools add.
         """
         clusters = errors[0].shape[1]
         self.anywhere = Assignment(np.array([[clusters]], dtype=np.int64), np.ones((1, 1), dtype=np.float32))
@@ -99,19 +101,24 @@ class RoutingPlan:
         self._output_caps = output_caps
         self._profiled = ~np.isnan(errors[1])
         # Not copied: with a thousand clusters and models each takes megabytes.
-        self._blocks = (errors, output_tokens, seconds)
-        self._by_cluster = _by_cluster(*self._blocks[:2])
-        self._usual = self._make(prices, self._by_cluster)
-        self._others: dict[tuple[PriceColumns, bool], ScoringKernel] = {}
+        self._errors, self._others = errors, (output_tokens, seconds)
+        self._tool_excess = tool_excess
+        self._usual = self._make(prices, self._columns(weighs_seconds=False, with_tools=False))
+        self._scorers: dict[tuple[PriceColumns, bool, bool], ScoringKernel] = {}
 
-    def scorer(self, prompt_tokens: int, *, weighs_seconds: bool) -> ScoringKernel:
-        """Return what scores prompts of this length."""
-        if not self._prices.tiers and not weighs_seconds:
+    def scorer(self, prompt_tokens: int, *, weighs_seconds: bool, with_tools: bool) -> ScoringKernel:
+        """Return what scores prompts of this length. `with_tools`: the model is to read or to make tool calls."""
+        with_tools = with_tools and self._tools_matter
+        if not (self._prices.tiers or weighs_seconds or with_tools):
             return self._usual
-        key = self._prices.at(prompt_tokens), weighs_seconds
-        if key not in self._others:
-            self._others[key] = self._make(key[0], self._with_seconds if weighs_seconds else self._by_cluster)
-        return self._others[key]
+        key = self._prices.at(prompt_tokens), weighs_seconds, with_tools
+        if key not in self._scorers:
+            self._scorers[key] = self._make(key[0], self._columns(weighs_seconds=weighs_seconds, with_tools=with_tools))
+        return self._scorers[key]
+
+    @cached_property
+    def _tools_matter(self) -> bool:
+        return bool(self._tool_excess.any())
 
     def _make(self, prices: PriceColumns, by_cluster: Doubles) -> ScoringKernel:
         return self._make_scorer(
@@ -123,10 +130,13 @@ class RoutingPlan:
             profiled=self._profiled,
         )
 
-    @cached_property
-    def _with_seconds(self) -> Doubles:
-        """(K + 1, 3M)"""
-        return _by_cluster(*self._blocks)
+    def _columns(self, *, weighs_seconds: bool, with_tools: bool) -> Doubles:
+        """Return (K + 1, 2M) errors and tokens, or (K + 1, 3M) with seconds too."""
+        errors, means = self._errors
+        if with_tools:
+            errors = np.clip(errors + self._tool_excess[:, None], 0.0, 1.0)
+            means = np.clip(means + self._tool_excess, 0.0, 1.0)
+        return _by_cluster((errors, means), *(self._others if weighs_seconds else self._others[:1]))
 
 
 def _by_cluster(*blocks: tuple[Doubles, Doubles]) -> Doubles:
@@ -161,6 +171,8 @@ class Pool:
     """(M, K); a model without measured answers takes the mean of the others."""
     seconds: Doubles
     """(M, K)"""
+    tool_excess: Doubles
+    """(M,) how many more errors each model makes where it is offered tools; 0 without a profile."""
     prices: PriceColumns
     capabilities: Mapping[str, NDArray[np.int8]]
     """Name of a capability → (M,) of 1, 0 or UNKNOWN."""
@@ -204,6 +216,7 @@ class Pool:
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
             output_tokens=tokens,
             seconds=_fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank),
+            tool_excess=_tool_excess(profiles, errors),
             prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
             capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
@@ -257,6 +270,7 @@ class Pool:
             (self.seconds, self.seconds.mean(axis=1)),
             self.max_output_tokens.astype(np.float64),
             self.prices,
+            self.tool_excess,
         )
 
     @cached_property
@@ -296,6 +310,18 @@ def _fill_unmeasured(rows: Sequence[Doubles], default: float, blank: Doubles) ->
     measured = ~np.isnan(matrix).any(axis=1)
     matrix[~measured] = matrix[measured].mean(axis=0) if measured.any() else default
     return matrix
+
+
+def _tool_excess(profiles: Sequence[Profile | None], rates: Doubles) -> Doubles:
+    """Estimate (M,) from the profiles with labels of prompts that offer tools; 0 for models without a profile."""
+    zeros = np.zeros(rates.shape[1])
+    sums = [p.tool_error_sums if p and p.tool_error_sums is not None else zeros for p in profiles]
+    labels = [p.tool_labels if p and p.tool_labels is not None else zeros for p in profiles]
+    known = [p is not None for p in profiles]
+    excess = np.zeros(len(profiles))
+    if any(known):
+        excess[known] = tool_excess(rates[known], np.array(sums)[known], np.array(labels)[known])
+    return excess
 
 
 def _limits(values: Sequence[int | None]) -> NDArray[np.int64]:

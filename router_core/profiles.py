@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from router_core.errors import InvalidProfile, MapMismatch
 from router_core.estimators import SHRINKAGE, mean_error, shrunk_rates
@@ -37,15 +38,25 @@ class Profile:
     """RFC 3339, UTC."""
     stated_rates: Doubles | None = None
     """Error rates given without sums, which are served as they are."""
+    tool_error_sums: Doubles | None = None
+    """Of `error_sums`, what prompts that offer tools have added. None: no such prompt was labelled."""
+    tool_labels: Doubles | None = None
+    """The same of `labels`."""
 
     def __post_init__(self) -> None:
         weights = (self.labels, self.token_sums, self.second_sums, self.answers, self.timed_answers)
         if {array.shape for array in weights} != {self.error_sums.shape} or self.labels.ndim != 1:
             raise InvalidProfile("a profile's arrays must all have one entry per cluster")
-        if not all(np.isfinite(array).all() and (array >= 0).all() for array in weights):
+        tools = [array for array in (self.tool_error_sums, self.tool_labels) if array is not None]
+        if len(tools) == 1 or any(array.shape != self.labels.shape for array in tools):
+            raise InvalidProfile("a profile's tool_error_sums and tool_labels go together, one entry per cluster each")
+        if not all(np.isfinite(array).all() and (array >= 0).all() for array in (*weights, *tools)):
             raise InvalidProfile("a profile's weights must be finite and 0 or more")
         rates_ok = self.stated_rates is None or ((self.stated_rates >= 0) & (self.stated_rates <= 1)).all()
-        if not rates_ok or not ((self.error_sums >= 0) & (self.error_sums <= self.labels * (1 + 1e-6) + 1e-6)).all():
+        within = _within(self.error_sums, self.labels)
+        if self.tool_error_sums is not None and self.tool_labels is not None:
+            within = within and _within(self.tool_error_sums, self.tool_labels)
+        if not rates_ok or not within:
             raise InvalidProfile("a profile's errors must lie in [0, 1]")
 
     @property
@@ -93,6 +104,8 @@ class Profile:
             answers=self.answers + other.answers,
             timed_answers=self.timed_answers + other.timed_answers,
             measured_at=max(filter(None, (self.measured_at, other.measured_at)), default=None),
+            tool_error_sums=_added(self.tool_error_sums, other.tool_error_sums),
+            tool_labels=_added(self.tool_labels, other.tool_labels),
         )
 
     def to_json(self, errors: Doubles | None = None) -> dict[str, Any]:
@@ -103,6 +116,8 @@ class Profile:
         """
         rates = self.errors() if errors is None else errors
         sums = {} if self.stated_rates is not None else {"error_sums": self.error_sums.tolist()}
+        if self.tool_error_sums is not None and self.tool_labels is not None:
+            sums |= {"tool_error_sums": self.tool_error_sums.tolist(), "tool_labels": self.tool_labels.tolist()}
         return {
             "map": self.map_id,
             "errors": rates.tolist(),
@@ -147,6 +162,8 @@ class Profile:
             timed_answers=_weights_of(document, ("second_sums", "mean_seconds"), timed_answers),
             measured_at=measured_at,
             stated_rates=stated_rates,
+            tool_error_sums=_stated(document, "tool_error_sums"),
+            tool_labels=_stated(document, "tool_labels"),
         )
 
 
@@ -158,6 +175,7 @@ def measure(
     *,
     output_tokens: Doubles,
     seconds: Doubles,
+    offers_tools: NDArray[np.bool_] | None = None,
     measured_at: str | None = None,
 ) -> Profile:
     """Build a profile from n graded prompts.
@@ -168,6 +186,7 @@ def measure(
         assignment: Φ of the n prompts, in any order.
         scores: (n,) in [0, 1]; NaN is unlabelled and does not count.
         output_tokens, seconds: (n,) of each answer; NaN where not known. Each counts without the other.
+        offers_tools: (n,) whether the model was offered tools; None: never.
 
     Raises:
         InvalidProfile: a score outside [0, 1], or lengths that differ.
@@ -179,6 +198,8 @@ def measure(
     weights = assignment.dense(clusters)
     labelled = ~np.isnan(scores)
     counted, timed = ~np.isnan(output_tokens), ~np.isnan(seconds)
+    with_tools = labelled & (False if offers_tools is None else offers_tools)
+    has_tools = bool(with_tools.any())
     return Profile(
         map_id=map_id,
         error_sums=weights[labelled].T @ (1.0 - scores[labelled]),
@@ -188,7 +209,17 @@ def measure(
         answers=weights[counted].sum(axis=0),
         timed_answers=weights[timed].sum(axis=0),
         measured_at=measured_at,
+        tool_error_sums=weights[with_tools].T @ (1.0 - scores[with_tools]) if has_tools else None,
+        tool_labels=weights[with_tools].sum(axis=0) if has_tools else None,
     )
+
+
+def _within(error_sums: Doubles, labels: Doubles) -> bool:
+    return bool(((error_sums >= 0) & (error_sums <= labels * (1 + 1e-6) + 1e-6)).all())
+
+
+def _added(first: Doubles | None, second: Doubles | None) -> Doubles | None:
+    return second if first is None else first if second is None else first + second
 
 
 def _mean(sums: Doubles, weights: Doubles) -> float | None:
@@ -216,6 +247,10 @@ def _numbers(document: Mapping[str, Any], field: str, default: Doubles | None = 
             f"profile.{field} must be a list with one number per cluster, each from 0 to {MAX_VALUE:g}"
         )
     return numbers
+
+
+def _stated(document: Mapping[str, Any], field: str) -> Doubles | None:
+    return None if document.get(field) is None else _numbers(document, field)
 
 
 def _errors(document: Mapping[str, Any], labels: Doubles) -> tuple[Doubles, Doubles | None]:

@@ -97,7 +97,9 @@ def _decide(
         tie,
     )
     placed = plan.anywhere if assignment is None else assignment
-    scorer = plan.scorer(requirements.prompt_tokens, weighs_seconds=params.latency_weight != 0)
+    scorer = plan.scorer(
+        requirements.prompt_tokens, weighs_seconds=params.latency_weight != 0, with_tools=requirements.tools
+    )
     choice, figures = scorer.choose(placed.ids, placed.weights, None if rows.size == len(pool.names) else rows, terms)
     if params.max_cost_usd is not None:
         eligibility, choice, figures = _within_max_cost(eligibility, figures, params.max_cost_usd, tie)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic, time
 
+import numpy as np
+
 from proxy.concurrency import cancel_until_done
 from proxy.profiling.grading import (
     AssignedPrompts,
@@ -267,6 +269,7 @@ def profile_of(
         column([answer.score for answer in outcomes]),
         output_tokens=column([answer.output_tokens for answer in outcomes]),
         seconds=column([answer.seconds for answer in outcomes]),
+        offers_tools=np.array([bool(prompt.tools) for prompt in assigned.prompts]),
         measured_at=measured_at,
     )
 

@@ -80,6 +80,20 @@ async def test_a_model_is_offered_the_tools_and_its_calls_are_graded_and_kept(st
     assert (offered.count([ADD]), offered.count(None)) == (20, 20)
 
 
+async def test_a_profile_says_how_prompts_with_tools_went(store: Store, tmp_path: Path) -> None:
+    write_set(tmp_path / "prompts.jsonl")
+    with ScriptedUpstream(uses_tools("east")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            await ended(bench.jobs, await bench.jobs.submit("small", 40, 1.0))
+            await until(lambda: bench.state.current.model_state("small") == "ready")
+            profile, pool = bench.state.current.profiles["small"], bench.state.current.pool
+    assert profile.tool_labels is not None
+    assert profile.tool_labels.sum() == pytest.approx(20)
+    assert profile.tool_error_sums is not None
+    assert profile.tool_error_sums.sum() == pytest.approx(10)
+    assert pool.tool_excess[0] > 0  # every prompt without tools was answered well
+
+
 async def test_a_model_without_tools_is_asked_other_prompts_in_their_place(store: Store, tmp_path: Path) -> None:
     write_set(tmp_path / "prompts.jsonl", 60)
     with ScriptedUpstream(uses_tools()) as upstream:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.clustering import ClusterMap, ReferenceModels, reference_models_of
-from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, partially_pooled_rates
+from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, partially_pooled_rates, tool_excess
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
 
@@ -127,3 +127,29 @@ def test_reference_models_count_labelled_answers_and_a_hard_assignment_has_no_ov
     assert history.overlap.tolist() == np.eye(3).tolist()
     assert history.error_sums.tolist() == [[1.0, 0.0, 0.0]]
     assert history.labels.tolist() == [[2.0, 0.0, 0.0]]
+
+
+def test_what_tools_add_is_shrunk_to_what_all_models_have_in_common() -> None:
+    rates, labels = np.full((3, 2), 0.2), np.full((3, 2), 4.0)
+    errors = labels * np.array([0.1, 0.4, 0.7])[:, None]
+    excess = tool_excess(rates, errors, labels)
+    own = np.array([-0.1, 0.2, 0.5])
+    assert np.all(np.abs(excess - excess.mean()) < np.abs(own - own.mean()) + 1e-12)
+    assert np.all(np.diff(excess) > 0.05)
+
+
+def test_models_that_do_not_differ_get_nearly_the_same_excess() -> None:
+    rates, labels = np.full((4, 2), 0.5), np.full((4, 2), 4.0)
+    errors = np.array([[2.0, 2.0], [2.0, 1.0], [1.0, 2.0], [2.0, 2.0]])
+    excess = tool_excess(rates, errors, labels)
+    assert np.ptp(excess) < 0.04
+
+
+@given(st.integers(1, 6), st.integers(0, 2**32 - 1))
+def test_an_excess_is_never_more_than_a_model_could_have(models: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rates, labels = rng.random((models, 3)), rng.integers(0, 5, (models, 3)).astype(np.float64)
+    excess = tool_excess(rates, labels * rng.random((models, 3)), labels)
+    assert np.all(np.abs(excess) <= 1.0)
+    if not labels.any():
+        assert not excess.any()

@@ -389,7 +389,7 @@ def test_a_pool_keeps_the_kernels_that_it_was_made_with() -> None:
     with using(NUMPY):
         pool = a_large_pool(load_map(BUILTIN_MAP), 8)
     with using(compiled_kernels()):
-        later = pool.plan.scorer(5000, weighs_seconds=True)
+        later = pool.plan.scorer(5000, weighs_seconds=True, with_tools=False)
     assert isinstance(later, kernels.Scorer)
 
 

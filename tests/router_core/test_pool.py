@@ -40,6 +40,46 @@ def test_rates_are_computed_again_only_if_sums_changed() -> None:
     assert calls == [2, 2]
 
 
+def of_tools(errors: float, tool_errors: float, labels: float = 8.0) -> Profile:
+    """Make a profile whose prompts with tools, one in eight, went wrong so often."""
+    sums, counts = [errors * labels] * 3, [labels] * 3
+    tools = {"tool_error_sums": [tool_errors] * 3, "tool_labels": [1.0] * 3}
+    return Profile.from_json({"map": a_map().id, "error_sums": sums, "labels": counts, **tools})
+
+
+def chosen_for(requirements: Requirements, profiles: dict[str, Profile], latency_weight: float = 0.0) -> str:
+    pool = a_pool(*(replace(a_candidate(name, (0.0,) * 3), profile=profile) for name, profile in profiles.items()))
+    params = ScoringParams(lambda_=0.0, latency_weight=latency_weight)
+    return rank(eligible(pool, requirements), an_assignment(0), requirements, params).chosen
+
+
+def test_a_model_that_calls_tools_badly_is_avoided_by_requests_with_tools_alone() -> None:
+    profiles = {"chats": of_tools(0.2, 1.0), "calls": of_tools(0.3, 0.0)}
+    assert chosen_for(Requirements(), profiles) == "chats"
+    assert chosen_for(Requirements(tools=True), profiles) == "calls"
+
+
+def test_a_latency_weight_and_tools_count_together() -> None:
+    profiles = {"chats": of_tools(0.2, 1.0), "calls": of_tools(0.3, 0.0)}
+    assert chosen_for(Requirements(tools=True), profiles, latency_weight=1.0) == "calls"
+
+
+def test_profiles_without_labels_of_tools_are_scored_alike_with_tools_and_without() -> None:
+    pool = a_pool(a_candidate("a", (0.1, 0.1, 0.1)), a_candidate("b", (0.9, 0.9, 0.9)))
+    scorers = [pool.plan.scorer(10, weighs_seconds=False, with_tools=tools) for tools in (False, True)]
+    assert scorers[0] is scorers[1]
+
+
+def test_a_model_without_labels_of_tools_takes_what_the_others_have_in_common() -> None:
+    pool = a_pool(
+        *(replace(a_candidate(name, (0.0,) * 3), profile=of_tools(0.2, 0.9)) for name in ("a", "b")),
+        replace(a_candidate("c", (0.0,) * 3), profile=measured(1.0, 8.0)),
+    )
+    excess = dict(zip(pool.names, pool.tool_excess.tolist(), strict=True))
+    assert excess["a"] == excess["b"] == pytest.approx(excess["c"], abs=0.05)
+    assert excess["c"] > 0.1
+
+
 def test_a_pool_with_other_errors_ranks_by_these() -> None:
     pool = a_pool(a_candidate("a", (0.1, 0.1, 0.1)), a_candidate("b", (0.9, 0.9, 0.9)))
     changed = replace(pool, errors=pool.errors[::-1].copy())

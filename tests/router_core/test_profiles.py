@@ -94,6 +94,41 @@ def test_a_profile_survives_json_exactly() -> None:
         assert np.array_equal(getattr(again, array), getattr(profile, array))
 
 
+def with_tools(graded: list[tuple[int, float]], tools: list[bool]) -> Profile:
+    unknown = np.full(len(graded), NAN)
+    return measure(
+        a_map().id,
+        3,
+        an_assignment(*(cluster for cluster, _ in graded)),
+        np.array([score for _, score in graded]),
+        output_tokens=unknown,
+        seconds=unknown,
+        offers_tools=np.array(tools),
+    )
+
+
+def test_labels_of_prompts_with_tools_are_also_summed_apart() -> None:
+    profile = with_tools([(0, 1.0), (0, 0.0), (1, 0.25), (2, NAN)], [False, True, True, True])
+    assert profile.tool_labels is not None
+    assert profile.tool_labels.tolist() == [1.0, 1.0, 0.0]
+    assert profile.tool_error_sums is not None
+    assert profile.tool_error_sums.tolist() == [1.0, 0.75, 0.0]
+
+
+def test_labels_of_tools_survive_json_and_merging() -> None:
+    first, second = with_tools([(0, 0.0), (1, 1.0)], [True, False]), with_tools([(1, 0.5)], [True])
+    merged = first.merged(second).merged(with_tools([(2, 1.0)], [False]))
+    again = Profile.from_json(json.loads(json.dumps(merged.to_json())))
+    assert again.tool_labels is not None
+    assert again.tool_labels.tolist() == [1.0, 1.0, 0.0]
+    assert again.tool_error_sums is not None
+    assert again.tool_error_sums.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_profile_without_tools_says_nothing_of_them() -> None:
+    assert "tool_labels" not in with_tools([(0, 1.0)], [False]).to_json()
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1000)), min_size=1, max_size=8))
 def test_rates_written_by_hand_come_back_as_written(rows: list[tuple[float, float]]) -> None:
     errors, labels = [error for error, _ in rows], [label for _, label in rows]
@@ -119,6 +154,10 @@ def test_rates_written_by_hand_come_back_as_written(rows: list[tuple[float, floa
         ({"measured_at": 17}, "profile.measured_at"),
         ({"error_sums": [9.0, 9.0, 9.0]}, "errors must lie in"),
         ({"error_sums": [-0.2, 0.0, 0.0]}, "profile.error_sums"),
+        ({"tool_labels": [1.0, 0.0, 0.0]}, "tool_error_sums and tool_labels"),
+        ({"tool_labels": [1.0], "tool_error_sums": [1.0]}, "tool_error_sums and tool_labels"),
+        ({"tool_labels": [1.0, 0.0, 0.0], "tool_error_sums": [1.5, 0.0, 0.0]}, "errors must lie in"),
+        ({"tool_labels": [1.0, 0.0, 0.0], "tool_error_sums": "none"}, "profile.tool_error_sums"),
     ],
 )
 def test_a_broken_profile_is_refused_with_its_field(change: dict[str, object], field: str) -> None:
