@@ -56,7 +56,7 @@ from proxy.server.middleware import (
     AuditLogMiddleware,
     HeadMiddleware,
     MessagesMiddleware,
-    RequestContextMiddleware,
+    RequestIdsMiddleware,
     ServedPaths,
     corrected_path,
 )
@@ -194,7 +194,7 @@ class Application(FastAPI):
                 yield
 
         def current_snapshot() -> RoutingSnapshot:
-            assert startup.app_state is not None  # until then RequestContextMiddleware rejects all requests
+            assert startup.app_state is not None  # until then RequestIdsMiddleware rejects all requests
             return startup.app_state.snapshots.current
 
         authenticator = KeyAuthenticator(settings, current_snapshot)
@@ -221,7 +221,7 @@ class Application(FastAPI):
 
         middleware = [
             Middleware(MessagesMiddleware),
-            Middleware(RequestContextMiddleware, startup=startup),
+            Middleware(RequestIdsMiddleware, startup=startup),
             *([_cors(settings)] if settings.allowed_origins else []),
             Middleware(AuditLogMiddleware),
             Middleware(AuthMiddleware, authorizer=authorizer),

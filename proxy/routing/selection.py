@@ -150,7 +150,7 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
     except ROUTING_FAILURES as error:
         degraded_reason = f"{type(error).__name__}: {error}"
         log.warning("routing degraded: %s", degraded_reason)
-        decision, order = rank_by_mean_error(ctx, eligibility)
+        decision, order = rank_degraded(ctx, eligibility)
     if all_open:
         degraded_reason = "every model that could answer rests"
         order = tuple(sorted(order, key=ctx.cooling_down.__getitem__))  # the model that recovers first comes first
@@ -233,7 +233,7 @@ def chosen_for_cached_prompt(
         return True
 
 
-def rank_by_mean_error(ctx: SelectionContext, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:
+def rank_degraded(ctx: SelectionContext, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:
     """Rank the default model first, if it is eligible, and then by mean error."""
     try:
         decision = rank_by_mean(eligibility, ctx.requirements, ctx.params)

@@ -52,11 +52,11 @@ class AttemptRunner:
             UpstreamError: the last model that was asked has failed.
             ModelAtCapacity: no model had a free slot.
         """
-        return self.run(self._complete, lambda answer: is_empty_completion(answer.body))
+        return self.run(self._ask_whole, lambda answer: is_empty_completion(answer.body))
 
-    def open_stream(self) -> Coroutine[Any, Any, UpstreamStream]:
+    def open_stream(self) -> Coroutine[Any, Any, AttemptStream]:
         """Return the first stream with content. Raises as `complete` does."""
-        return self.run(self._stream, lambda stream: stream.is_empty)
+        return self.run(self._ask_stream, lambda stream: stream.is_empty)
 
     async def run(self, call: Call[Answer], is_empty: Callable[[Answer], bool]) -> Answer:
         """Ask the candidates in their order. If every circuit is open, ask the model that recovers first."""
@@ -113,6 +113,8 @@ class AttemptRunner:
         self, name: str, call: Call[Answer], *, even_if_open: bool = False, reconnects: bool = True
     ) -> Answer:
         """Ask a model within its time limits, and record a failure.
+
+        `first_token_timeout_s` limits a whole answer too, which comes at once.
 
         Args:
             reconnects: ask once more if the connection is lost before any response.
@@ -188,7 +190,7 @@ class AttemptRunner:
         if failure.context_exceeded:
             self._rejected_as_too_long.append(attempt.model)
 
-    async def _complete(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
+    async def _ask_whole(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         record, upstream = self._record, self._ctx.app.upstream
         answer: JSONPayload
         if (native := self._native_request(model)) is not None:
@@ -204,7 +206,7 @@ class AttemptRunner:
         record.affinity.observe_completion(answer.body, model.name)
         return answer
 
-    async def _stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> UpstreamStream:
+    async def _ask_stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> AttemptStream:
         app, upstream = self._ctx.app, self._ctx.app.upstream
         if (native := self._native_request(model)) is not None:
             source = await upstream.stream_native(model, native, connect_timeout_s=timeouts.connect_s)
@@ -212,7 +214,7 @@ class AttemptRunner:
             body, raw = self._body_for(model)
             source = await upstream.stream(model, body, self._headers, raw=raw, connect_timeout_s=timeouts.connect_s)
         deadline = monotonic() + app.settings.stream_timeout_s
-        stream = UpstreamStream(
+        stream = AttemptStream(
             source,
             attempt,
             self._record,
@@ -287,11 +289,11 @@ MAX_BUFFERED_CHUNKS = 1000
 MAX_BUFFERED_BYTES = 2**20
 
 
-# Takes a block, and returns what could not be sent yet of what it made of it. Then it is given no more.
-WriteBlock = Callable[[list[JSONPayload]], bytes]
+# Send what a block becomes. Return what the client does not take yet, if it reads too slowly; else no bytes.
+SendBlock = Callable[[list[JSONPayload]], bytes]
 
 
-class UpstreamStream:
+class AttemptStream:
     """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end."""
 
     def __init__(
@@ -320,8 +322,8 @@ class UpstreamStream:
         # Why its chunks could not be taken.
         self._own_error: Exception | None = None
         self._limit: SilenceTimer | None = None
-        # While blocks are relayed: what takes them, and what it could not send.
-        self._write: WriteBlock | None = None
+        # While blocks are relayed: what sends them, and what the client has not taken of them.
+        self._send_block: SendBlock | None = None
         self._unsent = b""
         # Whoever waits for content, for the end, or until the client has to be waited for.
         self._waiter: asyncio.Future[None] | None = None
@@ -358,23 +360,23 @@ class UpstreamStream:
             )
         )
 
-    async def relay(self, write: WriteBlock, deadlines: DeadlineWheel) -> bytes:
-        """Give blocks to `write`, in the callback that brings them, until it returns bytes or the stream ends.
+    async def relay(self, send_block: SendBlock, deadlines: DeadlineWheel) -> bytes:
+        """Pass each block to `send_block` as it arrives, in the callback that brings it.
 
         Returns:
-            What `write` returned: to be sent before this is called again. No bytes at the end.
+            What the client has not taken: send it, and call this again. No bytes: the stream has ended.
 
         Raises:
             UpstreamError: the stream broke, was silent for too long, or went on for too long.
         """
         buffered, self._buffered = self._buffered, []
-        if buffered and (unsent := write(buffered)):
+        if buffered and (unsent := send_block(buffered)):
             return unsent
         if not self._ended:
             if self._limit is None:
                 self._limit = SilenceTimer(deadlines, self._idle_s, self._time_out, latest=self._deadline)
             self._limit.start()
-            self._write = write
+            self._send_block = send_block
             try:
                 self._source.resume()
                 await self._wait()
@@ -382,7 +384,7 @@ class UpstreamStream:
                 self._source.hold()
                 raise
             finally:
-                self._write = None
+                self._send_block = None
                 self._limit.stop()
             if self._own_error is not None:
                 raise self._own_error
@@ -410,9 +412,9 @@ class UpstreamStream:
                     self._trace.observe(chunk)
             if not self._has_content:
                 self._look_for_content(block)
-            elif self._write is None:  # it came in spite of being held
+            elif self._send_block is None:  # it came in spite of being held
                 self._buffered += block
-            elif unsent := self._write(block):
+            elif unsent := self._send_block(block):
                 self._unsent = unsent
                 self._stop()
             elif self._limit is not None:
@@ -455,7 +457,7 @@ class UpstreamStream:
 
     async def _wait(self) -> None:
         """Wait until the source has brought what is waited for, if it has not done so at once."""
-        if self._ended or self._own_error is not None or self._unsent or (self._write is None and self._has_content):
+        if self._ended or self._own_error is not None or (self._send_block is None and self._has_content):
             return
         self._waiter = asyncio.get_running_loop().create_future()
         try:
@@ -465,7 +467,7 @@ class UpstreamStream:
 
     def _stop(self) -> None:
         """Take no more for now."""
-        self._write = None
+        self._send_block = None
         self._source.hold()
         self._wake()
 
@@ -474,12 +476,12 @@ class UpstreamStream:
             self._waiter.set_result(None)
 
     def _time_out(self) -> None:
-        if self._write is None or self._ended:
+        if self._send_block is None or self._ended:
             return  # something has come in this very moment
         reason = f"was silent for {self._idle_s:g} s (idle_timeout_s)"
         if monotonic() >= self._deadline:
             reason = "took longer than stream_timeout_s"
-        self._write = None
+        self._send_block = None
         self._source.hold()
         self.end(UpstreamError(f"the model's stream {reason}", timed_out=True))
 

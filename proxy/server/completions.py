@@ -39,7 +39,7 @@ from proxy.server.reservations import (
     reservation_request,
 )
 from proxy.server.stored_responses import expand, record_of, scope_of
-from proxy.server.streaming import METADATA, CompletionStream, PendingStream, cancel_or_close
+from proxy.server.streaming import METADATA, PendingStream, StreamedAnswer, cancel_or_close
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import JSONPayload, NativePayload, with_member
@@ -55,7 +55,7 @@ class Answer(Protocol):
     async def send(self, exchange: Exchange) -> None: ...
 
 
-Endpoint = Callable[[Exchange, AppState, ClientKey | None], Awaitable[Answer]]
+Handler = Callable[[Exchange, AppState, ClientKey | None], Awaitable[Answer]]
 
 
 async def endpoint() -> None:
@@ -84,7 +84,7 @@ async def count_tokens(request: Request, app: AppStateDep) -> Response:
     )
 
 
-async def complete(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer:
+async def answer_request(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer:
     """Serve one request for an answer, which is cancelled when its client leaves."""
     ctx = await read_request(exchange, app, key, api)
     app.metrics.in_flight += 1
@@ -95,7 +95,7 @@ async def complete(api: ClientAPI, exchange: Exchange, app: AppState, key: Clien
 
 
 # The endpoints at which a client asks a model for an answer.
-ENDPOINTS: Mapping[str, Endpoint] = {path: partial(complete, api) for path, api in CLIENT_APIS.items()}
+ENDPOINTS: Mapping[str, Handler] = {path: partial(answer_request, api) for path, api in CLIENT_APIS.items()}
 
 
 async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None, api: ClientAPI) -> RequestContext:
@@ -136,7 +136,7 @@ async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None,
 
 async def _close_if_stream(answer: Answer) -> None:
     """Close the upstream's stream, for a client that left before it was relayed."""
-    if isinstance(answer, CompletionStream):
+    if isinstance(answer, StreamedAnswer):
         await answer.close()
 
 
@@ -159,8 +159,8 @@ async def create_completion(ctx: RequestContext) -> Answer:
     record = RequestRecord(ctx, selection, affinity, reservation)
     runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
-        return await _stream(ctx, runner, record)
-    return await _complete(ctx, runner, record)
+        return await _answer_stream(ctx, runner, record)
+    return await _answer_whole(ctx, runner, record)
 
 
 async def select(ctx: RequestContext, *, explain: bool = False) -> tuple[Selection, Affinity]:
@@ -208,7 +208,7 @@ async def reserve(ctx: RequestContext, selection: Selection) -> tuple[Selection,
         return cheaper.selection, await ctx.app.rate_limiter.reserve(key, reservation_request(cheaper, limits))
 
 
-async def _complete(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
+async def _answer_whole(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
     """Wait for the first whole answer, and finish the record before it is sent."""
     try:
         completion = await runner.complete()
@@ -242,7 +242,7 @@ async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> 
     await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 
-async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
+async def _answer_stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
     """Wait for the first content before the status is sent, so that a failure can have its own status.
 
     After `keep_alive_s` the stream begins all the same, with comments until the content comes.
@@ -256,7 +256,7 @@ async def _stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRec
     except BaseException as failure:
         await finish_failed(record, failure, pending)
         raise
-    return CompletionStream(ctx, pending, record, partial(keep_answer, ctx))
+    return StreamedAnswer(ctx, pending, record, partial(keep_answer, ctx))
 
 
 async def finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
@@ -264,10 +264,9 @@ async def finish_failed(record: RequestRecord, failure: BaseException, pending: 
 
     The response to a failure of the models gets the headers that name the decision.
     """
-    ending = "client_gone"
+    ending = "busy" if isinstance(failure, ModelAtCapacity) else "failed"
     if isinstance(failure, UpstreamError | ModelAtCapacity):
         failure.headers |= record.headers()
-        ending = "busy" if isinstance(failure, ModelAtCapacity) else "failed"
     elif isinstance(failure, asyncio.CancelledError):
         ending = cancelled_ending()
     record.finish(ending)

@@ -49,7 +49,7 @@ FIXED_PATHS = CLIENT_PATHS | {"/", "/healthz", "/readyz", "/metrics", "/openapi.
 _ID_HEADERS = (b"x-request-id", b"traceparent")
 
 
-class RequestContextMiddleware:
+class RequestIdsMiddleware:
     """Give each request its ids, its arrival time and the app's state, and answer for an app that fails.
 
     It is the outermost layer, in pure ASGI.

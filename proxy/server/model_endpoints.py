@@ -15,7 +15,7 @@ from proxy.errors import (
 )
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import RequestAuthorizer, check_role
-from proxy.server.completions import Answer, Endpoint
+from proxy.server.completions import Answer, Handler
 from proxy.server.exchange import JSON, ASGIExchange, Exchange
 from proxy.server.requests import OVERLOADED
 from proxy.server.responses import (
@@ -35,7 +35,7 @@ log = logging.getLogger("uniroute.edge")
 class ModelEndpoints:
     """Serve requests at the paths of `endpoints`: `__call__` those under ASGI, and `serve` whatever carries them."""
 
-    def __init__(self, endpoints: Mapping[str, Endpoint], startup: Startup, authorizer: RequestAuthorizer) -> None:
+    def __init__(self, endpoints: Mapping[str, Handler], startup: Startup, authorizer: RequestAuthorizer) -> None:
         self._endpoints = endpoints
         self.startup = startup
         self._authorizer = authorizer

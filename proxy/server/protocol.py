@@ -147,7 +147,7 @@ class HTTPExchange(Exchange):
         self._waiter: asyncio.Future[None] | None = None
 
     async def run_asgi(self, serve: ServeExchange) -> None:
-        """Serve the request: the task of uvicorn's cycle."""
+        """Serve the request. The name is that of uvicorn's cycle, and no ASGI is involved."""
         try:
             await serve(self)
         finally:
@@ -221,7 +221,7 @@ class HTTPExchange(Exchange):
             data = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else b"0\r\n\r\n"
         self._write(data)
         self._flush()
-        self._complete()
+        self._end_response()
 
     async def send(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         if len(body) > MAX_JOINED_BYTES:
@@ -230,7 +230,7 @@ class HTTPExchange(Exchange):
             head = self._head_bytes(status, headers, f"content-length: {len(body)}\r\n")
             self.status = status
             self._transport.write(head + body)
-            self._complete()
+            self._end_response()
 
     async def _can_write(self) -> bool:
         """Wait while the client reads too slowly. Return whether it is still there, and the answer not complete."""
@@ -269,7 +269,7 @@ class HTTPExchange(Exchange):
         if head and not self._transport.is_closing():
             self._transport.write(head)
 
-    def _complete(self) -> None:
+    def _end_response(self) -> None:
         self.response_complete = True
         if not self.keep_alive:
             self._transport.close()
@@ -325,7 +325,7 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
         # Whether any request has begun on this connection.
         self._message_begun = False
         self._idle = _idle(self.server_state)
-        # Answers what is asked of models, without ASGI; None: the app has no such endpoints.
+        # Answers what is asked of models, without ASGI: `Application.serve_exchange` (app.py). None: another app.
         self._serve_exchange: ServeExchange | None = getattr(self.app, "serve_exchange", None)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

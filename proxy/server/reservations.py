@@ -90,7 +90,7 @@ class Reservation:
 
 
 def limit_to_reserved(selection: Selection, limits: KeyLimits) -> Selection:
-    """Drop the models that nothing is reserved for, if the key has a budget, however many others are at capacity."""
+    """Keep only the first `max_attempts` candidates if the key has a budget: it is reserved for no others."""
     if not limits.money or len(selection.candidates) <= selection.max_attempts:
         return selection
     return replace(selection, candidates=selection.candidates[: selection.max_attempts])

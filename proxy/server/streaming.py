@@ -18,7 +18,7 @@ from proxy.errors import (
 )
 from proxy.server.api.messages_stream import PING
 from proxy.server.api.translation import RelayedEvents, StreamTranslation, Translation
-from proxy.server.attempts import UpstreamStream
+from proxy.server.attempts import AttemptStream
 from proxy.server.dependencies import RequestContext
 from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
 from proxy.server.exchange import Exchange
@@ -45,12 +45,12 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 
-PendingStream = asyncio.Task[UpstreamStream]
+PendingStream = asyncio.Task[AttemptStream]
 
 Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
 
 
-class CompletionStream:
+class StreamedAnswer:
     """Relay a stream until the upstream ends or breaks it, the client leaves, or the server shuts down.
 
     The upstream's connection is closed in every case.
@@ -92,7 +92,7 @@ class CompletionStream:
         await cancel_or_close(self._pending)
 
     async def _relay(self, exchange: Exchange) -> None:
-        ending = "client_gone"
+        ending: str | None = None
         try:
             await exchange.begin(200, self._headers)
             keep_alive = SSEKeepAlive(
@@ -102,7 +102,6 @@ class CompletionStream:
                 await self._send_events(exchange, keep_alive)
                 ending = "complete"
             except (UpstreamError, ModelAtCapacity) as failure:
-                ending = "broken" if self._record.has_content else "failed"
                 await exchange.write(self._events.fail(failure))
             except asyncio.CancelledError:
                 ending = cancelled_ending()
@@ -114,7 +113,7 @@ class CompletionStream:
                 keep_alive.stop()
         finally:
             # Before the client can read the end of the stream: an answer that it has read is on record.
-            self._record.finish(ending)
+            self._record.finish(ending or ("broken" if self._record.has_content else "failed"))
             await cancel_or_close(self._pending)
         end = b""
         if ending == "complete":
@@ -133,15 +132,15 @@ class CompletionStream:
             self._events = keep_alive.events = NativeEventWriter(self._record, self._translation)
         events = self._events
 
-        def write(block: list[JSONPayload]) -> bytes:
+        def send_block(block: list[JSONPayload]) -> bytes:
             """Send a block at once. Return what the client does not take yet."""
-            data = events.write(block)
+            data = events.encode(block)
             if not data:
                 return b""
             keep_alive.silence.since = monotonic()
             return b"" if exchange.write_now(data) else data
 
-        while unsent := await stream.relay(write, self._deadlines):
+        while unsent := await stream.relay(send_block, self._deadlines):
             await exchange.write(unsent)
 
     async def _send_shutting_down(self, exchange: Exchange) -> None:
@@ -173,7 +172,7 @@ class EventWriter(Protocol):
     answer: Mapping[str, Any] | None
     """The whole answer, once `end` was called; None if nobody can ask for it later."""
 
-    def write(self, block: list[JSONPayload]) -> bytes:
+    def encode(self, block: list[JSONPayload]) -> bytes:
         """Return the events of a block; no bytes if none of it is for the client.
 
         Raises:
@@ -209,7 +208,7 @@ class ChatEventWriter:
         self._usage_sent = False
         self._last: JSONPayload = JSONPayload({})
 
-    def write(self, block: list[JSONPayload]) -> bytes:
+    def encode(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
         size = 0
@@ -284,7 +283,7 @@ class TranslatedEventWriter:
         self._stream: StreamTranslation | None = None
         self._last = b""
 
-    def write(self, block: list[JSONPayload]) -> bytes:
+    def encode(self, block: list[JSONPayload]) -> bytes:
         stream = self._begin()
         pieces: list[bytes] = []
         for chunk in block:
@@ -337,7 +336,7 @@ class NativeEventWriter:
         self._response: Mapping[str, Any] | None = None
         self._number: int | None = None
 
-    def write(self, block: list[JSONPayload]) -> bytes:
+    def encode(self, block: list[JSONPayload]) -> bytes:
         pieces: list[bytes] = []
         for event in block:
             assert isinstance(event, NativePayload)

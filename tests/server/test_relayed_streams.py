@@ -16,6 +16,7 @@ import pytest
 from proxy.app import create_app
 from proxy.server.dependencies import AppState
 from proxy.server.protocol import HTTPExchange
+from proxy.server.streaming import ChatEventWriter
 from proxy.storage.snapshot import build_state
 from proxy.storage.state_reader import StoredState
 from proxy.upstream.client import UpstreamClient
@@ -208,6 +209,24 @@ async def test_a_client_that_leaves_as_a_chunk_is_written_closes_the_upstreams_c
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await ask(address)
         await until(lambda: (server.open, endings(services)) == (0, {"client_gone": 1}))
+
+
+@pytest.mark.parametrize("after_content", [True, False])
+async def test_a_failure_of_ours_is_on_record_as_a_failure_and_not_as_a_client_that_left(
+    after_content: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("what went wrong inside")
+
+    if after_content:
+        monkeypatch.setattr(ChatEventWriter, "encode", fail)
+    else:
+        monkeypatch.setattr(UpstreamClient, "stream", fail)
+    pieces = chunked(event("some "), event("text"), DONE)
+    async with RawUpstream(Reply(pieces)) as server, gateway(server.port, tmp_path) as (address, services):
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError, AssertionError)):
+            await ask(address)
+        await until(lambda: endings(services) == {"broken" if after_content else "failed": 1})
 
 
 @pytest.mark.parametrize("way", WAYS)
