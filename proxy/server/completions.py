@@ -39,7 +39,7 @@ from proxy.server.reservations import (
     reservation_request,
 )
 from proxy.server.stored_responses import expand, record_of, scope_of
-from proxy.server.streaming import METADATA, PendingStream, StreamedAnswer, cancel_or_close
+from proxy.server.streaming import METADATA, StreamedAnswer
 from proxy.settings.litellm_params import reject_control_fields
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import JSONPayload, NativePayload, with_member
@@ -50,12 +50,13 @@ router = APIRouter()
 
 
 class Answer(Protocol):
-    """What is sent to the client of a request that succeeded, or began to."""
+    """What is sent to the client of a request that succeeded."""
 
     async def send(self, exchange: Exchange) -> None: ...
 
 
-Handler = Callable[[Exchange, AppState, ClientKey | None], Awaitable[Answer]]
+# Answers a request. What is left to be sent is returned; None: all of it was sent, as a stream.
+Handler = Callable[[Exchange, AppState, ClientKey | None], Awaitable[Answer | None]]
 
 
 async def endpoint() -> None:
@@ -84,12 +85,12 @@ async def count_tokens(request: Request, app: AppStateDep) -> Response:
     )
 
 
-async def answer_request(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer:
-    """Serve one request for an answer, which is cancelled when its client leaves."""
+async def answer_request(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer | None:
+    """Serve one request for an answer, as a Handler. It is cancelled when its client leaves."""
     ctx = await read_request(exchange, app, key, api)
     app.metrics.in_flight += 1
     try:
-        return await cancel_on_disconnect(exchange, create_completion(ctx), _close_if_stream)
+        return await cancel_on_disconnect(exchange, create_completion(ctx, exchange))
     finally:
         app.metrics.in_flight -= 1
 
@@ -134,14 +135,8 @@ async def read_request(exchange: Exchange, app: AppState, key: ClientKey | None,
     )
 
 
-async def _close_if_stream(answer: Answer) -> None:
-    """Close the upstream's stream, for a client that left before it was relayed."""
-    if isinstance(answer, StreamedAnswer):
-        await answer.close()
-
-
-async def create_completion(ctx: RequestContext) -> Answer:
-    """Select a model, reserve the key's budget, and relay the first answer.
+async def create_completion(ctx: RequestContext, exchange: Exchange) -> Answer | None:
+    """Select a model, reserve the key's budget, and relay the first answer: return a whole one, and send a stream.
 
     Raises:
         ProxyError: before any byte was sent to the client.
@@ -159,7 +154,8 @@ async def create_completion(ctx: RequestContext) -> Answer:
     record = RequestRecord(ctx, selection, affinity, reservation)
     runner = AttemptRunner(ctx, record)
     if ctx.request.stream:
-        return await _answer_stream(ctx, runner, record)
+        await _answer_stream(ctx, exchange, runner, record)
+        return None
     return await _answer_whole(ctx, runner, record)
 
 
@@ -242,25 +238,18 @@ async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> 
     await ctx.app.responses.save(scope_of(ctx.key), str(answer.get("id")), kept)
 
 
-async def _answer_stream(ctx: RequestContext, runner: AttemptRunner, record: RequestRecord) -> Answer:
-    """Wait for the first content before the status is sent, so that a failure can have its own status.
-
-    After `keep_alive_s` the stream begins all the same, with comments until the content comes.
-    """
-    keep_alive_s = ctx.app.settings.keep_alive_s
-    pending = asyncio.create_task(runner.open_stream())
+async def _answer_stream(ctx: RequestContext, exchange: Exchange, runner: AttemptRunner, record: RequestRecord) -> None:
+    """Send a stream. A failure before the answer has begun can have a status of its own."""
     try:
-        await asyncio.wait({pending}, timeout=keep_alive_s)
-        if pending.done():
-            pending.result()
+        await StreamedAnswer(ctx, exchange, record, partial(keep_answer, ctx)).send(runner.open_stream())
     except BaseException as failure:
-        await finish_failed(record, failure, pending)
+        if not exchange.started:
+            await finish_failed(record, failure)
         raise
-    return StreamedAnswer(ctx, pending, record, partial(keep_answer, ctx))
 
 
-async def finish_failed(record: RequestRecord, failure: BaseException, pending: PendingStream | None = None) -> None:
-    """Finish the record of a request that ends before its response begins, and close the stream that was to come.
+async def finish_failed(record: RequestRecord, failure: BaseException) -> None:
+    """Finish the record of a request that ends before its response begins.
 
     The response to a failure of the models gets the headers that name the decision.
     """
@@ -270,8 +259,6 @@ async def finish_failed(record: RequestRecord, failure: BaseException, pending: 
     elif isinstance(failure, asyncio.CancelledError):
         ending = cancelled_ending()
     record.finish(ending)
-    if pending is not None:
-        await cancel_or_close(pending)
     if ending != "client_gone":
         await record.wait_until_settled()
 

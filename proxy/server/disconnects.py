@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
@@ -9,8 +9,6 @@ from proxy.concurrency import CANCEL_INTERVAL_S
 from proxy.errors import ClientDisconnected
 
 T = TypeVar("T")
-
-Dispose = Callable[[T], Awaitable[None]]
 
 # Of the request that the current task serves.
 _current: ContextVar[DisconnectEvent | None] = ContextVar("uniroute_client", default=None)
@@ -38,35 +36,30 @@ class Client(Protocol):
     async def wait_for_disconnect(self) -> None: ...
 
 
-def cancel_on_disconnect(
-    client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None = None
-) -> Coroutine[Any, Any, T]:
+def cancel_on_disconnect(client: Client, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """Return the result of `work`, which is cancelled when the client leaves.
 
     The request's body must have been read: what else arrives can then only be the disconnect. `work` runs in the
     caller's own task. On another server than ours, a second task watches the connection.
 
-    Args:
-        dispose: is given a result that exists in spite of the cancellation, and that nobody will see.
-
     Raises:
         ClientDisconnected: after `work` was cancelled and has ended.
     """
     if client.disconnect is not None:
-        return _run(client.disconnect, work, dispose)
-    return _run_watched(client, work, dispose)
+        return _run(client.disconnect, work)
+    return _run_watched(client, work)
 
 
-async def _run_watched(client: Client, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None) -> T:
+async def _run_watched(client: Client, work: Coroutine[Any, Any, T]) -> T:
     disconnect = DisconnectEvent()
     watching = asyncio.create_task(_watch(client, disconnect))
     try:
-        return await _run(disconnect, work, dispose)
+        return await _run(disconnect, work)
     finally:
         watching.cancel()
 
 
-async def _run(disconnect: DisconnectEvent, work: Coroutine[Any, Any, T], dispose: Dispose[T] | None) -> T:
+async def _run(disconnect: DisconnectEvent, work: Coroutine[Any, Any, T]) -> T:
     task = asyncio.current_task()
     if task is None or disconnect.is_set:
         work.close()
@@ -83,8 +76,6 @@ async def _run(disconnect: DisconnectEvent, work: Coroutine[Any, Any, T], dispos
     finally:
         disconnect.callbacks.discard(canceller.cancel)
     if canceller.stop():  # `work` has ended well in spite of it
-        if dispose is not None:
-            await dispose(result)
         raise ClientDisconnected("the client closed its connection")
     return result
 

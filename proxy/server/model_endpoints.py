@@ -68,7 +68,7 @@ class ModelEndpoints:
                 await self._refuse(exchange, 500, internal_error_body(request_id))
 
     async def _answer(self, exchange: Exchange) -> Answer | None:
-        """Let the request in, and return what its endpoint answers; None: it was answered with an error."""
+        """Let the request in, and return what is left to be sent; None: it was answered, maybe with an error."""
         app = self.startup.app_state
         try:
             if app is None:  # before any key is checked: no keys are known yet
@@ -81,9 +81,12 @@ class ModelEndpoints:
         try:
             return await self._endpoints[exchange.path](exchange, app, caller.key)
         except ClientDisconnected:
-            self._count(499)
-            await exchange.send(499, {}, b"")  # for servers that do not notice
+            if not exchange.started:
+                self._count(499)
+                await exchange.send(499, {}, b"")  # for servers that do not notice
         except HANDLED_EXCEPTIONS as error:
+            if exchange.started:
+                raise
             await self._refuse(exchange, *render_error(error))
         return None
 

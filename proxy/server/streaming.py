@@ -2,16 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from time import monotonic
 from typing import Any, Protocol
 
-from proxy.concurrency import DeadlineWheel, SilenceTimer, cancel_until_done
+from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
     SHUTTING_DOWN_MESSAGE,
     APIError,
-    ClientDisconnected,
     ModelAtCapacity,
     ShuttingDown,
     UpstreamError,
@@ -20,7 +19,7 @@ from proxy.server.api.messages_stream import PING
 from proxy.server.api.translation import RelayedEvents, StreamTranslation, Translation
 from proxy.server.attempts import AttemptStream
 from proxy.server.dependencies import RequestContext
-from proxy.server.disconnects import cancel_on_disconnect, cancelled_ending
+from proxy.server.disconnects import cancelled_ending
 from proxy.server.exchange import Exchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
@@ -45,8 +44,6 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 
-PendingStream = asyncio.Task[AttemptStream]
-
 Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
 
 
@@ -56,16 +53,13 @@ class StreamedAnswer:
     The upstream's connection is closed in every case.
 
     Args:
-        pending: the attempts to open the stream. The client is sent comments until they are done.
         keep: is given the whole answer before its last bytes are sent, if later requests may ask for it.
     """
 
-    def __init__(self, ctx: RequestContext, pending: PendingStream, record: RequestRecord, keep: Keep) -> None:
-        self._headers = {**HEADERS, **record.headers()}
-        self._pending = pending
+    def __init__(self, ctx: RequestContext, exchange: Exchange, record: RequestRecord, keep: Keep) -> None:
+        self._exchange = exchange
         self._record = record
         self._keep = keep
-        self._keep_alive_s = ctx.app.settings.keep_alive_s
         self._deadlines = ctx.app.deadlines
         self._translation = ctx.translation
         self._has_metadata = ctx.request.options.metadata
@@ -74,47 +68,42 @@ class StreamedAnswer:
             if ctx.translation is None
             else TranslatedEventWriter(record, ctx.translation, ctx.app.upstream.memory)
         )
+        self._keep_alive = SSEKeepAlive(exchange, record, ctx.app.settings.keep_alive_s, self._deadlines, self._events)
 
-    async def send(self, exchange: Exchange) -> None:
-        try:
-            await cancel_on_disconnect(exchange, self._relay(exchange))
-        except ClientDisconnected:
-            return
-        finally:
-            await self.close()
+    async def send(self, opening: Coroutine[Any, Any, AttemptStream]) -> None:
+        """Wait for the first content, and send the answer. The answer begins before if the content is late.
 
-    async def close(self) -> None:
-        """Close the upstream's stream. May be called again.
-
-        If `_relay` has not finished the record, the client left before it could run.
+        Raises:
+            ProxyError: as `opening`, unless the answer has begun: then its failure is an event. If `opening` failed
+                before, the record is not finished.
         """
-        self._record.finish("client_gone")
-        await cancel_or_close(self._pending)
-
-    async def _relay(self, exchange: Exchange) -> None:
+        record, exchange = self._record, self._exchange
+        stream: AttemptStream | None = None
         ending: str | None = None
         try:
-            await exchange.begin(200, self._headers)
-            keep_alive = SSEKeepAlive(
-                exchange, self._keep_alive_s, self._deadlines, self._events, sent=self._pending.done()
-            )
             try:
-                await self._send_events(exchange, keep_alive)
+                stream = await opening
+                await self._keep_alive.begin()
+                await self._relay(stream)
                 ending = "complete"
-            except (UpstreamError, ModelAtCapacity) as failure:
-                await exchange.write(self._events.fail(failure))
-            except asyncio.CancelledError:
-                ending = cancelled_ending()
-                self._record.finish(ending)
-                if ending == "shutdown":
-                    await self._send_shutting_down(exchange)
-                raise
             finally:
-                keep_alive.stop()
+                self._keep_alive.stop()
+        except (UpstreamError, ModelAtCapacity) as failure:
+            if not exchange.started:
+                raise
+            await exchange.write(self._events.fail(failure))
+        except asyncio.CancelledError:
+            ending = cancelled_ending()
+            if exchange.started and ending == "shutdown":
+                record.finish(ending)
+                await self._send_shutting_down()
+            raise
         finally:
             # Before the client can read the end of the stream: an answer that it has read is on record.
-            self._record.finish(ending or ("broken" if self._record.has_content else "failed"))
-            await cancel_or_close(self._pending)
+            if stream is not None or exchange.started:
+                record.finish(ending or ("broken" if record.has_content else "failed"))
+            if stream is not None:
+                await stream.aclose()
         end = b""
         if ending == "complete":
             end = self._events.end()
@@ -122,45 +111,31 @@ class StreamedAnswer:
                 end = self._events.with_metadata(end)
             await self._keep(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
-        await self._record.wait_until_settled()
+        await record.wait_until_settled()
         await exchange.end(end)
 
-    async def _send_events(self, exchange: Exchange, keep_alive: SSEKeepAlive) -> None:
+    async def _relay(self, stream: AttemptStream) -> None:
         """Send all events but those that end the answer."""
-        stream = await self._pending
         if stream.is_native and self._translation is not None:
-            self._events = keep_alive.events = NativeEventWriter(self._record, self._translation)
-        events = self._events
+            self._events = self._keep_alive.events = NativeEventWriter(self._record, self._translation)
+        exchange, events, silence = self._exchange, self._events, self._keep_alive.silence
 
         def send_block(block: list[JSONPayload]) -> bytes:
             """Send a block at once. Return what the client does not take yet."""
             data = events.encode(block)
             if not data:
                 return b""
-            keep_alive.silence.since = monotonic()
+            silence.since = monotonic()
             return b"" if exchange.write_now(data) else data
 
         while unsent := await stream.relay(send_block, self._deadlines):
             await exchange.write(unsent)
 
-    async def _send_shutting_down(self, exchange: Exchange) -> None:
+    async def _send_shutting_down(self) -> None:
         """Send the error event that says that the server shuts down. Give up soon: the client may not be reading."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SHUTDOWN_NOTICE_TIMEOUT_S):
-                await exchange.end(self._events.fail(ShuttingDown(SHUTTING_DOWN_MESSAGE)))
-
-
-async def cancel_or_close(pending: PendingStream) -> None:
-    """Cancel the attempts, or close the stream that they opened, even if the caller is cancelled meanwhile.
-
-    May be called again.
-    """
-    try:
-        if not pending.done():
-            await cancel_until_done((pending,))
-    finally:
-        if not pending.cancelled() and pending.exception() is None:
-            await pending.result().aclose()
+                await self._exchange.end(self._events.fail(ShuttingDown(SHUTTING_DOWN_MESSAGE)))
 
 
 class EventWriter(Protocol):
@@ -420,24 +395,33 @@ def logprobs_bytes(chunk: Mapping[str, Any]) -> int:
 class SSEKeepAlive:
     """Send a comment or a ping whenever nothing was sent for `interval_s`, from now on until `stop`.
 
-    Whoever sends something else sets `silence.since`.
+    The first one begins the answer, if nothing else has. Whoever sends something else sets `silence.since`.
 
     Args:
         events: says what is sent.
-        sent: whether something is sent just now; otherwise the first comment is sent at once.
     """
 
     def __init__(
-        self, exchange: Exchange, interval_s: float, deadlines: DeadlineWheel, events: EventWriter, *, sent: bool
+        self,
+        exchange: Exchange,
+        record: RequestRecord,
+        interval_s: float,
+        deadlines: DeadlineWheel,
+        events: EventWriter,
     ) -> None:
         self._exchange = exchange
+        self._record = record
         self.events = events
         self._sending: asyncio.Task[None] | None = None
         self.silence = SilenceTimer(deadlines, interval_s, self._send)
-        if sent:
-            self.silence.start()
-        else:
-            self._send()
+        self.silence.start()
+
+    async def begin(self) -> None:
+        """Begin the answer, if that has not been done, with headers that name the model that answers now."""
+        if self._sending is not None:
+            await self._sending
+        if not self._exchange.started:
+            await self._exchange.begin(200, {**HEADERS, **self._record.headers()})
 
     def stop(self) -> None:
         self.silence.stop()
@@ -447,6 +431,13 @@ class SSEKeepAlive:
     def _send(self) -> None:
         data = self.events.keep_alive
         # If the last one is still being sent, the client reads nothing: do not send another.
-        if (self._sending is None or self._sending.done()) and not self._exchange.write_now(data):
-            self._sending = asyncio.create_task(self._exchange.write(data), name="uniroute-keep-alive")
+        if self._sending is None or self._sending.done():
+            if not self._exchange.started:
+                self._sending = asyncio.create_task(self._begin_with(data), name="uniroute-keep-alive")
+            elif not self._exchange.write_now(data):
+                self._sending = asyncio.create_task(self._exchange.write(data), name="uniroute-keep-alive")
         self.silence.start()
+
+    async def _begin_with(self, data: bytes) -> None:
+        await self._exchange.begin(200, {**HEADERS, **self._record.headers()})
+        await self._exchange.write(data)

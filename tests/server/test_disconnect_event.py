@@ -89,24 +89,6 @@ async def test_work_that_makes_nothing_of_its_cancellation_is_cancelled_again(cl
     assert tries == 2
 
 
-async def test_a_result_that_nobody_will_see_is_disposed_of(client: Client) -> None:
-    dropped = []
-
-    async def work() -> str:
-        client.leave()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.Event().wait()
-        return "a stream"
-
-    async def dispose(result: str) -> None:
-        await asyncio.sleep(0)  # closing takes a moment
-        dropped.append(result)
-
-    with pytest.raises(ClientDisconnected):
-        await cancel_on_disconnect(client, work(), dispose)
-    assert dropped == ["a stream"]
-
-
 async def test_a_cancellation_from_outside_is_not_taken_for_a_client_that_left(client: Client) -> None:
     waiting = asyncio.create_task(client.during(asyncio.Event().wait()))
     await asyncio.sleep(0)
