@@ -51,7 +51,7 @@ from router_core.errors import InvalidInput, MapMismatch
 
 # What an exception is answered with: status, and `type` and `code` of OpenAI's error object. A class stands for those
 # below it that are not listed. An UpstreamError has its own status and body, if the upstream answered.
-RESPONSES: Mapping[type[Exception], tuple[int, str, str | None]] = {
+ERROR_ANSWERS: Mapping[type[Exception], tuple[int, str, str | None]] = {
     BadRequest: (400, "invalid_request_error", None),
     InvalidInput: (400, "invalid_request_error", None),
     MapMismatch: (400, "invalid_request_error", None),
@@ -91,7 +91,7 @@ RESPONSES: Mapping[type[Exception], tuple[int, str, str | None]] = {
 
 RETRY_AFTER_S = "1"
 
-HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ClientDisconnected, *RESPONSES)
+HANDLED_EXCEPTIONS: tuple[type[Exception], ...] = (ClientDisconnected, *ERROR_ANSWERS)
 
 
 def error_response(error: Exception) -> Response:
@@ -121,10 +121,10 @@ async def handle_error(_: Request, error: Exception) -> Response:
 
 
 def render_error(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
-    """Return the status, body and headers of the answer to a class of RESPONSES."""
+    """Return the status, body and headers of the answer to a class of ERROR_ANSWERS."""
     if isinstance(error, UpstreamError):
         return _render_upstream_error(error)
-    status, kind, code = next(RESPONSES[kind] for kind in type(error).__mro__ if kind in RESPONSES)
+    status, kind, code = next(ERROR_ANSWERS[kind] for kind in type(error).__mro__ if kind in ERROR_ANSWERS)
     return status, error_body(str(error), kind, code, getattr(error, "param", None)), getattr(error, "headers", {})
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from proxy.errors import APIError, ClientDisconnected, RateLimited, UpstreamError
-from proxy.server.responses import HANDLED_EXCEPTIONS, RESPONSES, error_response, render_error
+from proxy.server.responses import ERROR_ANSWERS, HANDLED_EXCEPTIONS, error_response, render_error
 from proxy.storage.client_keys import InvalidKey
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import KeyInactive, RegistryError, UnknownKey
@@ -24,7 +24,7 @@ def test_every_exception_that_a_request_can_end_with_has_a_response(root: type[E
     kinds = [kind for kind in below(root) if kind.__module__.startswith("proxy.")]
 
     assert kinds
-    assert [kind.__name__ for kind in kinds if not any(listed in RESPONSES for listed in kind.__mro__)] == []
+    assert [kind.__name__ for kind in kinds if not any(listed in ERROR_ANSWERS for listed in kind.__mro__)] == []
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,6 @@ def test_a_model_that_did_not_answer_is_a_bad_gateway_and_a_client_that_left_get
 
 
 def test_the_cores_errors_reach_a_client_only_where_its_body_is_to_blame() -> None:
-    named = {kind for kind in RESPONSES if issubclass(kind, RouterCoreError)}
+    named = {kind for kind in ERROR_ANSWERS if issubclass(kind, RouterCoreError)}
 
     assert {kind.__name__ for kind in named} == {"InvalidInput", "MapMismatch"}
