@@ -380,6 +380,8 @@ class SnapshotWatcher:
         self._inputs = inputs
         self._latch = latch
         self._reader = StateReader(store, time.time)
+        # Another one than the reader's last after a build that failed, which is tried again.
+        self._built_from = self._reader.last
         self.current = self._build()
         on_change(self.current)
         self._tasks = BackgroundTasks()
@@ -419,9 +421,9 @@ class SnapshotWatcher:
             StoreUnavailable: the current snapshot stays.
         """
         async with self._refreshing:
-            changed = await self._reader.read(self._inputs.configured, whole=whole or not self.available)
+            await self._reader.read(self._inputs.configured, whole=whole or not self.available)
             self._availability.mark_available()
-            if changed or self._traffic_has_moved():
+            if self._reader.last is not self._built_from or self._traffic_has_moved():
                 await self._swap()
 
     async def wait_for_version(self, version: int) -> None:
@@ -434,7 +436,9 @@ class SnapshotWatcher:
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
         self._live_seen = (self._live_changes(), time.monotonic())
+        stored = self._reader.last
         self.current = await asyncio.to_thread(self._build)
+        self._built_from = stored
         self._on_change(self.current)
 
     def _build(self) -> RoutingSnapshot:
