@@ -14,7 +14,7 @@ from proxy.storage.state_reader import StateReader
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price
-from tests.support.makers import CORNERS, a_profile, a_record, a_registry, started_watcher
+from tests.support.makers import CORNERS, a_profile, a_record, a_registry, snapshot_inputs, started_watcher
 from tests.support.waiting import until
 
 
@@ -87,6 +87,18 @@ async def test_of_the_entries_of_a_hash_only_those_that_changed_are_parsed_again
 
     assert reader.last.profiles["small"] is before.profiles["small"]
     assert reader.last.profiles["large"] is not before.profiles["large"]
+
+
+def test_what_is_known_of_a_model_is_kept_until_the_model_changes() -> None:
+    inputs = snapshot_inputs()
+    one, other = a_record("small"), a_record("large")
+    first = inputs.facts_of({"small": one, "large": other})
+    changed = a_record("large", info={"supports_vision": True})
+    second = inputs.facts_of({"small": one, "large": changed})
+
+    assert second["small"] is first["small"]
+    assert (first["large"].capabilities.vision, second["large"].capabilities.vision) == (None, True)
+    assert list(inputs.facts_of({"small": one})) == ["small"]
 
 
 @pytest.mark.parametrize("broken", ["nan", "-1", "free", ""])
