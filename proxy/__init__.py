@@ -2,6 +2,10 @@
 
 import sys
 
+# httpx has a command of its own, and imports rich, pygments and click for it: 5 MiB. A module that is None cannot be
+# imported, and httpx goes without.
+sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
+
 
 def main() -> None:
     """Run the command `uniroute`. Ctrl-C ends it without a traceback, also while its parts are imported."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,11 @@ class Profile:
         if not rates_ok or not within:
             raise InvalidProfile("a profile's errors must lie in [0, 1]")
 
-    @property
+    @cached_property
     def total_labels(self) -> float:
         return float(self.labels.sum())
 
-    @property
+    @cached_property
     def mean_error(self) -> float:
         return mean_error(float(self.error_sums.sum()), self.total_labels)
 
@@ -85,10 +86,18 @@ class Profile:
 
     def output_tokens(self) -> Doubles:
         """Return (K,) expected output tokens, shrunk towards the model's mean; NaN if no answer was counted."""
+        return self._output_tokens
+
+    @cached_property
+    def _output_tokens(self) -> Doubles:
         return _shrunk_means(self.token_sums, self.answers)
 
     def seconds(self) -> Doubles:
         """Return (K,) expected seconds until the answer is complete; NaN if no answer was timed."""
+        return self._seconds
+
+    @cached_property
+    def _seconds(self) -> Doubles:
         return _shrunk_means(self.second_sums, self.timed_answers)
 
     def merged(self, other: Profile) -> Profile:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import orjson
 
@@ -98,8 +98,9 @@ def parse_price_map(document: object) -> PriceMap:
     """
     if not isinstance(document, dict):
         raise InvalidPriceMap(f"a price map is a JSON object of models; got {type(document).__name__}")
+    shared: dict[Any, Any] = {}
     entries = {
-        name: _entry(name, listed)
+        name: _entry(name, listed, shared)
         for name, listed in document.items()
         if name != SAMPLE_ENTRY and _is_served(_checked(name, listed).get("mode"))
     }
@@ -140,13 +141,21 @@ def _checked(name: str, listed: object) -> dict[str, Any]:
     return listed
 
 
-def _entry(name: str, listed: dict[str, Any]) -> PriceMapEntry:
-    provider = str(listed.get("litellm_provider") or name.partition("/")[0])
+T = TypeVar("T")
+
+
+def _entry(name: str, listed: dict[str, Any], shared: dict[Any, Any]) -> PriceMapEntry:
+    """Read an entry. `shared`: the values of other entries, which this one has too where they are equal."""
+
+    def same(value: T) -> T:
+        return cast("T", shared.setdefault(value, value))
+
+    provider = same(str(listed.get("litellm_provider") or name.partition("/")[0]))
     return PriceMapEntry(
         provider=provider,
-        price=_price(name, listed, provider),
-        capabilities=_capabilities(listed),
-        thinking=_thinking(listed),
+        price=same(_price(name, listed, provider)),
+        capabilities=same(_capabilities(listed)),
+        thinking=same(_thinking(listed)),
         sampling=_ability(listed, "supports_sampling_params") is not False,
         output_config=_ability(listed, "supports_output_config") is True,
         system_turns=_ability(listed, "supports_mid_conversation_system") is True,

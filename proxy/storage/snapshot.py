@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from redis.asyncio import Redis
@@ -208,6 +208,15 @@ class RoutingSnapshot:
         return "ready" if name in self.prices else "unpriced"
 
 
+class ModelFacts(NamedTuple):
+    """What the configuration and LiteLLM's map say of a model."""
+
+    price: CurrentPrice | None
+    """While none is stored."""
+    capabilities: Capabilities
+    embeds: bool
+
+
 @dataclass(frozen=True)
 class SnapshotInputs:
     """What a process brings to every snapshot that it builds."""
@@ -225,16 +234,32 @@ class SnapshotInputs:
         """Cache the rates from one snapshot to the next: most change a price or a key, and need no new rates."""
         return CachedEstimator(self.cluster_map, self.recipe)
 
+    def facts_of(self, models: Mapping[str, ModelRecord]) -> Mapping[str, ModelFacts]:
+        """Return the facts of these models. Those of the last call are kept: few models change between two."""
+        earlier = self._known.copy()
+        self._known.clear()
+        for name, record in models.items():
+            known = earlier.get(name)
+            self._known[name] = known if known is not None and known[0] is record else (record, self._facts(record))
+        return {name: facts for name, (_, facts) in self._known.items()}
+
+    @cached_property
+    def _known(self) -> dict[str, tuple[ModelRecord, ModelFacts]]:
+        return {}
+
+    def _facts(self, record: ModelRecord) -> ModelFacts:
+        listed, info = self.price_map.find(str(record.litellm_params["model"])), record.info
+        return ModelFacts(price_of(info, None, listed), capabilities_of(info, listed), embeds(info, listed))
+
 
 def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bool) -> RoutingSnapshot:
     """Build a snapshot. Configured models win over stored ones of the same name."""
     models = {**stored.models, **inputs.configured}
-    listed = {name: inputs.price_map.find(str(record.litellm_params["model"])) for name, record in models.items()}
-    prices = prices_of(models, stored, listed)
+    facts = inputs.facts_of(models)
+    known_prices = {name: stored.prices.get(name) or each.price for name, each in facts.items()}
+    prices = {name: price for name, price in known_prices.items() if price is not None}
     profiles = {
-        name: profile
-        for name, profile in _in_use(models, stored, inputs.cluster_map).items()
-        if not embeds(models[name].info, listed[name])
+        name: profile for name, profile in _in_use(models, stored, inputs.cluster_map).items() if not facts[name].embeds
     }
     unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
     expected = profiles
@@ -247,17 +272,13 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
             name=name,
             profile=expected.get(name),
             price=prices[name].price if name in prices else None,
-            capabilities=capabilities_of(record.info, listed[name]),
+            capabilities=facts[name].capabilities,
             excluded=why_paused(name) if name in stored.paused else None,
         )
-        for name, record in sorted(models.items())
-        if not embeds(record.info, listed[name])
+        for name in sorted(models)
+        if not facts[name].embeds
     ]
-    embeddings = {
-        name: capabilities_of(record.info, listed[name])
-        for name, record in models.items()
-        if embeds(record.info, listed[name])
-    }
+    embeddings = {name: each.capabilities for name, each in facts.items() if each.embeds}
     return RoutingSnapshot(
         version=stored.version,
         cluster_map=inputs.cluster_map,
@@ -380,6 +401,8 @@ class SnapshotWatcher:
         self._inputs = inputs
         self._latch = latch
         self._reader = StateReader(store, time.time)
+        # Another one than the reader's last after a build that failed, which is tried again.
+        self._built_from = self._reader.last
         self.current = self._build()
         on_change(self.current)
         self._tasks = BackgroundTasks()
@@ -419,9 +442,9 @@ class SnapshotWatcher:
             StoreUnavailable: the current snapshot stays.
         """
         async with self._refreshing:
-            changed = await self._reader.read(self._inputs.configured, whole=whole or not self.available)
+            await self._reader.read(self._inputs.configured, whole=whole or not self.available)
             self._availability.mark_available()
-            if changed or self._traffic_has_moved():
+            if self._reader.last is not self._built_from or self._traffic_has_moved():
                 await self._swap()
 
     async def wait_for_version(self, version: int) -> None:
@@ -434,7 +457,9 @@ class SnapshotWatcher:
         if self._reader.last.keys and not self._latch.closed:
             self._latch.close()
         self._live_seen = (self._live_changes(), time.monotonic())
+        stored = self._reader.last
         self.current = await asyncio.to_thread(self._build)
+        self._built_from = stored
         self._on_change(self.current)
 
     def _build(self) -> RoutingSnapshot:

@@ -50,6 +50,24 @@ class StoredState:
     """By model."""
     lambda_override: LambdaOverride | None = None
 
+    def has_entries_of(self, other: StoredState) -> bool:
+        """Return whether nothing has changed: entries that did not change are the same objects."""
+        if (self.version, self.keys_exist) != (other.version, other.keys_exist):
+            return False
+        mine, theirs = self._all_entries(), other._all_entries()
+        return mine.keys() == theirs.keys() and all(theirs[name] is entry for name, entry in mine.items())
+
+    def _all_entries(self) -> dict[tuple[int, str], object]:
+        parts: tuple[Mapping[str, object], ...]
+        parts = (self.models, self.profiles, self.previous_profiles, self.keys, self.prices, self.paused)
+        entries = {(place, name): entry for place, part in enumerate(parts) for name, entry in part.items()}
+        return {**entries, (-1, LAMBDA): self.lambda_override}
+
+
+# Models whose prices are read at a time, while nothing says that one changed: a thousand would take a twentieth of the
+# event loop.
+POLLED_MODELS = 200
+
 
 class StateReader:
     """Read what changed. Keep the last good reading, and warn of each broken entry once."""
@@ -58,11 +76,16 @@ class StateReader:
         self._store = store
         self._clock = clock
         self._raw_prices: dict[str, object] = {}
+        self._next_polled = 0
+        # Key → entry → the hash of its text as it was read last. The texts of a thousand profiles are megabytes.
+        self._seen: dict[str, dict[str, int]] = {}
         self._warn_once = WarnOnce(log)
         self.last = StoredState()
 
-    async def read(self, configured: Collection[str], *, whole: bool = False) -> bool:
-        """Bring `last` up to date; return whether it changed.
+    async def read(self, configured: Collection[str], *, whole: bool = False) -> None:
+        """Bring `last` up to date, or leave it the same object if nothing has changed.
+
+        A price whose change raised no version is found by this call or, of many models, by one of the next.
 
         Args:
             configured: models of the configuration, whose prices are read too.
@@ -71,18 +94,28 @@ class StateReader:
         Raises:
             StoreUnavailable: `last` stays as it was.
         """
-        names = sorted({*configured, *self.last.models})
+        known = {*configured, *self.last.models}
+        names = self._polled(sorted(known))
         version, *raw_prices = await self._pipeline([("GET", VERSION), *(("HGETALL", price_key(n)) for n in names)])
-        before = self.last
         if whole or self._version(version) != self.last.version:
-            self.last = await self._read_all()
+            now = await self._read_all()
+            # A change that was announced has often been read before.
+            self.last = self.last if now.has_entries_of(self.last) else now
             # Read the prices again: those that were read before may be older than this version.
-            names = sorted({*configured, *self.last.models})
+            known = {*configured, *self.last.models}
+            names = sorted(known)
             raw_prices = await self._pipeline([("HGETALL", price_key(name)) for name in names])
-        prices = self._prices(dict(zip(names, raw_prices, strict=True)))
+        prices = self._prices(dict(zip(names, raw_prices, strict=True)), known)
         if prices != self.last.prices:
             self.last = replace(self.last, prices=prices)
-        return self.last is not before
+
+    def _polled(self, names: list[str]) -> list[str]:
+        """Return the models whose prices are next."""
+        if len(names) <= POLLED_MODELS:
+            return names
+        start = self._next_polled if self._next_polled < len(names) else 0
+        self._next_polled = start + POLLED_MODELS
+        return names[start : self._next_polled]
 
     async def _pipeline(self, commands: list[tuple[str, str]], *, transaction: bool = False) -> list[Any]:
         async with self._store.operation("read the state") as client, client.pipeline(transaction=transaction) as pipe:
@@ -129,7 +162,7 @@ class StateReader:
         *,
         keep_last: bool = True,
     ) -> Mapping[str, _Entry]:
-        """Parse a hash.
+        """Parse what of a hash has changed.
 
         Args:
             keep_last: keep the last good value of an entry that cannot be read. Not of a key, which may be revoked.
@@ -138,7 +171,11 @@ class StateReader:
             self._warn_once(key, f"cannot be read, the last reading stays: {raw}")
             return last
         entries: dict[str, _Entry] = {}
+        seen, self._seen[key] = self._seen.get(key, {}), {name: hash(text) for name, text in raw.items()}
         for name, text in raw.items():
+            if name in last and seen.get(name) == self._seen[key][name]:
+                entries[name] = last[name]
+                continue
             try:
                 entries[name] = parse(name, text)
             except InvalidInput as error:
@@ -147,15 +184,15 @@ class StateReader:
                     entries[name] = last[name]
         return entries
 
-    def _prices(self, raw_prices: Mapping[str, object]) -> Mapping[str, CurrentPrice]:
-        prices: dict[str, CurrentPrice] = {}
+    def _prices(self, raw_prices: Mapping[str, object], known: Collection[str]) -> Mapping[str, CurrentPrice]:
+        """Return the prices of all models that are `known`, of which some were read now."""
+        prices = {name: price for name, price in self.last.prices.items() if name in known}
         for name, raw in raw_prices.items():
-            last = self.last.prices.get(name)
             if raw != self._raw_prices.get(name) or isinstance(raw, RedisError):
-                last = self._price(name, raw, last)
-            if last is not None:
-                prices[name] = last
-        self._raw_prices = dict(raw_prices)
+                price = self._price(name, raw, prices.pop(name, None))
+                if price is not None:
+                    prices[name] = price
+        self._raw_prices = {name: raw for name, raw in {**self._raw_prices, **raw_prices}.items() if name in known}
         return prices
 
     def _price(self, name: str, raw: object, last: CurrentPrice | None) -> CurrentPrice | None:

@@ -12,7 +12,15 @@ from tests.chaos.processes import tcp_connections
 
 # Between two events of a stream, which would last for almost two minutes.
 PACE_MS = 2_000
-FORMS = {"PSS MiB": ",.0f", "KiB a stream": ",.0f", "p50 ms beside": ".2f", "p99 ms beside": ".2f", "CPU %": ".1f"}
+FORMS = {
+    "PSS MiB": ",.0f",
+    "KiB a stream": ",.0f",
+    "p50 ms beside": ".2f",
+    "p99 ms beside": ".2f",
+    "CPU µs beside": ",.0f",
+    "requests/s beside at 16": ",.0f",
+    "CPU % of the streams": ".1f",
+}
 OPEN_S, POLL_S, SETTLED_S = 40.0, 0.1, 1.0
 # Streams below which other things weigh more than they.
 FEW = 100
@@ -37,11 +45,15 @@ def with_open_streams(bench: Bench, row: Row, count: int, alone_mib: float) -> S
         time.sleep(2 * PACE_MS / 1000)
         busy = (cpu_s(row.pid) - spent) / (time.monotonic() - began)
         beside = bench.measure(Case("beside", connections=1), row, seconds=1.5)
+        many = bench.measure(Case("many beside"), row, seconds=1.5)
         reached = min(count, _open(row, bench))
     _until(lambda: _open(row, bench) <= idle)
     each = (size - alone_mib) * 1024 / reached if reached >= FEW else math.nan
-    values = (size, each, beside.figures["p50_ms"], beside.figures["p99_ms"], 100 * busy)
-    return Seen(reached, dict(zip(FORMS, values, strict=True)), beside.failed)
+    # The streams go on meanwhile.
+    own_us = 1e3 * many.figures["cpu_ms"] * (1 - busy / many.figures["gateway_core"])
+    latencies = (beside.figures["p50_ms"], beside.figures["p99_ms"])
+    values = (size, each, *latencies, own_us, many.figures["per_s"], 100 * busy)
+    return Seen(reached, dict(zip(FORMS, values, strict=True)), beside.failed + many.failed)
 
 
 def _open(row: Row, bench: Bench) -> int:

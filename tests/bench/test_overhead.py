@@ -195,8 +195,8 @@ def test_a_figure_that_grows_faster_than_its_cause_is_named() -> None:
     def point(cause: float, *values: float) -> Point:
         return Point("", cause, dict(zip((figure.title for figure in OF_REQUESTS), values, strict=True)))
 
-    before = point(10, 1.0, 1_000.0, 0.5)
+    before = point(10, 500.0, 1_000.0)
 
-    assert too_fast(before, point(20, 2.0, 500.0, 1.0), OF_REQUESTS) == []
-    assert too_fast(before, point(20, 3.0, 500.0, 0.5), OF_REQUESTS) == ["p50 ms at 1"]
-    assert too_fast(before, point(20, 1.0, 300.0, 0.5), OF_REQUESTS) == ["requests/s at 16"]
+    assert too_fast(before, point(20, 1_000.0, 500.0), OF_REQUESTS) == []
+    assert too_fast(before, point(20, 1_500.0, 500.0), OF_REQUESTS) == ["CPU µs a request"]
+    assert too_fast(before, point(20, 500.0, 300.0), OF_REQUESTS) == ["requests/s at 16"]

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import tracemalloc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from proxy.routing import assigner as assigning
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
-from router_core.embedding import MAX_INLINE_BYTES, StaticEmbedder
+from router_core.embedding import MAX_INLINE_BYTES, StaticEmbedder, static_embedder
 from router_core.types import Assignment, Floats
 from tests.support.makers import CORNERS
 from tests.support.selections import Corners
@@ -79,12 +82,37 @@ async def test_a_prompt_that_comes_again_is_not_embedded_again() -> None:
     assigner = ClusterAssigner(Seen(), 5.0)
     first = await assigner.assign("one", CORNERS)
 
-    assert await assigner.assign("one", CORNERS) is first
-    assert [array.flags.writeable for array in (first.ids, first.weights)] == [False, False]
+    again = await assigner.assign("one", CORNERS)
     assert texts == ["one"]
+    assert [array.flags.writeable for array in (again.ids, again.weights)] == [False, False]
+    assert_same(again, first)
     other = ClusterMap(np.eye(4, dtype=np.float32), embedder_id="corners", top=3)
     assert (await assigner.assign("one", other)).ids.shape == (1, 3)
     assert texts == ["one", "one"]
+    assigner.close()
+
+
+async def test_an_assignment_is_remembered_bit_for_bit(embedder_cache: Path) -> None:
+    assigner, cluster_map = ClusterAssigner(static_embedder(embedder_cache), 30.0), builtin_map()
+    first = await assigner.assign("What is the capital of Norway?", cluster_map)
+
+    assert_same(await assigner.assign("What is the capital of Norway?", cluster_map), first)
+    assigner.close()
+
+
+async def test_what_is_remembered_of_a_prompt_is_small(embedder_cache: Path) -> None:
+    """Less than half of what three arrays of eight numbers take."""
+    assigner, cluster_map = ClusterAssigner(static_embedder(embedder_cache), 30.0), builtin_map()
+    prompts = [f"prompt {number}" for number in range(1_000)]
+    await assigner.assign("warm up", cluster_map)
+    gc.collect()
+    tracemalloc.start()
+    for prompt in prompts:
+        await assigner.assign(prompt, cluster_map)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert taken / len(prompts) < 400
     assigner.close()
 
 
@@ -97,8 +125,17 @@ async def test_it_remembers_a_bounded_number_and_no_prompt(monkeypatch: pytest.M
     kept = list(assigner._known)
 
     assert len(kept) == 8
-    assert all(len(digest) == 16 and b"prompt" not in digest for _, digest in kept)
+    assert all(len(key) == 16 + len(CORNERS.id) and b"prompt" not in key for key in kept)
     assigner.close()
+
+
+def assert_same(one: Assignment, other: Assignment) -> None:
+    """Compare bits and types."""
+    for mine, theirs in ((one.ids, other.ids), (one.weights, other.weights), (one.cosines, other.cosines)):
+        if mine is None or theirs is None:
+            assert mine is theirs
+            continue
+        assert (mine.dtype, mine.shape, mine.tobytes()) == (theirs.dtype, theirs.shape, theirs.tobytes())
 
 
 def blocked_embedder() -> Corners:

@@ -176,6 +176,12 @@ def test_an_unreadable_list_of_tiers_is_no_price(tiers: Any) -> None:
     assert entry.price is None
 
 
+def test_entries_that_say_the_same_share_one_object() -> None:
+    for name in ("capabilities", "thinking", "price"):
+        values = [getattr(entry, name) for entry in bundled_price_map()]
+        assert len(set(map(id, values))) == len(set(values)) < len(values) / 3
+
+
 def test_a_partial_price_is_completed_from_the_map() -> None:
     known = parse_price_map(ONE).find("gpt-x")
     price = price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, known)

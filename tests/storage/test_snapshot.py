@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 import pytest
 
+from proxy.storage import state_reader
 from proxy.storage.redis import KEYS, MODELS, PRICING, PROFILES, VERSION, Store, price_key
 from proxy.storage.snapshot import TrafficStats
+from proxy.storage.state_reader import StateReader
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.profiles import Profile
 from router_core.types import Price
-from tests.support.makers import CORNERS, a_profile, a_record, a_registry, started_watcher
+from tests.support.makers import CORNERS, a_profile, a_record, a_registry, snapshot_inputs, started_watcher
 from tests.support.waiting import until
 
 
@@ -46,6 +49,56 @@ async def test_a_foreign_price_counts_within_a_second_published_or_not(
             await store.client.publish(PRICING, "small")
         await until(lambda: watcher.current.prices["small"].source == "external")
         assert watcher.current.prices["small"].price.input_cost_per_token == 7e-6
+
+
+async def test_of_many_models_each_price_is_found_by_itself_and_none_is_lost(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_reader, "POLLED_MODELS", 3)
+    names, reader = [f"model-{number}" for number in range(8)], StateReader(store, time.time)
+    await price(store, "model-0", "1e-6")
+    await reader.read(names, whole=True)
+    for name in names[1:]:
+        await price(store, name, "7e-6")
+    await store.client.delete(price_key("model-3"))
+
+    found = []
+    for _ in range(4):
+        await reader.read(names)
+        found.append(reader.last)
+
+    assert found[0] is not found[1] is not found[2] is found[3]
+    assert sorted(reader.last.prices) == [name for name in names if name != "model-3"]
+    await reader.read(names[:2], whole=True)
+    assert sorted(reader.last.prices) == names[:2]
+
+
+async def test_of_the_entries_of_a_hash_only_those_that_changed_are_parsed_again(store: Store, tmp_path: Path) -> None:
+    registry, reader = a_registry(store, tmp_path), StateReader(store, time.time)
+    for name in ("small", "large"):
+        await registry.add_model(a_record(name))
+        await registry.put_profile(a_record(name), a_profile())
+    await reader.read([])
+    before = reader.last
+    await reader.read([], whole=True)
+    assert reader.last is before
+    await registry.put_profile(a_record("large"), a_profile((0.4, 0.3, 0.2, 0.1)))
+    await reader.read([])
+
+    assert reader.last.profiles["small"] is before.profiles["small"]
+    assert reader.last.profiles["large"] is not before.profiles["large"]
+
+
+def test_what_is_known_of_a_model_is_kept_until_the_model_changes() -> None:
+    inputs = snapshot_inputs()
+    one, other = a_record("small"), a_record("large")
+    first = inputs.facts_of({"small": one, "large": other})
+    changed = a_record("large", info={"supports_vision": True})
+    second = inputs.facts_of({"small": one, "large": changed})
+
+    assert second["small"] is first["small"]
+    assert (first["large"].capabilities.vision, second["large"].capabilities.vision) == (None, True)
+    assert list(inputs.facts_of({"small": one})) == ["small"]
 
 
 @pytest.mark.parametrize("broken", ["nan", "-1", "free", ""])

@@ -40,7 +40,7 @@ from tests.bench.overhead.rounds import Bench, Cores
 from tests.bench.overhead.session import Plan, measured
 from tests.conftest import CACHE
 
-OTHERS = [kind for kind in KINDS if kind != "mixed"]
+OTHERS = [kind for kind in KINDS if kind not in ("mixed", "tools")]
 PEERS = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "uniroute-bench"
 
 

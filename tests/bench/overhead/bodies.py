@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 from tests.bench.prompts import generated_prompts
 from tests.support.client_apis import PATHS, APIName
 
 Body = dict[str, Any]
+LoadAPI = APIName | Literal["embeddings"]
 PLACEHOLDER = "@" * 8
+# Replaced in a header by the number of the request in its file.
+NUMBER = "#"
 WORDS_PER_PLACEHOLDER = 20
 # Tokens that each request asks for.
 LIMIT = 64
@@ -38,6 +41,11 @@ def mixed(words: Iterator[str], rng: Random) -> Body:
     return _user_body(words, rng.choice((60, 200, 500, 1_000, 2_000)))
 
 
+def tools(words: Iterator[str], rng: Random) -> Body:
+    """Write a mixed request with eight tools."""
+    return {**mixed(words, rng), "tools": _tools(words, 8)}
+
+
 def large(words: Iterator[str], _: Random) -> Body:
     """Write 100 KB in one turn."""
     return _user_body(words, 100_000)
@@ -45,8 +53,7 @@ def large(words: Iterator[str], _: Random) -> Body:
 
 def agent(words: Iterator[str], rng: Random) -> Body:
     """Write 60 turns with tool calls and results, and 40 tools."""
-    parameters = {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}}
-    described = [{"name": f"tool_{n}", "description": _text(words, 200), "parameters": parameters} for n in range(40)]
+    described = _tools(words, 40)
     messages: list[Body] = [{"role": "system", "content": _text(words, 2_000)}]
     for turn in range(15):
         call = {"id": f"call_{rng.randrange(10**12)}", "type": "function"}
@@ -58,7 +65,15 @@ def agent(words: Iterator[str], rng: Random) -> Body:
             {"role": "assistant", "content": _text(words, 200)},
         ]
     messages.append({"role": "user", "content": _text(words, 150)})
-    return {"messages": messages, "tools": [{"type": "function", "function": each} for each in described]}
+    return {"messages": messages, "tools": described}
+
+
+def _tools(words: Iterator[str], count: int) -> list[Body]:
+    parameters = {"type": "object", "properties": {"path": {"type": "string"}, "limit": {"type": "integer"}}}
+    described = [
+        {"name": f"tool_{n}", "description": _text(words, 200), "parameters": parameters} for n in range(count)
+    ]
+    return [{"type": "function", "function": each} for each in described]
 
 
 def sized(characters: int) -> Callable[[Iterator[str], Random], Body]:
@@ -72,6 +87,7 @@ KINDS: Mapping[str, tuple[Make, int]] = {
     "2 KB": (medium, 1_000),
     "mixed": (mixed, 1_000),
     "100 KB": (large, 60),
+    "tools": (tools, 1_000),
     "agent": (agent, 60),
 }
 FEWEST, LARGEST_FILE = 2, 20_000_000
@@ -93,27 +109,38 @@ def write_requests(
     stream: bool,
     pace_ms: int = 0,
     headers: Mapping[str, str] | None = None,
-    api: APIName = "chat",
+    api: LoadAPI = "chat",
 ) -> Path:
-    """Write a file of records: a 32-bit length, then a whole request. `pace_ms`: between the events of its stream."""
+    """Write a file of records: a 32-bit length, then a whole request.
+
+    Args:
+        pace_ms: between the events of its stream.
+        headers: of each; `NUMBER` in a value is the number of the request.
+    """
     make, count = kind
     words, rng = _words(count), Random(count)
-    more = {"stream": stream, **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
+    more = {**({} if api == "embeddings" else {"stream": stream}), **({"user": f"pace-{pace_ms}"} if pace_ms else {})}
     all_headers = {"host": "127.0.0.1", "content-type": "application/json", **(headers or {})}
     lines = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
+    where = "/v1/embeddings" if api == "embeddings" else PATHS[api]
     with path.open("wb") as file:
-        for _ in range(count):
+        for number in range(count):
             content = {"model": model, **make(words, rng), "max_tokens": LIMIT, **more}
             body = json.dumps(_in_api(api, content), separators=(",", ":")).encode()
-            head = f"POST {PATHS[api]} HTTP/1.1\r\n{lines}content-length: {len(body)}\r\n\r\n"
+            own_lines = lines.replace(NUMBER, str(number))
+            head = f"POST {where} HTTP/1.1\r\n{own_lines}content-length: {len(body)}\r\n\r\n"
             write_record(file, head.encode() + body)
     return path
 
 
-def _in_api(api: APIName, body: Body) -> Body:
+def _in_api(api: LoadAPI, body: Body) -> Body:
     """Return a chat body of plain turns as the same request of another API. Messages has the same fields."""
-    if api != "responses":
+    if api in ("chat", "messages"):
         return body
+    if api in ("completions", "embeddings"):
+        rest = {name: value for name, value in body.items() if name != "messages"}
+        text = body["messages"][-1]["content"]
+        return {**rest, "prompt": text} if api == "completions" else {"model": body["model"], "input": text}
     rest = {name: value for name, value in body.items() if name not in ("messages", "max_tokens")}
     return {**rest, "input": body["messages"], "max_output_tokens": body["max_tokens"], "store": False}
 

@@ -47,10 +47,22 @@ class Upstream:
     """Run the model server on a core."""
 
     def __init__(
-        self, folder: Path, core: int, command: tuple[str, ...] | None = None, *, answers: Path | None = None
+        self,
+        folder: Path,
+        core: int,
+        command: tuple[str, ...] | None = None,
+        *,
+        answers: Path | None = None,
+        certificate: Path | None = None,
     ) -> None:
-        """`answers`: its records; None: those of OpenAI's format, written to `folder`."""
+        """
+        Args:
+            answers: its records; None: those of OpenAI's format, written to `folder`.
+            certificate: with its key, for TLS, which the program in C does not speak.
+        """
         self._command = [*(command or program(UPSTREAM)), str(answers or write_answers(folder / "answers"))]
+        self._command += [str(certificate)] if certificate else []
+        self._scheme = "https" if certificate else "http"
         self._core = core
         self.port = 0
 
@@ -75,7 +87,7 @@ class Upstream:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self._scheme}://127.0.0.1:{self.port}/v1"
 
     @property
     def cpu_s(self) -> float:

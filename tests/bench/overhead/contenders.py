@@ -30,7 +30,7 @@ FLOOR, LITELLM, PORTKEY = "FastAPI + litellm SDK", "LiteLLM proxy", "Portkey"
 # The API in which a row is asked, where that is not chat.
 API_OF_ROW: Mapping[str, APIName] = {MESSAGES: "messages", RESPONSES: "responses"}
 MODELS = 2
-BATCH_SIZE = 8
+BATCH_SIZE = 32
 # Whether a model says if it is relayed or translated. Else there is one way, and one row for it.
 HAS_FORWARD_MODES = "forward" in ModelInfo.model_fields
 PERMIT_NO_KEY = "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY"

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.bench.overhead.bodies import kind_of, write_requests
+from tests.bench.overhead.bodies import LoadAPI, kind_of, write_requests
 from tests.bench.overhead.compiled import Upstream, run
 from tests.bench.overhead.load import Job, Measured
 from tests.bench.overhead.processes import core_busy_s, cpu_s
 from tests.bench.overhead.upstream import CHUNKS
-from tests.support.client_apis import APIName
 
 # By name: per_s, chunks_per_s, cpu_ms, chunk_us, p50_ms, first_p50_ms…; NaN where nothing was measured.
 Figures = Mapping[str, float]
@@ -45,7 +44,7 @@ class Row:
     port: int
     pid: int = 0
     headers: Mapping[str, str] = field(default_factory=dict)
-    api: APIName = "chat"
+    api: LoadAPI = "chat"
 
 
 @dataclass(frozen=True)

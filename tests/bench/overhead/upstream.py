@@ -1,7 +1,8 @@
 """Serve OpenAI's format from prepared bytes, at next to no cost.
 
-`python -m tests.bench.overhead.upstream RECORDS` prints its port and serves until its stdin is closed. upstream.c does
-the same and is used where there is a compiler. `write_answers` makes the records for both.
+`python -m tests.bench.overhead.upstream RECORDS [CERTIFICATE]` prints its port and serves until its stdin is closed,
+with TLS if it has a certificate. upstream.c does the same without TLS, and is used where there is a compiler.
+`write_answers` makes the records for both.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.bench.overhead.bodies import read_records, write_record
+from tests.support.tls import served_by
 
 CHUNKS = 50
 USAGE = {"prompt_tokens": 20, "completion_tokens": CHUNKS, "total_tokens": CHUNKS + 20}
@@ -25,7 +28,18 @@ def plain() -> bytes:
     """Return an answer of fifty words."""
     message = {"role": "assistant", "content": "word " * CHUNKS}
     choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
-    body = json.dumps({**_BASE, "object": "chat.completion", "choices": [choice], "usage": USAGE}).encode()
+    return _whole({**_BASE, "object": "chat.completion", "choices": [choice], "usage": USAGE})
+
+
+def embeddings(dimensions: int = 1_536) -> bytes:
+    """Return an answer of one vector."""
+    item = {"object": "embedding", "index": 0, "embedding": [round(0.9 / (n + 1), 9) for n in range(dimensions)]}
+    usage = {"prompt_tokens": 20, "total_tokens": 20}
+    return _whole({"object": "list", "data": [item], "model": "bench", "usage": usage})
+
+
+def _whole(document: Mapping[str, Any]) -> bytes:
+    body = json.dumps(document).encode()
     return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
 
@@ -42,11 +56,11 @@ def events(chunks: int = CHUNKS) -> list[bytes]:
     return [b"data: %s\n\n" % json.dumps(event).encode() for event in parts] + [b"data: [DONE]\n\n"]
 
 
-def write_answers(path: Path) -> Path:
-    """Write the plain answer, then the writes of a stream: the first with its head, the last with its end."""
+def write_answers(path: Path, whole: bytes | None = None) -> Path:
+    """Write the whole answer, then the writes of a stream: the first with its head, the last with its end."""
     first, *others = [b"%x\r\n%s\r\n" % (len(event), event) for event in events()]
     with path.open("wb") as file:
-        for record in (plain(), _STREAM_HEAD + first, *others[:-1], others[-1] + b"0\r\n\r\n"):
+        for record in (whole or plain(), _STREAM_HEAD + first, *others[:-1], others[-1] + b"0\r\n\r\n"):
             write_record(file, record)
     return path
 
@@ -96,9 +110,10 @@ def _pace_s(body: bytes) -> float:
     return int(pace[1]) / 1000 if pace else 0.0
 
 
-async def serve(records: list[bytes]) -> None:
+async def serve(records: list[bytes], certificate: Path | None) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Answering(records), "127.0.0.1", 0, backlog=4096)
+    tls = served_by(certificate) if certificate else None
+    server = await loop.create_server(lambda: Answering(records), "127.0.0.1", 0, backlog=4096, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)  # noqa: T201
     await loop.run_in_executor(None, sys.stdin.read)
 
@@ -106,4 +121,4 @@ async def serve(records: list[bytes]) -> None:
 if __name__ == "__main__":
     import uvloop
 
-    uvloop.run(serve(read_records(Path(sys.argv[1]))))
+    uvloop.run(serve(read_records(Path(sys.argv[1])), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
