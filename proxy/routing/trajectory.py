@@ -19,11 +19,12 @@ from router_core.types import frozen
 MAX_TURNS = 8
 MAX_MESSAGES = 64
 
-# Calls of one turn whose results are looked at.
-MAX_CALLS = 4
+# Calls whose results are looked at: of one turn, and of all together.
+MAX_CALLS = 3
+MAX_RESULTS = 12
 
 # Characters of a result that are looked at. Those of a failure stand first or last, whatever stands between.
-HEAD_CHARS, END_CHARS = 240, 400
+HEAD_CHARS, END_CHARS = 240, 320
 
 # Longer arguments are compared by their ends and their length, and are not read as an edit.
 MAX_ARGUMENT_CHARS = 4096
@@ -42,7 +43,7 @@ ANY_CLIENT = "any"
 CLAUDE_CODE, CODEX, OPENCODE, QWEN, CLINE = "Claude Code", "Codex", "OpenCode", "Qwen Code", "Cline and its kin"
 OPENHANDS, AGENTS_SDK, MCP = "OpenHands", "OpenAI Agents SDK", "MCP"
 
-Place = Literal["status", "head", "refusal", "tests", "end"]
+Place = Literal["status", "head", "refusal", "tests", "end", "last"]
 
 
 @frozen
@@ -58,6 +59,7 @@ class ResultMark:
     refusal: the result begins so, or so behind "Error: ": the user did not want the call, which is no failure
     tests: this regular expression matches near the end, at the start of a line: tests failed, whatever the exit code is
     end: as tests, where no exit code is stated
+    last: as end, in the last line
     """
     marks: tuple[str, ...]
 
@@ -108,19 +110,22 @@ RESULT_MARKS = (
         r"\d+% tests passed, [1-9]\d* tests? failed",  # ctest
     )),
     ResultMark(ANY_CLIENT, "end", (
-        r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt): [^\n]*\s*\Z",  # the last line of a traceback
         r"npm (?:ERR!|error) ",
         r"error: could not compile",
         r"error(?:\[E\d+\])?: aborting due to",
         r"make(?:\[\d+\])?: \*\*\* ",
         r"Found [1-9]\d* errors?\b",  # tsc, ruff, mypy
-        r"(?:BUILD FAILED|\[INFO\] BUILD FAILURE)",
-        r"(?:/\S*/)?(?:ba|z|da)?sh: [^\n]*(?:not found|No such file or directory|Permission denied)\s*\Z",
-        r"fatal: [^\n]*\s*\Z",
+        r"BUILD FAILED",
+        r"\[INFO\] BUILD FAILURE",
+    )),
+    ResultMark(ANY_CLIENT, "last", (
+        r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt): ",  # of a traceback
+        r"(?:/\S*/)?(?:ba|z|da)?sh: .*(?:not found|No such file or directory|Permission denied)\Z",
+        r"fatal: ",
     )),
 )  # fmt: skip
 
-# Words without which no mark of the places "tests" and "end" matches. Most results have none, which is quick to tell.
+# Words without which no mark of the places "tests", "end" and "last" matches. That a result has none is quick to tell.
 _WORDS = ("rror", "ail", "FAIL", "ERR!", "sh: ", "***", "xception: ", "Exit: ", "Interrupt: ", "fatal: ")
 
 # Tools that show what others have written: only the head of their results says how the call went.
@@ -151,16 +156,18 @@ def _marks(place: Place) -> tuple[str, ...]:
     return tuple(mark for row in RESULT_MARKS if row.place == place for mark in row.marks)
 
 
-# All three are searched for in texts that begin with a line end.
+# These are searched for in texts that begin with a line end. The first characters of the marks rule out most lines.
 _STATUS = re.compile(rf"\n(?:{'|'.join(_marks('status'))})(-?\d+)")
+
+_TESTS = re.compile(rf"\n(?=[-=\s\d\[tTF])(?:{'|'.join(_marks('tests'))})")
+
+_END = re.compile(rf"\n(?=[nemFB\[])(?:{'|'.join(_marks('end'))})")
+
+_LAST = re.compile("|".join(_marks("last")))
 
 _HEADS = _marks("head")
 
 _REFUSALS = tuple(text for mark in _marks("refusal") for text in (mark, f"Error: {mark}"))
-
-_TESTS = re.compile(rf"\n(?:{'|'.join(_marks('tests'))})")
-
-_END = re.compile(rf"\n(?:{'|'.join(_marks('end'))})")
 
 # A JSON object that says so in its first field.
 _JSON_FAILURE = re.compile(
@@ -250,7 +257,7 @@ def _newest_turns(messages: Sequence[Any]) -> list[_Turn]:
     """Return turns with calls that have results, the newest first."""
     turns: list[_Turn] = []
     results: dict[str, str] = {}
-    run = 0
+    run = looked_at = 0
     for place in range(len(messages) - 1, max(-1, len(messages) - 1 - MAX_MESSAGES), -1):
         message = messages[place]
         if not isinstance(message, dict):
@@ -264,7 +271,8 @@ def _newest_turns(messages: Sequence[Any]) -> list[_Turn]:
             if results:
                 if calls := _answered(message, results):
                     turns.append((place, run, calls))
-                    if len(turns) == MAX_TURNS:
+                    looked_at += len(calls)
+                    if len(turns) == MAX_TURNS or looked_at >= MAX_RESULTS:
                         break
                 results = {}
         elif role == "user":
@@ -408,7 +416,11 @@ def has_failed(result: str, *, reads: bool = False) -> bool | None:
             break
     else:
         return False
-    return _TESTS.search(end) is not None or (code is None and _END.search(end) is not None)
+    if _TESTS.search(end) is not None:
+        return True
+    if code is not None:
+        return False
+    return _END.search(end) is not None or _LAST.match(end.rstrip().rpartition("\n")[2]) is not None
 
 
 def _exit_code(head: str, result: str) -> int | None:

@@ -73,8 +73,9 @@ SPREAD = 2.0
 WORLDS = {"model": 0.0, "task": 1.0, "both": 0.5, "null": None, "noise": None}
 NOISE = 0.25
 
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-LAMBDAS = (0.1, 0.3, 1.0)
+WEIGHTS = (0.0, 0.5, 0.75, 1.0)
+# The next to last is a hair above the λ at which another model is chosen first in two of the worlds.
+LAMBDAS = (0.1, 0.3, 0.35, 1.0)
 
 SYSTEM = "You are a coding agent. Use the tools that you are given, and say when you are done. " * 40
 TOOLS = [
