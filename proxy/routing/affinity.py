@@ -105,9 +105,9 @@ def _makers(scope: str, messages: Sequence[Any], trajectory: Trajectory) -> tupl
 def _stuck_models(trajectory: Trajectory, makers: Sequence[str | None], found: Lookup) -> tuple[tuple[str, float], ...]:
     """Share out what is stuck among the models that made it. What nobody is known to have made counts for none."""
     shares: dict[str, float] = {}
-    for place, (run, fingerprint) in enumerate(zip(trajectory.runs, makers, strict=False)):
+    for run, fingerprint in zip(trajectory.runs, makers, strict=False):
         model = found.makers.get(fingerprint) if fingerprint else None
-        if model is None and place == 0:
+        if model is None and run.later <= 1:  # the session's newest answer was the end of it
             model = found.producer or (found.last.model if found.last else None)
         if model is not None and run.share:
             shares[model] = shares.get(model, 0.0) + trajectory.stuck * run.share

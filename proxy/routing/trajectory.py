@@ -187,6 +187,8 @@ class Run(NamedTuple):
 
     place: int
     """Of the newest message with calls among all messages."""
+    later: int
+    """Texts of the user that came after it."""
     share: float
     """How much of what is stuck happened in it: the shares of all runs sum to one, or are all zero."""
 
@@ -244,7 +246,7 @@ def read_trajectory(messages: Sequence[Any]) -> Trajectory:
         share += bad
         by_run[run] = place, bad + (by_run[run][1] if run in by_run else 0.0)
     total = share or 1.0
-    runs = tuple(Run(newest, bad / total) for newest, bad in reversed(by_run.values()))
+    runs = tuple(Run(newest, later, bad / total) for later, (newest, bad) in reversed(by_run.items()))
     return Trajectory(max(0.0, (share - USUAL) / (1.0 - USUAL)), failed, repeated, reverted, len(turns), runs)
 
 
