@@ -401,7 +401,7 @@ def has_failed(result: str, *, reads: bool = False) -> bool | None:
     Args:
         reads: the tool shows what others have written, so that what stands inside says nothing of the call.
     """
-    head = result[:HEAD_CHARS].lstrip()
+    head = f"{result[:HEAD_CHARS].lstrip()}\n"
     if head.startswith(_REFUSALS):
         return None
     code = None if reads else _exit_code(head, result)
