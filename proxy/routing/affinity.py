@@ -457,7 +457,7 @@ def latest_user_text(messages: Sequence[Any], before: int | None = None) -> Text
     """Return the text of the newest user turn among `messages[:before]`."""
     for place in range(len(messages) if before is None else before, 0, -1):
         message = messages[place - 1]
-        if isinstance(message, Mapping) and message.get("role") == "user":
+        if isinstance(message, (dict, Mapping)) and message.get("role") == "user":
             return _question(message.get("content"))
     return TextSample()
 

@@ -110,7 +110,7 @@ RESULT_MARKS = (
         r"\d+% tests passed, [1-9]\d* tests? failed",  # ctest
     )),
     ResultMark(ANY_CLIENT, "end", (
-        r"npm (?:ERR!|error) ",
+        r"npm error ",
         r"error: could not compile",
         r"error(?:\[E\d+\])?: aborting due to",
         r"make(?:\[\d+\])?: \*\*\* ",
@@ -119,14 +119,14 @@ RESULT_MARKS = (
         r"\[INFO\] BUILD FAILURE",
     )),
     ResultMark(ANY_CLIENT, "last", (
-        r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt): ",  # of a traceback
+        r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): ",  # of a traceback
         r"(?:/\S*/)?(?:ba|z|da)?sh: .*(?:not found|No such file or directory|Permission denied)\Z",
         r"fatal: ",
     )),
 )  # fmt: skip
 
 # Words without which no mark of the places "tests", "end" and "last" matches. That a result has none is quick to tell.
-_WORDS = ("rror", "ail", "FAIL", "ERR!", "sh: ", "***", "xception: ", "Exit: ", "Interrupt: ", "fatal: ")
+_WORDS = ("rror", "ail", "FAIL", "sh: ", "xception", "fatal: ")
 
 # Tools that show what others have written: only the head of their results says how the call went.
 READING_TOOLS = frozenset(
@@ -225,28 +225,28 @@ def read_trajectory(messages: Sequence[Any]) -> Trajectory:
     turns = _newest_turns(messages)
     if not turns:
         return NO_TRAJECTORY
+    seen = _Seen()
+    judged: list[tuple[int, int, list[Judgement]]] = []
+    for place, later, calls in reversed(turns):
+        if known := [found for each in calls if (found := seen.judge(*each)) is not None]:
+            judged.append((place, later, known))
     failed = repeated = reverted = share = 0.0
     by_run: dict[int, tuple[int, float]] = {}
-    seen = _Seen()
-    for place, run, calls in reversed(turns):
-        known = [found for each in calls if (found := seen.judge(*each)) is not None]
-        if not known:
-            continue
-        failed, repeated, reverted, share = KEPT * failed, KEPT * repeated, KEPT * reverted, KEPT * share
-        if by_run:
-            by_run = {number: (newest, KEPT * bad) for number, (newest, bad) in by_run.items()}
+    weight = RECENCY
+    for place, later, known in reversed(judged):
         bad = 0.0
-        weight = RECENCY / len(known)
-        for judged in known:
-            if judged is not FINE:
-                marks = [weight * mark for mark in judged]
-                failed, repeated, reverted = failed + marks[0], repeated + marks[1], reverted + marks[2]
-                fails, repeats, reverts = judged
-                bad += weight * (1.0 - (1.0 - fails) * (1.0 - REPEATED * repeats) * (1.0 - REVERTED * reverts))
+        for judgement in known:
+            if judgement is not FINE:
+                fails, repeats, reverts = judgement
+                each = weight / len(known)
+                failed, repeated, reverted = failed + each * fails, repeated + each * repeats, reverted + each * reverts
+                bad += each * (1.0 - (1.0 - fails) * (1.0 - REPEATED * repeats) * (1.0 - REVERTED * reverts))
         share += bad
-        by_run[run] = place, bad + (by_run[run][1] if run in by_run else 0.0)
+        newest, before = by_run.get(later, (place, 0.0))
+        by_run[later] = newest, before + bad
+        weight *= KEPT
     total = share or 1.0
-    runs = tuple(Run(newest, later, bad / total) for later, (newest, bad) in reversed(by_run.items()))
+    runs = tuple(Run(newest, later, bad / total) for later, (newest, bad) in by_run.items())
     return Trajectory(max(0.0, (share - USUAL) / (1.0 - USUAL)), failed, repeated, reverted, len(turns), runs)
 
 

@@ -16,7 +16,7 @@ much on average, and their profiles have exactly what they solve of a first turn
 
 All weights see the same tasks, and the same luck of each model in each of them. Intervals are 95 %: Wilson's for
 shares, and of 2,000 bootstrap draws of whole runs for differences. With `--sweep` the same code routes in this process,
-without HTTP, for all worlds, several λ, seeds and weights.
+without HTTP, for all worlds, several λ, seeds and weights. With `--cost` it says what the term costs a request.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ import json
 import logging
 import math
 import tempfile
+import time
+import timeit
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,9 +40,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from proxy.routing.affinity import AffinityRecorder, load_affinity
+from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder, load_affinity
 from proxy.routing.assigner import ClusterAssigner
-from proxy.routing.chat_request import read_chat
+from proxy.routing.chat_request import ChatRequest, read_chat
 from proxy.routing.selection import select_model
 from proxy.routing.selection_context import SelectionContext
 from proxy.settings.schema import Settings
@@ -404,6 +406,52 @@ async def sweep(names: Sequence[str], lambdas: Sequence[float], seeds: Sequence[
                     yield line
 
 
+def best_us(measured: Callable[[], object]) -> float:
+    """Return the µs of CPU that a call takes, in the best of many tries."""
+    tries = timeit.repeat(measured, number=20, repeat=300, timer=time.thread_time)
+    return min(tries) / 20 * 1e6
+
+
+def cost() -> Iterator[str]:
+    """Yield what the term costs a request, in µs of CPU: reading, and finding out whose turns they were."""
+    sessions = SessionStore(Store("unix:///nothing.sock"), 3600)
+    off, auto = (Settings.model_validate(settings_of(weight)) for weight in (0.0, 0.75))
+    yield "messages of a request                off     auto     µs of CPU until it is known whose conversation it is"
+    for name, turns, results in (
+        ("a question without tools", 0, WELL),
+        ("60 turns that went well", 60, WELL),
+        ("60 turns that failed", 60, BADLY),
+    ):
+        messages: list[Json] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": TASK}]
+        for number in range(turns):
+            call_id = f"call_9pw1qnYScq{number}"
+            arguments = json.dumps({"command": f"pytest -q -k {number}"})
+            call = {"id": call_id, "type": "function", "function": {"name": "bash", "arguments": arguments}}
+            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            text = results[number % len(results)] + "\nand more" * 200 * (number % 2)
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+            AffinityRecorder(sessions, NO_AFFINITY, messages).observe_completion(
+                {"choices": [{"message": messages[-2], "finish_reason": "tool_calls"}]}, "small"
+            )
+        if turns:
+            messages += [{"role": "assistant", "content": "I have done what I could."}, messages[1]]
+        request = read_chat({"model": "auto", "messages": messages, **({"tools": TOOLS} if turns else {})}, [])
+
+        def measured(settings: Settings, request: ChatRequest = request) -> float:
+            return best_us(lambda: finished(load_affinity(sessions, request, None, settings)))
+
+        yield f"{name:32}  {measured(off):6.1f}   {measured(auto):6.1f}"
+
+
+def finished(work: Coroutine[Any, Any, object]) -> object:
+    """Run what never has to wait."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("it waits")
+
+
 async def show(found: AsyncIterator[str]) -> None:
     async for line in found:
         print(line, flush=True)  # noqa: T201
@@ -417,8 +465,11 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=(0.0, 0.75))
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--cost", action="store_true", help="what the term costs a request, and nothing else")
     chosen = parser.parse_args()
-    if chosen.sweep:
+    if chosen.cost:
+        print(*cost(), sep="\n")  # noqa: T201
+    elif chosen.sweep:
         asyncio.run(show(sweep(chosen.worlds, chosen.lambdas, range(1, chosen.seed + 1), chosen.runs)))
     else:
         worlds = [World(name, chosen.seed) for name in chosen.worlds]
