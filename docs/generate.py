@@ -51,6 +51,7 @@ the setting is refused at the start.
 GROUPS: dict[str, tuple[str, ...]] = {
     "Routing": (
         *("model_list", "lambda", "route_names", "presets", "default_model", "housekeeping"),
+        *("trajectory", "trajectory_weight"),
         *("latency_weight", "cost_unit", "reference_price", "map", "embedder", "recipe", "compiled"),
         "clamp_max_tokens",
     ),

@@ -476,10 +476,33 @@ argmin_with_ties(const double *scores, const double *costs, Py_ssize_t count, do
 /* Errors, costs, scores and USD. */
 #define FIGURES 4
 
-/* Fill `out`, (FIGURES, m), with errors, costs, scores and USD of the rows, and return the place of the chosen one. */
+/* Add to (M,) errors what (M,) doubts of the same models say, up to one. `added`: memory for as many. */
+static void
+add_doubts(double *restrict errors, const double *doubts, double *restrict added, Py_ssize_t models)
+{
+    memset(added, 0, (size_t)models * sizeof(double));
+    for (Py_ssize_t s = 0; s < models; s++) {
+        if (doubts[s] == 0) {
+            continue;
+        }
+        const double more = doubts[s] * (1.0 - errors[s]);
+        for (Py_ssize_t m = 0; m < models; m++) {
+            /* As NumPy's maximum: NaN if either is. */
+            if ((m == s || errors[m] > errors[s]) && (more > added[m] || more != more)) {
+                added[m] = more;
+            }
+        }
+    }
+    for (Py_ssize_t m = 0; m < models; m++) {
+        errors[m] = at_most(errors[m] + added[m], 1.0);
+    }
+}
+
+/* Fill `out`, (FIGURES, m), with errors, costs, scores and USD of the rows, and return the place of the chosen one.
+   `doubts`: (M,) shares of what each model is expected to get right that count as errors, or NULL. */
 static Py_ssize_t
 score(const Scorer *self, const double *terms, const int64_t *ids, const float *weights, Py_ssize_t count,
-      const int64_t *rows, Py_ssize_t models, double *restrict out)
+      const int64_t *rows, const double *doubts, Py_ssize_t models, double *restrict out)
 {
     double *expected = self->scratch, *seconds = expected + 2 * self->models, *usd = seconds + self->models;
     const double latency_weight = terms[LATENCY_WEIGHT]; /* 0 where there are no seconds */
@@ -487,6 +510,9 @@ score(const Scorer *self, const double *terms, const int64_t *ids, const float *
 
     expect(self->columns[BY_CLUSTER].buf, self->width, ids, weights, count, expected);
     const double unit = price(self, terms, expected + self->models, usd, usd + self->models);
+    if (doubts != NULL) {
+        add_doubts(expected, doubts, usd + self->models, self->models);
+    }
     for (Py_ssize_t k = 0; k < models; k++) {
         const Py_ssize_t m = rows == NULL ? k : (Py_ssize_t)rows[k];
         double total = usd[m];
@@ -532,23 +558,23 @@ read_terms(PyObject *tuple, double *terms)
 }
 
 PyDoc_STRVAR(choose_doc,
-             "choose(ids, weights, rows, terms)\n--\n\n"
+             "choose(ids, weights, rows, terms, doubts=None)\n--\n\n"
              "Return the place of the chosen row, and the errors, costs, scores and USD of the rows as float64 bytes.");
 
 static PyObject *
 scorer_choose(Scorer *self, PyObject *const *args, Py_ssize_t count)
 {
-    enum { IDS, WEIGHTS, ROWS, BUFFERS };
-    Py_buffer views[BUFFERS] = {{0}};
+    enum { IDS, WEIGHTS, ROWS, GIVEN_TERMS, DOUBTS, ARGUMENTS };
+    Py_buffer views[ARGUMENTS] = {{0}};
     double terms[TERMS];
     Py_ssize_t models = self->models;
     PyObject *result = NULL;
 
-    if (count != BUFFERS + 1) {
-        PyErr_SetString(PyExc_TypeError, "choose(ids, weights, rows, terms) takes four arguments");
+    if (count != DOUBTS && count != ARGUMENTS) {
+        PyErr_SetString(PyExc_TypeError, "choose(ids, weights, rows, terms, doubts=None) takes four or five arguments");
         return NULL;
     }
-    if (read_terms(args[BUFFERS], terms) < 0) {
+    if (read_terms(args[GIVEN_TERMS], terms) < 0) {
         return NULL;
     }
     /* Written so that NaN is refused. */
@@ -565,6 +591,10 @@ scorer_choose(Scorer *self, PyObject *const *args, Py_ssize_t count)
     }
     const Py_ssize_t placed = views[IDS].len / (Py_ssize_t)sizeof(int64_t);
     if (take(args[WEIGHTS], &views[WEIGHTS], "weights", FLOATS, sizeof(float), ANY_SHAPE, placed, 0) < 0) {
+        goto done;
+    }
+    if (count == ARGUMENTS && args[DOUBTS] != Py_None &&
+        take(args[DOUBTS], &views[DOUBTS], "doubts", DOUBLES, sizeof(double), 1, self->models, 0) < 0) {
         goto done;
     }
     if (args[ROWS] != Py_None) {
@@ -586,11 +616,11 @@ scorer_choose(Scorer *self, PyObject *const *args, Py_ssize_t count)
         goto done;
     }
     /* The memory of bytes is aligned for any type. */
-    const Py_ssize_t chosen = score(self, terms, views[IDS].buf, views[WEIGHTS].buf, placed, views[ROWS].buf, models,
-                                    (double *)(void *)PyBytes_AsString(figures));
+    const Py_ssize_t chosen = score(self, terms, views[IDS].buf, views[WEIGHTS].buf, placed, views[ROWS].buf,
+                                    views[DOUBTS].buf, models, (double *)(void *)PyBytes_AsString(figures));
     result = Py_BuildValue("nN", chosen, figures);
 done:
-    for (int at = 0; at < BUFFERS; at++) {
+    for (int at = 0; at < ARGUMENTS; at++) {
         if (views[at].obj != NULL) {
             PyBuffer_Release(&views[at]);
         }

@@ -23,7 +23,13 @@ class Scorer:
         profiled: NDArray[np.bool_],
     ) -> None: ...
     def choose(
-        self, ids: Indices, weights: Floats, rows: Indices | None, terms: ScoringTerms, /
+        self,
+        ids: Indices,
+        weights: Floats,
+        rows: Indices | None,
+        terms: ScoringTerms,
+        doubts: Doubles | None = None,
+        /,
     ) -> tuple[int, bytes]: ...
 
 def softmax(cosines: memoryview[Any], temperature: float, /) -> bytes: ...

@@ -123,6 +123,10 @@ class ScoreDetails:
     """The number of labels that an expected error is worth."""
     output_tokens: Doubles
     seconds: Doubles
+    measured: Doubles
+    """Errors as they were measured, without what was added for doubts."""
+    by_tools: Doubles
+    """What of these is due to tools."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +182,10 @@ class ScoredCandidate:
     expected_error: float
     error_low: float
     error_high: float
+    added: float
+    """What of the expected error was not measured, but added for doubts."""
+    by_tools: float
+    """What of it is due to the tools of the request."""
     expected_cost_usd: float
     cost: float
     score: float
@@ -200,12 +208,14 @@ class RoutingDecision:
         assignment: Assignment | None,
         cluster_names: tuple[str, ...] = (),
         eligibility: Eligibility | None = None,
+        has_doubts: bool = False,
     ) -> None:
         """
         Args:
             choice: row of the scores.
             assignment: Φ(x); None where there was no text to embed.
             eligibility: which models were ruled out before scoring.
+            has_doubts: something was added to the errors.
         """
         self.choice = choice
         self.lambda_ = lambda_
@@ -213,6 +223,7 @@ class RoutingDecision:
         self.assignment = assignment
         self.cluster_names = cluster_names
         self.eligibility = eligibility
+        self.has_doubts = has_doubts
         self.chosen = scored.names[choice]
         self._scored = scored
 
@@ -230,6 +241,11 @@ class RoutingDecision:
     @cached_property
     def scores(self) -> Mapping[str, float]:
         return dict(zip(self.table.names, self.table.scores.tolist(), strict=True))
+
+    @cached_property
+    def added(self) -> Doubles:
+        """(m,) what was added to the errors for doubts."""
+        return self.table.errors - self.table.details.measured
 
     @cached_property
     def ranking(self) -> Sequence[str]:
@@ -269,11 +285,13 @@ class RoutingDecision:
         """The scored models in order of `ranking`, with intervals and the λ at which each would be chosen."""
         table, details = self.table, self.table.details
         thresholds = lambda_thresholds(table.errors, table.costs, self.lambda_, self.tie)
-        low, high = wilson_interval(table.errors, details.labels)
+        low, high = wilson_interval(details.measured, details.labels)
         columns = (
             table.errors,
-            low,
-            high,
+            np.minimum(low + self.added, 1.0),
+            np.minimum(high + self.added, 1.0),
+            self.added,
+            details.by_tools,
             table.costs_usd,
             table.costs,
             table.scores,

@@ -114,7 +114,14 @@ class Scorer:
         self._is_capped = bool((longest > output_caps).any())
         self._longest = float(longest.max(initial=0.0))
 
-    def choose(self, ids: Indices, weights: Floats, rows: Indices | None, terms: ScoringTerms) -> tuple[int, Figures]:
+    def choose(
+        self,
+        ids: Indices,
+        weights: Floats,
+        rows: Indices | None,
+        terms: ScoringTerms,
+        doubts: Doubles | None = None,
+    ) -> tuple[int, Figures]:
         """Score the models in `rows`, or all, and return the place of the chosen one, and the figures of all.
 
         Of those within `tie` of the best score the cheapest is chosen, and of equals the first.
@@ -122,6 +129,8 @@ class Scorer:
         Args:
             ids, weights: (1, p) clusters of the prompt and their weights, which sum to one.
             rows: (m,)
+            doubts: (M,) shares of what each model is expected to get right that count as errors; None: none do. What
+                that adds to its errors is added to those of all models that are expected to err more, too.
         """
         (prompt_tokens, max_output_tokens, answers, cached_row, cached_tokens, latency_weight, lambda_) = terms[:7]
         input_reference, output_reference, unit, tie = terms[7:]
@@ -129,12 +138,9 @@ class Scorer:
         rows_of_clusters *= weights.T.astype(np.float64)
         # Equal columns give equal values, as each is summed in the same order.
         errors, tokens, *seconds = np.add.reduce(rows_of_clusters, 1).reshape(self._blocks, -1)
-        if self._is_capped:
-            tokens = np.minimum(tokens, self._caps)
-        if max_output_tokens < self._longest:
-            tokens = np.minimum(tokens, max_output_tokens)
-        if answers != 1:
-            tokens = tokens * answers
+        if doubts is not None:
+            errors = with_doubts(errors, doubts)
+        tokens = self._billed(tokens, max_output_tokens, answers)
         usd = self._input * prompt_tokens
         if cached_row >= 0:
             fresh_usd = self._input[cached_row] * (prompt_tokens - cached_tokens)
@@ -158,6 +164,25 @@ class Scorer:
             scores += errors
         return argmin_with_ties(scores, costs, tie), (errors, costs, scores, usd)
 
+    def _billed(self, tokens: Doubles, max_output_tokens: float, answers: int) -> Doubles:
+        """Lower (M,) expected tokens to the models' limits and the request's own, for so many answers."""
+        if self._is_capped:
+            tokens = np.minimum(tokens, self._caps)
+        if max_output_tokens < self._longest:
+            tokens = np.minimum(tokens, max_output_tokens)
+        return tokens if answers == 1 else tokens * answers
+
+
+def with_doubts(errors: Doubles, doubts: Doubles) -> Doubles:
+    """Return (M,) errors with what is added for doubts of the same models, up to one."""
+    added = np.zeros(errors.size)
+    for row in doubts.nonzero()[0].tolist():
+        more = doubts[row] * (1.0 - errors[row])
+        worse = errors > errors[row]
+        worse[row] = True
+        added[worse] = np.maximum(added[worse], more)
+    return np.minimum(errors + added, 1.0)
+
 
 def argmin_with_ties(scores: Doubles, costs: Doubles, tie: float) -> int:
     """Return the row of the cheapest among those within `tie` of the best score; of equals, the first."""
@@ -174,7 +199,13 @@ class EmbeddingKernel(Protocol):
 
 class ScoringKernel(Protocol):
     def choose(
-        self, ids: Indices, weights: Floats, rows: Indices | None, terms: ScoringTerms, /
+        self,
+        ids: Indices,
+        weights: Floats,
+        rows: Indices | None,
+        terms: ScoringTerms,
+        doubts: Doubles | None = None,
+        /,
     ) -> tuple[int, Figures]: ...
 
 

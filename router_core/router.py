@@ -86,7 +86,7 @@ class Router:
         costs = np.array([self._cost(name) for name in names])
         scores = errors + lambda_ * costs
         unknown = np.full(len(names), np.nan)
-        details = ScoreDetails(labels, unknown, unknown)
+        details = ScoreDetails(labels, unknown, unknown, errors, np.zeros(len(names)))
         return RoutingDecision(
             Scores(names, (errors, costs, scores, unknown), lambda: details),
             argmin_with_ties(scores, costs, self._tie),

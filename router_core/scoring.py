@@ -7,6 +7,7 @@ rates per cluster, and c(m, x) is its expected cost in units of the reference pr
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -41,6 +42,8 @@ class ScoringParams:
     """Scores this close to the best count as equal; the cheapest of them is chosen."""
     cached: tuple[str, int] | None = None
     """A model and the tokens of this prompt that it has in its cache; every other model reads the prompt afresh."""
+    doubts: tuple[tuple[str, float], ...] = ()
+    """Models, and which share of what they are expected to get right counts as errors. See `kernels.Scorer.choose`."""
 
 
 def rank(
@@ -100,17 +103,24 @@ def _decide(
     scorer = plan.scorer(
         requirements.prompt_tokens, weighs_seconds=params.latency_weight != 0, with_tools=requirements.tools
     )
-    choice, figures = scorer.choose(placed.ids, placed.weights, None if rows.size == len(pool.names) else rows, terms)
+    some_rows = None if rows.size == len(pool.names) else rows
+    doubts = _doubts(pool, params.doubts) if params.doubts else None
+    choice, figures = scorer.choose(placed.ids, placed.weights, some_rows, terms, doubts)
+
+    def measured(rows: Indices) -> Doubles:
+        return unpack(scorer.choose(placed.ids, placed.weights, rows, terms)[1])[0]
+
     if params.max_cost_usd is not None:
         eligibility, choice, figures = _within_max_cost(eligibility, figures, params.max_cost_usd, tie)
     return RoutingDecision(
-        Scores(eligibility.names, figures, lambda: _details(eligibility, assignment, requirements)),
+        Scores(eligibility.names, figures, lambda: _details(eligibility, assignment, requirements, measured)),
         choice,
         lambda_=params.lambda_,
         tie=tie,
         assignment=assignment,
         cluster_names=pool.cluster_names,
         eligibility=eligibility,
+        has_doubts=doubts is not None,
     )
 
 
@@ -120,6 +130,15 @@ def _cached(pool: Pool, requirements: Requirements, params: ScoringParams) -> tu
         return -1, 0
     model, tokens = params.cached
     return pool.index[model], min(tokens, requirements.prompt_tokens)
+
+
+def _doubts(pool: Pool, stated: Sequence[tuple[str, float]]) -> Doubles:
+    """Lay out the doubts of the models as (M,)."""
+    laid_out = np.zeros(len(pool))
+    for model, share in stated:
+        if (row := pool.index.get(model)) is not None:
+            laid_out[row] = share
+    return laid_out
 
 
 def _within_max_cost(
@@ -141,14 +160,25 @@ def _within_max_cost(
     return left, choice, [column[cheap_enough] for column in columns]
 
 
-def _details(eligibility: Eligibility, assignment: Assignment | None, requirements: Requirements) -> ScoreDetails:
+def _details(
+    eligibility: Eligibility,
+    assignment: Assignment | None,
+    requirements: Requirements,
+    measured: Callable[[Indices], Doubles],
+) -> ScoreDetails:
     pool, rows = eligibility.pool, eligibility.rows
     tokens = pool.mean_output_tokens if assignment is None else assignment.expected(pool.output_tokens)[0]
     seconds = pool.seconds.mean(axis=1) if assignment is None else assignment.expected(pool.seconds)[0]
+    errors, by_tools = measured(rows), np.zeros(rows.size)
+    if requirements.tools:
+        without_tools = pool.mean_errors if assignment is None else assignment.expected(pool.errors)[0]
+        by_tools = errors - without_tools[rows]
     return ScoreDetails(
         labels=_effective_labels(pool, rows, assignment),
         output_tokens=(_cap(pool, tokens, requirements) * requirements.answers)[rows],
         seconds=seconds[rows],
+        measured=errors,
+        by_tools=by_tools,
     )
 
 

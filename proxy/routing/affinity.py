@@ -17,9 +17,10 @@ from dataclasses import field
 from typing import Any
 
 from proxy.routing.chat_request import ChatRequest
+from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory, read_trajectory
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.sessions import LastTurn, SessionStore, scoped_key
+from proxy.storage.sessions import LastTurn, Lookup, SessionStore, scoped_key
 from proxy.upstream.payload import iter_choices, simple_text
 from router_core.types import frozen
 
@@ -38,6 +39,10 @@ class Affinity:
     """The model whose tool calls are answered here, or whose reasoning is carried."""
     last_turn: LastTurn | None = None
     """The session's newest answer."""
+    trajectory: Trajectory = NO_TRAJECTORY
+    """How the run of the agent goes."""
+    stuck: tuple[tuple[str, float], ...] = ()
+    """Models that made the turns which say so, each with its share of what is stuck."""
 
     def cached_prompt(self, settings: Settings) -> tuple[str, int] | None:
         """Return the model that has read this session a moment ago, and how many tokens of it."""
@@ -58,16 +63,55 @@ async def load_affinity(
     Redis is asked only if the request has a session, or fingerprints that this process does not know.
     """
     scope = key.id if key else ""
+    body = request.body
     plain = request.contents is not None and request.contents.plain_messages
-    history = NO_HISTORY if plain else inspect_history(request.body["messages"])
+    history = NO_HISTORY if plain else inspect_history(body["messages"])
     session = None if settings.sticky_sessions == "off" else _session_key(scope, request)
-    if session is None and not history.fingerprints:
-        if not scope and not history.has_reasoning:
+    trajectory = NO_TRAJECTORY
+    if settings.trajectory == "auto" and not plain and not _OFFERS_TOOLS.isdisjoint(body):
+        trajectory = read_trajectory(body["messages"])
+    makers = _makers(scope, body["messages"], trajectory) if trajectory.stuck else ()
+    if session is None and not history.fingerprints and not any(makers):
+        if not (scope or history.has_reasoning or trajectory.turns):
             return NO_AFFINITY
-        return Affinity(scope, None, history.has_reasoning)
-    found = await sessions.lookup([scoped_key(scope, each) for each in history.fingerprints], session)
-    stored_under = None if request.housekeeping else session
-    return Affinity(scope, stored_under, history.has_reasoning, found.producer, found.last)
+        return Affinity(scope, None, history.has_reasoning, trajectory=trajectory)
+    fingerprints = [scoped_key(scope, each) for each in history.fingerprints]
+    found = await sessions.lookup(fingerprints, session, [each for each in makers if each])
+    return Affinity(
+        scope,
+        None if request.housekeeping else session,
+        history.has_reasoning,
+        found.producer,
+        found.last,
+        trajectory,
+        _stuck_models(trajectory, makers, found),
+    )
+
+
+_OFFERS_TOOLS = frozenset({"tools", "functions"})
+
+
+def _makers(scope: str, messages: Sequence[Any], trajectory: Trajectory) -> tuple[str | None, ...]:
+    """Return for each run of a trajectory what the model that made its newest turn is stored under; None: nothing."""
+    found: list[str | None] = []
+    for run in trajectory.runs:
+        turn = TurnFingerprints()
+        turn.add(messages[run.place])
+        fingerprint = next(turn.of_calls(latest_user_text(messages, run.place)), None) if run.share else None
+        found.append(None if fingerprint is None else scoped_key(scope, fingerprint))
+    return tuple(found)
+
+
+def _stuck_models(trajectory: Trajectory, makers: Sequence[str | None], found: Lookup) -> tuple[tuple[str, float], ...]:
+    """Share out what is stuck among the models that made it. What nobody is known to have made counts for none."""
+    shares: dict[str, float] = {}
+    for run, fingerprint in zip(trajectory.runs, makers, strict=False):
+        model = found.makers.get(fingerprint) if fingerprint else None
+        if model is None and run.later <= 1:  # the session's newest answer was the end of it
+            model = found.producer or (found.last.model if found.last else None)
+        if model is not None and run.share:
+            shares[model] = shares.get(model, 0.0) + trajectory.stuck * run.share
+    return tuple(shares.items())
 
 
 def _session_key(scope: str, request: ChatRequest) -> str | None:
@@ -413,7 +457,7 @@ def latest_user_text(messages: Sequence[Any], before: int | None = None) -> Text
     """Return the text of the newest user turn among `messages[:before]`."""
     for place in range(len(messages) if before is None else before, 0, -1):
         message = messages[place - 1]
-        if isinstance(message, Mapping) and message.get("role") == "user":
+        if isinstance(message, (dict, Mapping)) and message.get("role") == "user":
             return _question(message.get("content"))
     return TextSample()
 

@@ -16,6 +16,7 @@ from proxy.routing.selection_context import (
     no_candidate_error,
     over_cost_error,
 )
+from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory
 from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, output_limit
@@ -249,17 +250,16 @@ def rank_degraded(ctx: SelectionContext, eligibility: Eligibility) -> tuple[Rout
 def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
     """Prefer the model that a conversation belongs to over the best-scored one.
 
-    Tool results and reasoning go back to the model that produced them. A session goes back to its last model if
-    `sticky_sessions` is "on"; its housekeeping does not.
+    Tool results and reasoning go back to the model that produced them, even while it rests. A session goes back to its
+    last model if `sticky_sessions` is "on"; its housekeeping does not.
     """
     affinity = ctx.affinity
     if affinity.producer is not None:
         if not _is_eligible(ctx, selection, affinity.producer):
             return _without_affinity(ctx, selection, affinity.producer)
-        # Other models reject reasoning that they did not sign: they are asked only if the caller says so.
-        fallbacks = ctx.request.options.fallbacks
-        may_fall_back = fallbacks is True if affinity.has_reasoning else fallbacks is not False
-        return _prefer(ctx, selection, affinity.producer, may_fall_back=may_fall_back)
+        # Others did not make these calls, and reject reasoning that they did not sign: they are asked only if the
+        # caller says so.
+        return _prefer(ctx, selection, affinity.producer, may_fall_back=ctx.request.options.fallbacks is True)
     last_turn = None if ctx.is_housekeeping else affinity.last_turn
     if ctx.settings.sticky_sessions == "on" and last_turn and _is_eligible(ctx, selection, last_turn.model):
         may_fall_back = ctx.request.options.fallbacks is not False
@@ -299,8 +299,12 @@ def _ranking(selection: Selection) -> Sequence[str]:
     return selection.decision.ranking if selection.decision else selection.candidates
 
 
-def selection_to_json(selection: Selection) -> dict[str, Any]:
-    """Return the decision as POST /v1/route shows it."""
+def selection_to_json(selection: Selection, trajectory: Trajectory = NO_TRAJECTORY) -> dict[str, Any]:
+    """Return the decision as POST /v1/route shows it.
+
+    Args:
+        trajectory: how the run of the agent went before it.
+    """
     decision, requested = selection.decision, selection.requirements.max_output_tokens
     clusters = decision.clusters if decision and decision.assignment is not None else ()
     return {
@@ -312,12 +316,15 @@ def selection_to_json(selection: Selection) -> dict[str, Any]:
         "clusters": [{"id": cluster, "name": name, "weight": weight} for cluster, name, weight in clusters],
         "nearest_cosine": decision.nearest_cosine if decision else None,
         "novel": decision.is_novel if decision else None,
+        "trajectory": trajectory.to_json(),
         "candidates": [
             {
                 "model": row.model,
                 "expected_error": row.expected_error,
                 "error_low": row.error_low,
                 "error_high": row.error_high,
+                "trajectory_error": row.added,
+                "tool_error": row.by_tools,
                 "expected_cost_usd": row.expected_cost_usd,
                 "cost": row.cost,
                 "score": row.score,

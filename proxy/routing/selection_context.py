@@ -66,8 +66,9 @@ class SelectionContext:
         self.snapshot = snapshot
         self.settings = settings
         self.affinity = affinity
-        self.cooling_down = cooling_down
-        self.not_ready = not_ready
+        # What a model has begun waits for that model alone, and is not taken on by another while it rests.
+        self.cooling_down = _without(affinity.producer, cooling_down)
+        self.not_ready = not_ready if affinity.producer not in not_ready else set(not_ready) - {affinity.producer}
         terms = self._terms()
         self.mode = terms.mode
         self.preset = terms.preset
@@ -79,7 +80,8 @@ class SelectionContext:
 
     def _terms(self) -> SelectionTerms:
         """Return the terms of this request. Those of a request without options are kept with the snapshot."""
-        if self.request.options is not NO_OPTIONS or self.affinity.last_turn is not None:
+        affinity = self.affinity
+        if self.request.options is not NO_OPTIONS or affinity.last_turn is not None or affinity.stuck:
             return self._work_out_terms()
         kept, key, settings = self.snapshot.selection_terms, self.key, self.settings
         place = (self.request.model, None if key is None else key.id)
@@ -105,6 +107,7 @@ class SelectionContext:
             cost_unit=settings.cost_unit,
             reference=settings.reference_price,
             cached=self.affinity.cached_prompt(settings),
+            doubts=tuple((model, settings.trajectory_weight * share) for model, share in self.affinity.stuck),
         )
         return SelectionTerms(mode, preset, allowed, params, self._frees_housekeeping(mode, preset))
 
@@ -129,6 +132,10 @@ class SelectionContext:
             limit_is_cap=translated or clamped == "on" or (clamped == "auto" and self.mode is not RoutingMode.PINNED),
             wishes=WISHES if translated else (),
         )
+
+
+def _without(name: str | None, models: Mapping[str, float]) -> Mapping[str, float]:
+    return models if name not in models else {each: value for each, value in models.items() if each != name}
 
 
 # Of one snapshot: pairs of a model's name and a key.

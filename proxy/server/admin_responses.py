@@ -254,6 +254,7 @@ class DecisionCluster(ResponseModel):
 class DecisionCandidate(ResponseModel):
     model: str
     expected_error: Number
+    trajectory_error: Number
     expected_cost_usd: Number
     cost: Number
     score: Number
@@ -281,6 +282,7 @@ class KeptDecision(DecisionRow):
     clusters: list[DecisionCluster]
     nearest_cosine: Number | None
     novel: bool | None
+    trajectory: dict[str, Number] | None
     candidates: list[DecisionCandidate]
     candidates_left_out: Count
     ineligible: list[dict[str, str]]

@@ -70,10 +70,11 @@ for each in CLIENT_APIS:
 @router.post(ROUTE, response_model=None)
 async def route(request: Request, app: AppStateDep, key: CurrentKey) -> Response:
     ctx = await read_request(ASGIExchange.of(request), app, key, CHAT)
-    selection, _ = await select(ctx, explain=True)
+    selection, affinity = await select(ctx, explain=True)
     preset = preset_of(ctx.request.model, app.settings, ctx.snapshot)
     stated = {} if preset is None else {"preset": preset.model_dump(by_alias=True)}
-    return Response(encode_json({**selection_to_json(selection), **stated}), media_type="application/json")
+    decision = selection_to_json(selection, affinity.trajectory)
+    return Response(encode_json({**decision, **stated}), media_type="application/json")
 
 
 @router.post(COUNT_TOKENS, response_model=None)

@@ -237,6 +237,8 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
                         "expected_error": _SHARE,
                         "error_low": _SHARE,
                         "error_high": _SHARE,
+                        "trajectory_error": _SHARE,
+                        "tool_error": {"type": "number", "minimum": -1, "maximum": 1},
                         "expected_cost_usd": _NUMBER,
                         "cost": _NUMBER,
                         "score": _NUMBER,
@@ -244,6 +246,9 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
                     },
                     "model",
                 )
+            ),
+            "trajectory": null_or(
+                _object({"stuck": _SHARE, "failed": _SHARE, "repeated": _SHARE, "reverted": _SHARE, "turns": _COUNT})
             ),
             "preset": _object(
                 {

@@ -16,6 +16,7 @@ from proxy.errors import UpstreamError
 from proxy.routing.affinity import Affinity, AffinityRecorder
 from proxy.routing.requirements import estimate_document_tokens, routing_text
 from proxy.routing.selection import Selection
+from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory
 from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.reservations import Reservation, Settlement
@@ -59,6 +60,7 @@ class RequestRecord:
         self, ctx: RequestContext, selection: Selection, affinity: Affinity, reservation: Reservation | None = None
     ) -> None:
         self.selection = selection
+        self.trajectory = affinity.trajectory
         self.affinity = AffinityRecorder(ctx.app.sessions, affinity, ctx.request.body["messages"])
         self.model = selection.model
         self.reason = selection.reason
@@ -302,7 +304,7 @@ class RequestRecord:
                 self._costs = self._compare(cost.usd, counts, observed, billed=billed)
                 self._count_savings(self._costs)
                 if keep:
-                    detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs)
+                    detail = decision_detail(self._ctx, self.selection, self._attempts, self._costs, self.trajectory)
         app.usage.record(entry, detail)
         if reservation:
             self._settlement = reservation.settle(counts.total if billed else (counts.total or 0), entry.cost_picousd)
@@ -475,7 +477,13 @@ def baseline_of(ctx: RequestContext) -> str | None:
 MAX_CANDIDATES, MAX_INELIGIBLE, MAX_PROMPT_CHARS, MAX_NAME_CHARS = 16, 20, 4000, 128
 
 
-def decision_detail(ctx: RequestContext, selection: Selection, attempts: Sequence[Sequence[Any]], costs: Costs) -> str:
+def decision_detail(
+    ctx: RequestContext,
+    selection: Selection,
+    attempts: Sequence[Sequence[Any]],
+    costs: Costs,
+    trajectory: Trajectory = NO_TRAJECTORY,
+) -> str:
     """Return what is kept of a decision beside its usage, as JSON. `storage/decisions.py` reads it."""
     decision, snapshot = selection.decision, ctx.snapshot
     model = snapshot.models.get(attempts[-1][0] if attempts else selection.model)
@@ -504,6 +512,8 @@ def decision_detail(ctx: RequestContext, selection: Selection, attempts: Sequenc
         if decision.eligibility is not None:
             detail["ineligible"] = decision.eligibility.why_ruled_out(MAX_INELIGIBLE)
         _add_candidates(detail, decision)
+    if trajectory.turns:
+        detail["trajectory"] = trajectory.to_json()
     if selection.degraded_reason is not None:
         detail["degraded"] = selection.degraded_reason[:MAX_PROMPT_CHARS]
     if selection.lost_affinity is not None:
@@ -524,6 +534,8 @@ def _add_candidates(detail: dict[str, Any], decision: RoutingDecision) -> None:
     table = decision.table
     names: Sequence[str] = table.names
     columns: Sequence[Doubles] = (table.errors, table.costs, table.scores, table.costs_usd)
+    if decision.has_doubts:
+        columns = (*columns, decision.added)
     if len(names) > MAX_CANDIDATES:
         rows: Indices = np.argpartition(table.scores, MAX_CANDIDATES)[:MAX_CANDIDATES]
         best = rows.tolist()

@@ -151,6 +151,8 @@ TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 
 OffAutoOn = Annotated[Literal["off", "auto", "on"], BeforeValidator(_on_or_off)]
 
+OffAuto = Annotated[Literal["off", "auto"], BeforeValidator(_on_or_off)]
+
 OffCheapest = Annotated[Literal["off", "cheapest"], BeforeValidator(_on_or_off)]
 
 OffObserveAdapt = Annotated[Literal["off", "observe", "adapt"], BeforeValidator(_on_or_off)]

@@ -20,6 +20,7 @@ from proxy.settings.model_config import (
     ModelInfo,
     NameList,
     NonNegativeFloat,
+    OffAuto,
     OffAutoOn,
     OffCheapest,
     OffObserveAdapt,
@@ -227,6 +228,17 @@ class Settings(FrozenModel):
             "What agents and chat clients ask for themselves, as titles and summaries: `cheapest` sends it to the "
             "cheapest able model, `off` routes it as any request; see [Housekeeping](routing.md#housekeeping)."
         ),
+    )
+    trajectory: OffAuto = Field(
+        default="auto",
+        description=(
+            "Whether a model is expected to err more while the run of an agent is stuck with it: its tools fail, its "
+            "calls repeat, its edits are taken back; see [Trajectory](routing.md#trajectory)."
+        ),
+    )
+    trajectory_weight: Annotated[NonNegativeFloat, Field(le=1)] = Field(
+        default=0.75,
+        description="The share of what a model is expected to get right that counts as errors once it is wholly stuck.",
     )
     latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")
     cost_unit: Literal["reference", "cents"] = Field(

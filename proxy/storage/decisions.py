@@ -224,6 +224,7 @@ def decision_to_json(stored: Mapping[str, Any], *, flips: bool = True) -> dict[s
         ],
         "nearest_cosine": detail.get("cosine"),
         "novel": detail.get("novel"),
+        "trajectory": detail.get("trajectory"),
         "candidates": candidates,
         "candidates_left_out": detail.get("unlisted", 0),
         "ineligible": [{"model": name, "why": why} for name, why in detail["ineligible"].items()],
@@ -263,8 +264,9 @@ def _candidates(detail: Mapping[str, Any], *, flips: bool) -> Iterator[dict[str,
     if not stated:
         return
     names = stated["models"]
-    columns = np.frombuffer(a2b_base64(stated["columns"])).reshape(4, len(names))
-    errors, costs, scores, usd = columns.tolist()
+    # The last column is kept only where something was added to the errors.
+    columns = np.frombuffer(a2b_base64(stated["columns"])).reshape(-1, len(names))
+    errors, costs, scores, usd, *added = columns.tolist()
     # If some are left out it is not known when they would win.
     thresholds = [math.nan] * len(names)
     if flips and not detail.get("unlisted"):
@@ -273,6 +275,7 @@ def _candidates(detail: Mapping[str, Any], *, flips: bool) -> Iterator[dict[str,
         yield {
             "model": names[row],
             "expected_error": errors[row],
+            "trajectory_error": added[0][row] if added else 0.0,
             "expected_cost_usd": usd[row],
             "cost": costs[row],
             "score": scores[row],

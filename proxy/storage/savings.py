@@ -79,6 +79,8 @@ def _bias_of(decision: Decision, bias: SelectionBias) -> float:
         return 0.0
     if candidates[0]["model"] != decision["model"] or candidates[0]["score"] == candidates[0]["cost"]:  # by cost alone
         return 0.0
+    if any(row["trajectory_error"] for row in candidates):  # labels alone did not make it
+        return 0.0
     found = bias.of(
         [row["model"] for row in candidates],
         [row["cost"] for row in candidates],

@@ -11,8 +11,8 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from redis.exceptions import RedisError
@@ -60,6 +60,8 @@ class Lookup:
     producer: str | None = None
     """The model that gave the tool calls or the reasoning."""
     last: LastTurn | None = None
+    makers: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprint of an earlier turn → the model that gave it, where that is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,24 +116,33 @@ class SessionStore:
         if digests:
             self._queued.set()
 
-    async def lookup(self, fingerprints: Sequence[str], session: str | None) -> Lookup:
+    async def lookup(self, fingerprints: Sequence[str], session: str | None, earlier: Sequence[str] = ()) -> Lookup:
         """Return the producer of the first known fingerprint, else the last turn of `session`; in one round trip.
 
         The producer of an answer does not change, so this process's own memory will do. A session may have continued
         in another process.
+
+        Args:
+            earlier: fingerprints of turns whose makers are wanted too, if they are known or a round trip is made.
         """
+        makers = {digest: known.model for digest in earlier if (known := self._known(digest)) is not None}
         for digest in fingerprints:
             if (known := self._known(digest)) is not None:
-                return Lookup(known.model)
-        wanted = [*fingerprints, *([] if session is None else [session])]
+                return Lookup(known.model, makers=makers)
+        unknown = [digest for digest in earlier if digest not in makers]
+        wanted = [*fingerprints, *unknown, *([] if session is None else [session])]
         if not wanted:
-            return Lookup()
+            return Lookup(makers=makers)
         found = await self._fetch(wanted)
+        for digest in unknown:
+            if digest in found:
+                self._local[digest] = found[digest]
+                makers[digest] = found[digest].model
         for digest in fingerprints:
             if digest in found:
                 self._local[digest] = found[digest]
-                return Lookup(found[digest].model)
-        return Lookup(last=self._last_turn(session, found))
+                return Lookup(found[digest].model, makers=makers)
+        return Lookup(last=self._last_turn(session, found), makers=makers)
 
     def start(self) -> None:
         self._tasks.start("uniroute-conversations", self._write_loop)

@@ -124,8 +124,9 @@ def test_both_kernels_score_and_choose_to_the_same_bits(seed: int, models: int, 
     if rows is not None and not rows.size:
         rows = None
     terms = some_terms(rng, models)
+    doubts = np.where(rng.random(models) < 0.8, 0.0, rng.random(models)) if rng.random() < 0.5 else None
     (numpy_choice, figures), (choice, packed) = (
-        kernel.scorer(**columns).choose(ids, weights, rows, terms) for kernel in (NUMPY, compiled_kernels())
+        kernel.scorer(**columns).choose(ids, weights, rows, terms, doubts) for kernel in (NUMPY, compiled_kernels())
     )
 
     assert choice == numpy_choice
@@ -183,6 +184,7 @@ REQUESTS = [
     ),
     (Requirements(prompt_tokens=50), ScoringParams(lambda_=1e12, cost_unit="cents", cached=("m0005", 40))),
     (Requirements(prompt_tokens=50, max_output_tokens=1), ScoringParams(max_cost_usd=1e-4, tie=0.0)),
+    (Requirements(prompt_tokens=200), ScoringParams(doubts=(("m0001", 0.5), ("m0004", 0.9), ("absent", 0.9)))),
 ]
 
 
@@ -288,6 +290,14 @@ def test_clusters_rows_and_terms_that_do_not_fit_are_refused(ids: Any, weights: 
 
 
 @pytest.mark.parametrize(
+    "doubts", [np.zeros(2), np.zeros(4), np.zeros(3, dtype=np.float32), np.zeros((1, 3)), np.zeros(6)[::2], [0.0] * 3]
+)
+def test_doubts_that_do_not_fit_are_refused(doubts: Any) -> None:
+    with pytest.raises(REFUSALS):
+        a_scorer().choose(FOUR, QUARTERS, None, TERMS, doubts)
+
+
+@pytest.mark.parametrize(
     "name", ["by_cluster", "output_caps", "input_price", "output_price", "cached_price", "profiled"]
 )
 def test_columns_of_another_length_or_type_are_refused(name: str) -> None:
@@ -338,6 +348,7 @@ def test_whatever_is_handed_in_is_computed_or_refused(ids: Any, other: Any, rows
         lambda: made.scorer(**columns).choose(ids, np.zeros(np.size(ids), dtype=np.float32), rows, terms),
         lambda: made.scorer(**broken).choose(FOUR, QUARTERS, rows, terms),
         lambda: made.scorer(**columns).choose(FOUR, QUARTERS, None, ids),
+        lambda: made.scorer(**columns).choose(FOUR, QUARTERS, None, terms, number),
     )
     for attempt in attempts:
         try:

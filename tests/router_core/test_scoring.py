@@ -134,6 +134,42 @@ def test_thresholds_of_a_half_cached_prompt_make_the_model_the_choice(
             assert rank(left, an_assignment(0), needs, flipped).chosen == row.model
 
 
+def test_a_doubt_of_a_model_is_added_to_its_errors_and_to_those_of_worse_ones() -> None:
+    """By hand: half of the 80 % that "b" gets right are 0.4."""
+    left = eligible(priced_pool({"a": (0.1, 0.0), "b": (0.2, 0.0), "c": (0.3, 0.0), "d": (0.7, 0.0)}), NO_NEEDS)
+    decision = rank(left, an_assignment(0), NO_NEEDS, ScoringParams(doubts=(("b", 0.5), ("nobody", 0.9))))
+    found = {row.model: (row.expected_error, row.added) for row in decision.candidates}
+    assert found == {
+        "a": (pytest.approx(0.1), 0),
+        "b": (pytest.approx(0.6), pytest.approx(0.4)),
+        "c": (pytest.approx(0.7), pytest.approx(0.4)),
+        "d": (1, pytest.approx(0.3)),
+    }
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=6),
+    st.floats(0, 5),
+)
+def test_a_doubt_never_makes_a_worse_model_the_better_one(models: list[tuple[float, float]], lambda_: float) -> None:
+    errors = {str(place): error for place, (error, _) in enumerate(models)}
+    doubts = tuple((str(place), doubt) for place, (_, doubt) in enumerate(models))
+    left = eligible(a_pool(*(a_candidate(name, (error,) * 3) for name, error in errors.items())), NO_NEEDS)
+    without, found = (
+        {row.model: row for row in rank(left, an_assignment(0), NO_NEEDS, terms).candidates}
+        for terms in (ScoringParams(lambda_=lambda_), ScoringParams(lambda_=lambda_, doubts=doubts))
+    )
+
+    assert all(without[name].expected_error <= row.expected_error <= 1 for name, row in found.items())
+    assert all(row.error_low <= row.expected_error <= row.error_high for row in found.values())
+    assert all(
+        found[one].expected_error <= found[other].expected_error + 1e-9
+        for one in found
+        for other in found
+        if without[one].expected_error < without[other].expected_error
+    )
+
+
 def test_no_eligible_model_is_an_error_with_every_reason() -> None:
     left = eligible(a_pool(a_candidate("a", price=None), a_candidate("b", errors=None)), NO_NEEDS)
     with pytest.raises(NoEligibleModel) as caught:

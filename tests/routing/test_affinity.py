@@ -166,3 +166,78 @@ async def test_housekeeping_is_no_turn_of_its_session(memory: SessionStore) -> N
     assert found.session is None
     assert found.last_turn is not None
     assert found.last_turn.model == "large"
+
+
+BADLY = "Exit code 1\n1 failed, 30 passed in 0.8s"
+GIVEN_UP: Any = {"role": "assistant", "content": "I have done what I could."}
+GO_ON: Any = {"role": "user", "content": "Go on."}
+
+
+def failing_run(name: str, turns: int = 4) -> list[Any]:
+    """Return turns whose calls have ids of their own, and fail."""
+    made: list[Any] = []
+    for number in range(turns):
+        call_id = f"call_{name}9pw1qnYScq{number}"
+        function = {"name": "bash", "arguments": f'{{"command": "pytest -k {number}"}}'}
+        made.append({"role": "assistant", "tool_calls": [{"id": call_id, "function": function}]})
+        made.append({"role": "tool", "tool_call_id": call_id, "content": BADLY})
+    return made
+
+
+async def remembered_run(memory: SessionStore, run: list[Any], model: str, **options: Any) -> None:
+    for message in run[::2]:
+        await answered(memory, ASK, answer=message, model=model, **options)
+
+
+async def stuck_in(memory: SessionStore, *messages: Any, **more: Any) -> dict[str, float]:
+    options = RoutingOptions(session=more.pop("session", None))
+    body = {"messages": list(messages), "tools": [{}], **more.pop("body", {})}
+    request = ChatRequest(body, "auto", False, False, options)
+    return dict((await load_affinity(memory, request, None, Settings.model_validate(more))).stuck)
+
+
+async def test_a_stuck_run_is_that_of_the_model_that_made_its_calls(memory: SessionStore) -> None:
+    run = failing_run("a")
+    await remembered_run(memory, run, "small")
+    at_work = await stuck_in(memory, ASK, *run)
+    gone_on = await stuck_in(memory, ASK, *run, GIVEN_UP, GO_ON)
+    assert at_work == gone_on == {"small": pytest.approx((1 - 0.7**4 - 0.25) / 0.75)}
+
+
+async def test_each_of_several_models_has_its_share_of_what_is_stuck(memory: SessionStore) -> None:
+    first, second = failing_run("a"), failing_run("b", 2)
+    await remembered_run(memory, first, "small")
+    await remembered_run(memory, second, "large")
+    found = await stuck_in(memory, ASK, *first, GIVEN_UP, GO_ON, *second, GIVEN_UP, GO_ON)
+    assert sum(found.values()) == pytest.approx((1 - 0.7**6 - 0.25) / 0.75)
+    assert found["large"] / found["small"] == pytest.approx((1 - 0.7**2) / (0.7**2 * (1 - 0.7**4)))
+
+
+async def test_a_session_tells_who_made_the_newest_run_and_no_other(memory: SessionStore) -> None:
+    await answered(memory, ASK, answer=GIVEN_UP, model="small", session="mine")
+    run = failing_run("a")
+    assert set(await stuck_in(memory, ASK, *run, GIVEN_UP, GO_ON, session="mine")) == {"small"}
+    assert await stuck_in(memory, ASK, *run, GIVEN_UP, GO_ON, GIVEN_UP, GO_ON, session="mine") == {}
+
+
+async def test_a_run_of_which_nobody_is_known_to_have_made_it_is_nobodys(memory: SessionStore) -> None:
+    assert await stuck_in(memory, ASK, *failing_run("a"), GIVEN_UP, GO_ON) == {}
+
+
+async def test_another_process_knows_who_made_it_too(memory: SessionStore, store: Store) -> None:
+    run = failing_run("a")
+    await remembered_run(memory, run, "small")
+    await memory.flush()
+    assert set(await stuck_in(SessionStore(store, 60), ASK, *run, GIVEN_UP, GO_ON)) == {"small"}
+
+
+@pytest.mark.parametrize("more", [{"trajectory": "off"}, {"body": {"tools": None}}], ids=["off", "no tools"])
+async def test_without_tools_and_where_it_is_off_no_run_is_looked_at(
+    memory: SessionStore, more: dict[str, Any]
+) -> None:
+    run = failing_run("a")
+    await remembered_run(memory, run, "small")
+    body = {"messages": [ASK, *run, GIVEN_UP, GO_ON], **({} if "body" in more else {"tools": [{}]})}
+    request = ChatRequest(body, "auto", False, False, RoutingOptions())
+    settings = Settings.model_validate({name: value for name, value in more.items() if name != "body"})
+    assert await load_affinity(memory, request, None, settings) == NO_AFFINITY

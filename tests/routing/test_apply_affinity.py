@@ -6,7 +6,7 @@ One question of 1,000 tokens, answers of 50 tokens that cost nothing, λ = 0.1: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
 from proxy.routing.selection import Selection, apply_affinity, select_model, selection_to_json
-from proxy.routing.selection_context import SelectionContext
+from proxy.routing.selection_context import EMPTY, SelectionContext
+from proxy.routing.trajectory import Trajectory
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.records import StoredProfile
@@ -73,12 +74,23 @@ async def chosen(
     body: dict[str, Any] | None = None,
     explain: bool = False,
     housekeeping: bool = False,
+    cooling_down: Mapping[str, float] = EMPTY,
+    not_ready: Collection[str] = (),
     **options: Any,
 ) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
     request = ChatRequest(content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping)
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
-    ctx = SelectionContext("dec-1", request, key, state or a_state(), found, affinity=affinity)
+    ctx = SelectionContext(
+        "dec-1",
+        request,
+        key,
+        state or a_state(),
+        found,
+        affinity=affinity,
+        cooling_down=cooling_down,
+        not_ready=not_ready,
+    )
     return await select_model(ctx, ClusterAssigner(Corner(), 1.0), explain=explain)
 
 
@@ -86,16 +98,22 @@ LOOP = Affinity(producer="plain")
 REASONING = Affinity(producer="plain", has_reasoning=True)
 
 
-async def test_a_tool_loop_stays_with_its_producer_and_may_fall_back() -> None:
-    choice = await chosen(LOOP)
-    assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain", "cold", "warm"))
-    assert (await chosen(LOOP, fallbacks=False)).candidates == ("plain",)
-    assert (await chosen(LOOP, settings={"fallback_attempts": 2})).max_attempts == 2
+@pytest.mark.parametrize("affinity", [LOOP, REASONING], ids=["tool loop", "reasoning"])
+async def test_what_a_model_has_begun_goes_to_no_other_unless_asked(affinity: Affinity) -> None:
+    choice = await chosen(affinity)
+    assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain",))
+    assert (await chosen(affinity, fallbacks=False)).candidates == ("plain",)
+    asked = await chosen(affinity, fallbacks=True, settings={"fallback_attempts": 2})
+    assert (asked.candidates, asked.max_attempts) == (("plain", "cold", "warm"), 2)
 
 
-async def test_reasoning_that_others_did_not_sign_goes_to_nobody_else_unless_asked() -> None:
-    assert (await chosen(REASONING)).candidates == ("plain",)
-    assert (await chosen(REASONING, fallbacks=True)).candidates == ("plain", "cold", "warm")
+@pytest.mark.parametrize("affinity", [LOOP, REASONING], ids=["tool loop", "reasoning"])
+@pytest.mark.parametrize("why", ["cooling_down", "not_ready"])
+async def test_what_a_model_has_begun_waits_for_it_while_it_rests(affinity: Affinity, why: str) -> None:
+    resting: dict[str, Any] = {why: {"plain": 5.0, "warm": 5.0}}
+    choice = await chosen(affinity, **resting)
+    assert (choice.model, choice.candidates, choice.lost_affinity) == ("plain", ("plain",), None)
+    assert set(choice.ineligible) >= {"warm"}
 
 
 @pytest.mark.parametrize("name", ["auto", "uniroute/best", "uniroute/cheap"])
@@ -233,3 +251,73 @@ async def test_housekeeping_that_carries_reasoning_goes_to_its_producer() -> Non
     choice = await chosen(REASONING, housekeeping=True)
 
     assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain",))
+
+
+STUCK = Trajectory(stuck=0.8, failed=0.9, turns=5)
+
+
+def stuck_with(**models: float) -> Affinity:
+    return Affinity(trajectory=STUCK, stuck=tuple(models.items()))
+
+
+async def candidates(affinity: Affinity, **more: Any) -> dict[str, dict[str, Any]]:
+    choice = await chosen(affinity, explain=True, **more)
+    return {row["model"]: row for row in selection_to_json(choice, affinity.trajectory)["candidates"]}
+
+
+def better_but_dearer(error: float = 0.1) -> RoutingSnapshot:
+    """Build "cold" at 20 % errors, "warm" at more, and "plain", at five times the price of "cold", at fewer."""
+    records = {name: a_record(name, info=price) for name, price in PRICES.items() if name != "unmeasured"}
+    errors = {"cold": 0.2, "warm": 0.3, "plain": error}
+    profiles = {
+        name: StoredProfile(record.fingerprint, a_profile([errors[name]] * 4)) for name, record in records.items()
+    }
+    return build_state(
+        StoredState(version=1, models=records, profiles=profiles, keys_exist=False),
+        snapshot_inputs(),
+        keys_latched=False,
+    )
+
+
+async def test_a_stuck_model_is_expected_to_err_more_and_so_are_models_that_err_more_anyway() -> None:
+    """By hand: 0.75 · 0.4 = 0.3 of the 80 % that "cold" gets right are 0.24 more errors."""
+    rows = await candidates(stuck_with(cold=0.4), state=better_but_dearer())
+    added = {name: row["trajectory_error"] for name, row in rows.items()}
+    assert added == {"cold": pytest.approx(0.24), "warm": pytest.approx(0.24), "plain": 0}
+    assert rows["cold"]["expected_error"] == pytest.approx(0.44)
+    assert rows["cold"]["score"] == pytest.approx(0.44 + 0.1 * 0.004 / 0.003)
+    assert rows["cold"]["error_low"] < 0.44 < rows["cold"]["error_high"]
+
+
+async def test_a_run_that_is_stuck_goes_on_with_a_better_model_if_lambda_allows_it() -> None:
+    """Of the costs "plain" has 6.67 and "cold" 1.33: at λ = 0.1 the difference is 0.533, at 0.05 half of that."""
+    state = better_but_dearer()
+    assert (await chosen(stuck_with(cold=0.4), state=state, lambda_=0.05)).model == "plain"
+    assert (await chosen(NO_AFFINITY, state=state, lambda_=0.05)).model == "cold"
+    assert (await chosen(stuck_with(cold=0.4), state=state, lambda_=0.1)).model == "cold"
+    assert (await chosen(stuck_with(cold=0.2), state=state, lambda_=0.05)).model == "cold"
+
+
+async def test_it_never_goes_on_with_a_model_that_errs_more() -> None:
+    state = better_but_dearer(error=0.15)
+    assert (await chosen(NO_AFFINITY, state=state, lambda_=0.001)).model == "plain"
+    assert (await chosen(stuck_with(plain=0.9), state=state, lambda_=0.001)).model == "plain"
+
+
+async def test_of_several_stuck_models_each_has_its_term_and_a_worse_one_the_largest() -> None:
+    """By hand: 0.75 · 0.5 · 0.9 = 0.3375 for "plain", and more than the 0.75 · 0.1 · 0.8 of "cold" for all."""
+    rows = await candidates(stuck_with(plain=0.5, cold=0.1, removed=0.9), state=better_but_dearer())
+    assert [row["trajectory_error"] for row in rows.values()] == [pytest.approx(0.3375)] * 3
+
+
+async def test_the_weight_scales_the_term_and_a_cached_prompt_still_counts() -> None:
+    none = await candidates(stuck_with(cold=0.4), settings={"trajectory_weight": 0})
+    assert {row["trajectory_error"] for row in none.values()} == {0}
+    on_warm = replace(session(900), stuck=(("warm", 0.01),))
+    assert (await chosen(on_warm)).model == "warm"
+
+
+async def test_the_decision_shows_how_the_run_went() -> None:
+    shown = selection_to_json(await chosen(stuck_with(cold=0.4)), STUCK)
+    assert shown["trajectory"] == {"stuck": 0.8, "failed": 0.9, "repeated": 0.0, "reverted": 0.0, "turns": 5}
+    assert selection_to_json(await chosen(NO_AFFINITY))["trajectory"] is None

@@ -76,6 +76,38 @@ def test_a_decision_says_what_was_chosen_and_why(fleet: Fleet) -> None:
     assert sum(cluster["weight"] for cluster in kept["clusters"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_decision_says_how_the_run_of_an_agent_went(fleet: Fleet) -> None:
+    """Four failed turns of "fair" are stuck by 0.68, which makes 0.75 · 0.68 · 0.7 = 0.36 more errors of it."""
+    tools = [{"name": "Bash", "input_schema": {"type": "object"}}]
+    messages: list[Any] = [{"role": "user", "content": SECRET_WORDS}]
+    for number in range(4):
+        function = {"name": "Bash", "arguments": f'{{"command": "pytest -k {number}"}}'}
+        call = {"id": f"toolu_9pw1qnYScq{number}", "type": "function", "function": function}
+        fleet.fair.then(Step(message={"role": "assistant", "tool_calls": [call]}, finish_reason="tool_calls"))
+        answer = ask(fleet, path="messages", messages=messages, tools=tools, max_tokens=100).json()
+        result = {"type": "tool_result", "tool_use_id": call["id"], "is_error": True, "content": f"no, {number}"}
+        messages += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [result]}]
+    done = ask(fleet, path="messages", messages=messages, tools=tools, max_tokens=100)
+    messages += [{"role": "assistant", "content": done.json()["content"]}, {"role": "user", "content": "Go on."}]
+    reply = ask(fleet, path="messages", messages=messages, tools=tools, max_tokens=100)
+    kept = decision_of(fleet, reply)
+
+    assert done.headers["x-uniroute-model"] == "fair"
+    assert reply.headers["x-uniroute-model"] == "good"
+    assert kept["trajectory"] == {
+        "stuck": pytest.approx(0.6799, abs=1e-3),
+        "failed": pytest.approx(0.7599),
+        "repeated": 0,
+        "reverted": 0,
+        "turns": 4,
+    }
+    added = {row["model"]: (row["expected_error"], row["trajectory_error"]) for row in kept["candidates"]}
+    assert added == {
+        "good": (pytest.approx(0.1), 0),
+        "fair": (pytest.approx(0.657, abs=1e-3), pytest.approx(0.357, abs=1e-3)),
+    }
+
+
 def test_a_decision_has_attempts_times_usage_and_cost(fleet: Fleet) -> None:
     fleet.fair.then(Step(status=500))
     kept = decision_of(fleet, ask(fleet))

@@ -183,10 +183,15 @@ def test_thinking_blocks_stay_with_the_model_that_signed_them_and_go_to_no_other
     assert pair.fair.history == []
 
 
-def test_a_tool_loop_whose_model_fails_may_continue_elsewhere(pair: Pair) -> None:
-    pair.good.then(calling("call_9pw1qnYScqvFal"), Step(status=500, body={"error": {"message": "down"}}))
+def test_a_tool_loop_whose_model_fails_continues_elsewhere_only_if_asked(pair: Pair) -> None:
+    failing = Step(status=500, body={"error": {"message": "down"}})
+    pair.good.then(calling("call_9pw1qnYScqvFal"), failing, failing)
     first, _ = pair.ask(0, ASK, BEST, tools=TOOLS)
-    _, model_and_reason = pair.ask(0, [*ASK, first, result(first)], tools=TOOLS)
+    loop = [*ASK, first, result(first)]
+    with pytest.raises(openai.InternalServerError):
+        pair.ask(0, loop, tools=TOOLS)
+    assert pair.fair.history == []
+    _, model_and_reason = pair.ask(0, loop, tools=TOOLS, extra_body={"uniroute": {"fallbacks": True}})
     assert model_and_reason == ("fair", "fallback")
 
 

@@ -62,6 +62,7 @@ def test_every_setting_but_the_models_can_be_given_as_a_variable() -> None:
         "cost_unit": "cents",
         "feedback": "adapt",
         "housekeeping": "off",
+        "trajectory": "off",
         "feedback_half_life_s": "3600",
         "presets": None,
         "limits_without_store": "allow",

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import BadRequest
+from proxy.routing.trajectory import has_failed
 from proxy.upstream.endpoint import encode
 
 # Claude Code's first system block, for Anthropic's accounting alone. It differs in every request.
@@ -216,7 +217,7 @@ class Conversation:
         if attached:
             text = f"{text}\n\n(attached to the next message)".lstrip()
             attached = [_text_part(f"Attached to the result of tool call {call_id}:"), *attached]
-        if value.get("is_error") is True and "error" not in text[:100].lower():
+        if value.get("is_error") is True and not has_failed(text):
             text = f"Error: {text}" if text else "Error"
         message = {"role": "tool", "tool_call_id": call_id, "content": text}
         return with_cache_control(message, value), attached

@@ -8,6 +8,7 @@ import pytest
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import OWN_FIELDS, read_options
+from proxy.routing.trajectory import has_failed
 from proxy.server.api.messages_request import count_tokens, translate
 from tests.server.api.messages import (
     CAPTURED,
@@ -148,10 +149,19 @@ def test_images_of_results_follow_in_a_turn_of_the_user_that_names_the_call() ->
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [("no such file", "Error: no such file"), ("Error: x", "Error: x"), (None, "Error")]
+    ("content", "told"),
+    [
+        ("no such file", "Error: no such file"),
+        ("it ends with an error", "Error: it ends with an error"),
+        ("Error: x", "Error: x"),
+        ("<tool_use_error>x</tool_use_error>", "<tool_use_error>x</tool_use_error>"),
+        ("Exit code 1\nx", "Exit code 1\nx"),
+        (None, "Error"),
+    ],
 )
 def test_a_result_that_is_an_error_says_so_once(content: Any, told: str) -> None:
-    assert chat_messages(USER, answers(a_call()), asks(a_result(content, is_error=True)))[2]["content"] == told
+    result = chat_messages(USER, answers(a_call()), asks(a_result(content, is_error=True)))[2]["content"]
+    assert (result, has_failed(result)) == (told, True)
 
 
 def test_signed_thinking_is_kept_with_its_signature_and_unsigned_as_text_alone() -> None:
