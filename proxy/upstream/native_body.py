@@ -12,7 +12,8 @@ from typing import Any
 
 from proxy.settings.litellm_params import is_provider_param
 from proxy.settings.model_config import NativeAPI
-from proxy.storage.price_map import EFFORTS, PriceMapEntry, ThinkingSupport, bundled_price_map
+from proxy.settings.effort import EFFORTS
+from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.upstream.native_api import BODY_PARAMS, OWN_REASONING_PREFIX, OWN_SIGNATURE_PREFIX, reaches_anthropic
 

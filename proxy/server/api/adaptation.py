@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
-from proxy.storage.price_map import EFFORTS, PriceMapEntry, ThinkingSupport, bundled_price_map
+from proxy.settings.effort import EFFORTS
+from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
 
 # Providers beside Anthropic that serve Claude, and for which litellm writes Anthropic's own fields.
