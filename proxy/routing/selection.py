@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
+from functools import partial
 from typing import Any
 
 from proxy.errors import ModelPaused, NoEligibleModelError, ServiceUnavailable
@@ -16,6 +17,7 @@ from proxy.routing.selection_context import (
     no_candidate_error,
     over_cost_error,
 )
+from proxy.settings.effort import Effort
 from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, output_limit
@@ -64,6 +66,8 @@ class Selection:
     """The output token limit that `model` is sent in place of a larger one in the request; None: it is unchanged."""
     requirements: Requirements = field(default_factory=Requirements)
     """What the request asks for, whichever model answers."""
+    effort: Effort | None = None
+    """At which `model` is asked; None: it is no effort of a model."""
     made_at: float = field(default_factory=time.monotonic, compare=False)
     """Monotonic seconds."""
 
@@ -83,8 +87,12 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
     """
     if ctx.mode is RoutingMode.PINNED:
         selection = await select_pinned(ctx, assigner, explain=explain)
+    elif ctx.request.options.fallbacks is True and (wider := ctx.for_any_model) is not None:
+        selection = await _select_before_others(ctx, wider, assigner)
     else:
         selection = apply_affinity(ctx, await select_scored(ctx, assigner))
+    if ctx.snapshot.efforts and (effort := ctx.snapshot.models[selection.model].effort) is not None:
+        selection = replace(selection, effort=effort)
     if ctx.requirements.max_output_tokens is None:
         return selection
     sent = selection.output_limit_for(ctx.snapshot.pool, selection.model)
@@ -97,7 +105,7 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
     Raises:
         ModelPaused: it is paused, and no other model may answer.
     """
-    name, may_fall_back = ctx.request.model, ctx.request.options.fallbacks is True
+    name, may_fall_back = ctx.within_effort(ctx.request.model), ctx.request.options.fallbacks is True
     if name in ctx.snapshot.paused:
         return await _select_in_place_of(name, ctx, assigner)
     selection = Selection(
@@ -113,6 +121,22 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
         others = (other for other in _ranking(scored) if other != name)
         selection = replace(selection, candidates=(name, *others), max_attempts=ctx.settings.fallback_attempts)
     return replace(selection, decision=scored.decision, ineligible=scored.ineligible)
+
+
+async def _select_before_others(ctx: SelectionContext, wider: SelectionContext, assigner: ClusterAssigner) -> Selection:
+    """Select an effort of the named model, with the other models behind its efforts.
+
+    Args:
+        wider: the same request, for any model.
+    """
+    of_any = await select_scored(wider, assigner)
+    try:
+        selection = apply_affinity(ctx, await select_scored(ctx, assigner))
+    except (NoEligibleModelError, ServiceUnavailable):
+        return replace(of_any, reason="fallback")
+    behind = [name for name in _ranking(of_any) if name not in selection.candidates]
+    attempts = ctx.settings.fallback_attempts
+    return replace(selection, candidates=(*selection.candidates, *behind), max_attempts=attempts)
 
 
 async def _select_in_place_of(paused: str, ctx: SelectionContext, assigner: ClusterAssigner) -> Selection:
@@ -203,10 +227,11 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
 def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
     """Return which models may be scored, and whether these are only models with an open circuit, for lack of others."""
     pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
-    eligibility = eligible(pool, requirements, allowed, cooling_down=ctx.cooling_down, not_ready=ctx.not_ready)
+    able = partial(eligible, pool, requirements, allowed, not_ready=ctx.not_ready, beyond_effort=ctx.beyond_effort)
+    eligibility = able(cooling_down=ctx.cooling_down)
     if eligibility.rows.size or not ctx.cooling_down:
         return eligibility, False
-    with_open = eligible(pool, requirements, allowed, not_ready=ctx.not_ready)
+    with_open = able()
     return (with_open, True) if with_open.rows.size else (eligibility, False)
 
 
@@ -254,12 +279,13 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
     """
     affinity = ctx.affinity
     if affinity.producer is not None:
-        if not _is_eligible(ctx, selection, affinity.producer):
-            return _without_affinity(ctx, selection, affinity.producer)
+        producer = ctx.within_effort(affinity.producer)  # another effort of the same model reads what it has written
+        if not _is_eligible(ctx, selection, producer):
+            return _without_affinity(ctx, selection, producer)
         # Other models reject reasoning that they did not sign: they are asked only if the caller says so.
         fallbacks = ctx.request.options.fallbacks
         may_fall_back = fallbacks is True if affinity.has_reasoning else fallbacks is not False
-        return _prefer(ctx, selection, affinity.producer, may_fall_back=may_fall_back)
+        return _prefer(ctx, selection, producer, may_fall_back=may_fall_back)
     last_turn = None if ctx.is_housekeeping else affinity.last_turn
     if ctx.settings.sticky_sessions == "on" and last_turn and _is_eligible(ctx, selection, last_turn.model):
         may_fall_back = ctx.request.options.fallbacks is not False
@@ -306,6 +332,7 @@ def selection_to_json(selection: Selection) -> dict[str, Any]:
     return {
         "decision": selection.id,
         "model": selection.model,
+        "effort": selection.effort,
         "reason": selection.reason,
         "lambda": selection.lambda_,
         "max_tokens": None if requested is None else {"stated": requested, "sent": selection.max_tokens or requested},

@@ -152,7 +152,7 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
 
 
 def checked_efforts(record: ModelRecord, state: AppState) -> tuple[ModelRecord, ...]:
-    """Return the efforts of a model that is to be stored. Raises BadRequest, or ModelExists for a name that is taken."""
+    """Return the efforts of a model that is to be stored. Raises BadRequest, or ModelExists of a name."""
     models = state.snapshots.current.models
     if (there := models.get(record.name)) is not None and there.base is not None:
         raise ModelExists(f"{record.name!r} is an effort of the model {there.base!r}; choose another name")
@@ -163,8 +163,8 @@ def checked_efforts(record: ModelRecord, state: AppState) -> tuple[ModelRecord, 
     for each in efforts:
         if (taken := models.get(each.name)) is not None and taken.base != record.name:
             raise ModelExists(
-                f"a model named {each.name!r} exists, which would be the name of an effort of {record.name!r}: leave that"
-                " effort out, or choose another name"
+                f"a model named {each.name!r} exists, which would be the name of an effort of {record.name!r}: leave"
+                " that effort out, or choose another name"
             )
     return efforts
 

@@ -23,6 +23,16 @@ MAX_LISTED = 8
 # The budget from which on a request for so many tokens of thinking is one for this effort.
 _LEAST_TOKENS: Mapping[str, int] = dict(zip(EFFORTS, (0, 1, MIN_BUDGET, 4096, 16384, 32000, 64000), strict=True))
 
+# The budget that says an effort to a model that takes budgets alone.
+USUAL_TOKENS: Mapping[str, int] = {
+    "minimal": MIN_BUDGET,
+    "low": 2048,
+    "medium": 8192,
+    "high": 16384,
+    "xhigh": 32000,
+    "max": 32000,
+}
+
 # More than any budget.
 NO_BOUND = 10**12
 
@@ -38,6 +48,11 @@ def most_tokens(effort: Effort) -> int:
         return effort
     above = EFFORTS[EFFORTS.index(effort) + 1 :]
     return _LEAST_TOKENS[above[0]] - 1 if above else NO_BOUND
+
+
+def usual_tokens(effort: Effort) -> int:
+    """Return how many tokens of thinking an effort usually comes to, at most."""
+    return effort if isinstance(effort, int) else USUAL_TOKENS.get(effort, 0)
 
 
 def params_of(effort: Effort) -> dict[str, Any]:

@@ -255,8 +255,8 @@ class ModelInfo(FrozenModel):
     """What its upstream speaks: chat, responses (OpenAI's), messages (Anthropic's), a name or a list. Clients of the
     same API are relayed, others translated. None: by the provider, at its own address alone."""
     effort: EffortList | None = None
-    """auto, or a list of efforts and budgets: each is measured, and routed to as a model NAME@EFFORT. None: the model is
-    one, and thinks as its caller says."""
+    """auto, or a list of efforts and budgets of tokens: each is measured, and routed to as a model NAME@EFFORT. None:
+    it is one model, and thinks as its caller says."""
     max_parallel_requests: PositiveInt | None = None
     """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None

@@ -52,8 +52,8 @@ def efforts_of(record: ModelRecord, listed: PriceMapEntry | None) -> tuple[Effor
         return stated
     if record.info.supports_reasoning is False or (listed is not None and not _reasons(record, listed)):
         raise InvalidRecord(
-            f"model_info.effort: {record.litellm_params['model']!r} is not known to reason, so it has no efforts; remove"
-            " it, or state supports_reasoning: true if it does"
+            f"model_info.effort: {record.litellm_params['model']!r} is not known to reason, so it has no efforts;"
+            " remove it, or state supports_reasoning: true if it does"
         )
     if listed is None:
         return _UNKNOWN
