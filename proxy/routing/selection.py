@@ -266,8 +266,9 @@ def rank_by_mean_error(ctx: SelectionContext, eligibility: Eligibility) -> tuple
         raise over_cost_error(ctx, error) from None
     order = decision.ranking
     default = ctx.settings.default_model
-    if default is not None and default in order:
-        order = (default, *(name for name in order if name != default))
+    first = [name for name in order if name == default or ctx.snapshot.models[name].base == default]
+    if default is not None and first:
+        order = (*first, *(name for name in order if name not in first))
     return decision, order
 
 
@@ -309,7 +310,12 @@ def _is_eligible(ctx: SelectionContext, selection: Selection, name: str) -> bool
     if ctx.params.max_cost_usd is not None:
         return False
     usable = eligible(
-        ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False, cooling_down=ctx.cooling_down
+        ctx.snapshot.pool,
+        ctx.requirements,
+        ctx.allowed,
+        require_profile=False,
+        cooling_down=ctx.cooling_down,
+        beyond_effort=ctx.beyond_effort,
     )
     return name in usable.names
 

@@ -208,6 +208,11 @@ class RoutingSnapshot:
         )
 
     @cached_property
+    def registered(self) -> frozenset[str]:
+        """The names of the models, without their efforts: each has one circuit."""
+        return frozenset(name for name, record in self.models.items() if record.base is None)
+
+    @cached_property
     def measured_efforts(self) -> Mapping[str, tuple[str, ...]]:
         """The models of which an effort is measured, each with its efforts: these answer in the model's place."""
         return {name: each for name, each in self.efforts.items() if any(effort in self.profiles for effort in each)}
