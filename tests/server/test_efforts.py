@@ -275,3 +275,24 @@ def test_names_with_an_at_sign_stay_models_of_their_own(setting: Setting) -> Non
         setting.proxy.admin("DELETE", "/admin/models/own@low")
     assert (clash.status_code, taken.status_code) == (409, 409)
     assert "'own@low' exists" in clash.json()["error"]["message"]
+
+
+def test_efforts_outlive_a_restart_and_what_was_stored_of_them(tmp_path: Path, embedder_cache: Path) -> None:
+    config = {"model_list": [], "uniroute": {"profile": {"on_start": False}}}
+    with ScriptedUpstream(lambda _: "Thought over.") as upstream:
+        entry = model_entry("kept", upstream.url, effort=["low", "high"])
+        with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}) as proxy:
+            added = proxy.admin("POST", "/admin/models", {**entry, "profile": {"prompts": 1}})
+            assert added.status_code == 202
+            proxy.put_profile("kept@low", 0.3)
+            proxy.put_profile("kept@high", 0.1)
+        with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}) as proxy:
+            reply = httpx.post(
+                f"{proxy.url}/v1/chat/completions", json=body_of("chat", EASY, uniroute={"lambda": 0}), timeout=60
+            )
+            card = proxy.admin("GET", "/admin/models/kept").json()
+            proxy.admin("PATCH", "/admin/models/kept", {"model_info": {"effort": None}})
+            left = proxy.admin("GET", "/admin/models/kept@low")
+    assert (reply.headers["x-uniroute-model"], upstream.last.body["reasoning_effort"]) == ("kept@high", "high")
+    assert (card["efforts"], card["model_info"]["effort"]) == (["kept@low", "kept@high"], ["low", "high"])
+    assert left.status_code == 404

@@ -37,6 +37,8 @@ class ScriptedUpstream:
         self.skill_of_body: Callable[[Json], str] | None = None
         """Answers in place of `skill`, where more than the newest text counts."""
         self.slow_s = slow_s
+        self.refuses: Callable[[Json], bool] = lambda _: False
+        """Bodies that are answered with a 400."""
         self.script: deque[Step] = deque()
         self.always: Step | None = None
         self.skill_by_path: dict[str, Json] = {}
@@ -105,6 +107,8 @@ class ScriptedUpstream:
         received = await _read(reader)
         self.history.append(received)
         step = self.script.popleft() if self.script else self._standing(received.path)
+        if self.refuses(received.body):
+            step = Step(status=400, body={"error": {"message": "unsupported value"}})
         watch = asyncio.create_task(_watch(reader, received))
         try:
             if step.hang:
