@@ -106,6 +106,13 @@ class Job:
     """Whether it makes a profile for another map of the answers of an earlier job."""
     efforts: tuple[str, ...] = ()
     """The efforts of the model that it measures, ascending; none: it measures the model as it is."""
+    prompts_of_efforts: int | None = None
+    """The prompts that are dealt out among them. None: `total` are put to the model."""
+
+    @property
+    def prompts(self) -> int:
+        """Return how many prompts it is for."""
+        return self.total if self.prompts_of_efforts is None else self.prompts_of_efforts
 
     @property
     def measured(self) -> dict[str, str]:
@@ -150,6 +157,7 @@ class Job:
             measured_at=stored.get("measured_at") or None,
             carried_over=bool(stored.get("map")),
             efforts=tuple(filter(None, (stored.get("efforts") or "").split(","))),
+            prompts_of_efforts=whole_number(stored.get("prompts"), MAX_PROMPTS),
         )
 
 
@@ -289,7 +297,7 @@ class JobStore:
     async def submit(
         self,
         records: Sequence[ModelRecord],
-        questions: int,
+        prompts: int,
         max_usd: float | None,
         reused: ReusedAnswers | None = None,
     ) -> str:
@@ -297,17 +305,17 @@ class JobStore:
 
         Args:
             records: the model, or each of its efforts, ascending.
-            questions: how many prompts are put to it, or to its efforts together.
+            prompts: put to the model, or dealt out among its efforts.
 
         With `reused`, return "" if the model's profile is no longer that of the earlier job: it was measured meanwhile.
         """
-        step = self.submission(records, questions, max_usd, reused)
+        step = self.submission(records, prompts, max_usd, reused)
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
 
     def submission(
         self,
         records: Sequence[ModelRecord],
-        questions: int,
+        prompts: int,
         max_usd: float | None,
         reused: ReusedAnswers | None = None,
     ) -> Step:
@@ -318,9 +326,9 @@ class JobStore:
         stored = {
             "model": name,
             "fingerprint": fingerprint,
-            **({"efforts": ",".join(efforts)} if efforts else {}),
+            **({"efforts": ",".join(efforts), "prompts": prompts} if efforts else {}),
             "state": "queued",
-            "total": questions,
+            "total": prompts,
             "max_usd": "" if max_usd is None else max_usd,
             "submitted_at": now,
         }

@@ -41,9 +41,15 @@ class RecordedAnswers:
     """How many efforts of the model were measured; 1: the model itself."""
 
     @property
+    def answered_prompts(self) -> int:
+        """Return how many prompts have an answer, of any effort."""
+        return len({place.rpartition("@")[0] if self.efforts > 1 else place for place in self.reused.answers})
+
+    @property
     def enough(self) -> bool:
         """Return whether these answers are enough for a profile without asking the model again."""
-        return 0 < min(ENOUGH_LABELS * self.efforts, self.prompts) <= self.reused.labels
+        needed = min(ENOUGH_LABELS * self.efforts, questions_of(self.prompts, self.efforts))
+        return 0 < needed <= self.reused.labels
 
 
 class ProfileMigration:
@@ -96,7 +102,7 @@ class ProfileMigration:
         can_ask = self._may_ask(record) and model in state.prices
         if not (recorded.enough or can_ask):
             return False
-        prompts = recorded.prompts if can_ask else len(recorded.reused.answers)
+        prompts = recorded.prompts if can_ask else recorded.answered_prompts
         max_usd = self._settings.profile.max_usd if can_ask else 0.0
         job_id = await self._job_store.submit(state.measured_records(model), prompts, max_usd, recorded.reused)
         if job_id:
@@ -159,7 +165,7 @@ class ProfileMigration:
             return None
         keep, measured_at = self._settings.profile.keep_answers, entry.profile.measured_at
         reused = ReusedAnswers(job.id, cluster_map.id, answers, measured_at, with_texts=keep, profile=name)
-        return RecordedAnswers(job.total, reused, len(job.measured))
+        return RecordedAnswers(job.prompts, reused, len(job.measured))
 
 
 # How old the jobs in an error message may be.
@@ -206,7 +212,7 @@ class Jobs:
         if record is None:
             raise UnknownModel(f"no model named {model!r} is registered")
         records = self._state.current.measured_records(record.registered_name)
-        job_id = await self._job_store.submit(records, questions_of(prompts, len(records)), max_usd)
+        job_id = await self._job_store.submit(records, prompts, max_usd)
         await self.worker.enqueue(job_id)
         job = await self._job_store.get(job_id)
         if job is None:
@@ -225,7 +231,7 @@ class Jobs:
             StoreUnavailable, ModelExists: see `Registry.add_model_with`.
         """
         records = self._state.variants_of(record) or (record,)
-        step = self._job_store.submission(records, questions_of(prompts, len(records)), max_usd)
+        step = self._job_store.submission(records, prompts, max_usd)
         version, job_id = await registry.add_model_with(record, step)
         await self.worker.enqueue(job_id)
         return job_id, version

@@ -195,34 +195,38 @@ class Question:
     prompt: ValidationPrompt
 
 
-# Efforts of a model share what they learn, so that each is asked half as many prompts as a model.
-SHARE_OF_PROMPTS = 0.5
+# Efforts of a model share what they learn, so each is asked two of four prompts in a row, and its neighbour the same
+# but one further on: they differ in half of their prompts, and are compared by the other half.
+ROW, SHARE = 4, 2
 
 
-def questions_of(prompts: int, records: int) -> int:
-    """Return how many prompts a job puts to a model, or to its efforts together, where a model is asked so many."""
-    return prompts if records == 1 else max(records, math.ceil(SHARE_OF_PROMPTS * prompts * records))
+def is_asked(effort: int, place: int, efforts: int) -> bool:
+    """Tell whether an effort, by its number, is asked the prompt at a place. A model that is alone is asked all."""
+    return efforts == 1 or (place - effort) % ROW < SHARE
+
+
+def questions_of(prompts: int, efforts: int) -> int:
+    """Return how many questions so many prompts make for all efforts of a model together."""
+    return sum(is_asked(effort, place, efforts) for effort in range(efforts) for place in range(prompts))
 
 
 def deal(
-    prompts: Sequence[ValidationPrompt], measured: Mapping[str, str], count: int, answered: Collection[str]
+    prompts: Sequence[ValidationPrompt], measured: Mapping[str, str], answered: Collection[str] = ()
 ) -> list[Question]:
-    """Deal prompts out among the models that a job measures: `count` questions, those that are answered among them.
-
-    Each of several models is asked other prompts than the others, for as long as there are any: they share what they
-    learn, and so learn of more. Then the prompts are dealt out again, each to the next model.
+    """Deal prompts out among the models that a job measures; what is answered already takes the place of the last.
 
     Args:
-        measured: each model with what the ids of its answers end with.
+        measured: each model, ascending by effort, with what the ids of its answers end with.
     """
-    models = list(measured.items())
-    dealt = []
-    for turn in range(len(models)):
-        for place, prompt in enumerate(prompts):
-            model, end = models[(place + turn) % len(models)]
-            dealt.append(Question(prompt.id + end, model, prompt))
-    fixed = [question for question in dealt if question.id in answered]
-    others = [question for question in dealt if question.id not in answered]
+    fixed, others = [], []
+    for place, prompt in enumerate(prompts):
+        for number, (model, end) in enumerate(measured.items()):
+            question = Question(prompt.id + end, model, prompt)
+            if question.id in answered:
+                fixed.append(question)
+            elif is_asked(number, place, len(measured)):
+                others.append(question)
+    count = questions_of(len(prompts), len(measured))
     return [*fixed, *others[: max(0, count - len(fixed))]]
 
 
@@ -459,12 +463,14 @@ class JobRunner:
             job = replace(job, efforts=tuple(str(each.effort) for each in records if each.effort is not None))
             tools = self._capabilities(records[0]).tools is not False
             prompt_ids = {each for end in job.measured.values() for each in job.answers_of(end, answered)}
-            assigned = (await self._prompts.load(cluster_map)).select(job.total, prompt_ids, tools=tools)
+            assigned = (await self._prompts.load(cluster_map)).select(job.prompts, prompt_ids, tools=tools)
             if not assigned.prompts:
                 raise JobRejected(
                     f"{name!r} is known to call no tools, and every validation prompt offers some: add others"
                 )
-            questions = deal(assigned.prompts, job.measured, job.total, answered)
+            questions = deal(assigned.prompts, job.measured, answered)
+            if job.carried_over and job.max_usd == 0:  # made of what is there
+                questions = [question for question in questions if question.id in answered]
             open_prompts = tuple(question.prompt for question in questions if question.id not in answered)
             models = {each.name: self._profiled_model(job, each, will_ask=bool(open_prompts)) for each in records}
             judge = GraderRunner(self._grader_client, self._settings.judge_model, self._grading)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from proxy.profiling.runner import is_asked
 from router_core.embedding import static_embedder
 from router_core.estimators import POOLED, Efforts
 from router_core.profiles import measure
@@ -31,7 +32,7 @@ from tests.conftest import CACHE
 
 TRIALS, PROMPTS, TESTED = 200, 60, 1000
 
-# Chosen in all: as many as three efforts are asked together.
+# Chosen in all, of which the first are asked; the others by the last plan but one alone.
 CHOSEN = 90
 
 # Trials with smaller seeds have chosen the constants of the prior.
@@ -60,18 +61,21 @@ class Plan:
 
     name: str
     joint: bool
-    asked: tuple[slice, slice, slice]
+    asked: tuple[tuple[int, ...], ...]
+    """Their places among those that are chosen."""
 
 
-WHOLE, HALF = slice(0, PROMPTS), slice(0, PROMPTS, 2)
-DEALT = (slice(0, CHOSEN, 3), slice(1, CHOSEN, 3), slice(2, CHOSEN, 3))
+WHOLE, HALF = tuple(range(PROMPTS)), tuple(range(0, PROMPTS, 2))
+DEALT = tuple(tuple(place for place in WHOLE if is_asked(effort, place, 3)) for effort in range(3))
+OWN = tuple(tuple(range(effort, CHOSEN, 3)) for effort in range(3))
 
 PLANS = (
-    Plan("each by itself, 60 prompts", joint=False, asked=(WHOLE, WHOLE, WHOLE)),
-    Plan("each by itself, 30 prompts", joint=False, asked=(HALF, HALF, HALF)),
-    Plan("together, the same 30 prompts", joint=True, asked=(HALF, HALF, HALF)),
-    Plan("together, 90 prompts dealt out (what jobs do)", joint=True, asked=DEALT),
-    Plan("together, 60 prompts", joint=True, asked=(WHOLE, WHOLE, WHOLE)),
+    Plan("each by itself, 60 prompts", joint=False, asked=(WHOLE,) * 3),
+    Plan("each by itself, the same 30 prompts", joint=False, asked=(HALF,) * 3),
+    Plan("together, the same 30 prompts", joint=True, asked=(HALF,) * 3),
+    Plan("together, 30 of 60 prompts each (what jobs do)", joint=True, asked=DEALT),
+    Plan("together, 30 prompts of its own each", joint=True, asked=OWN),
+    Plan("together, 60 prompts", joint=True, asked=(WHOLE,) * 3),
 )
 
 
@@ -96,7 +100,7 @@ def rates_of(plan: Plan, prompts: Prompts, chosen: Indices, scores: Doubles) -> 
     """Return the (3, K) rates of the efforts. `scores`: (n, 5)."""
     profiles = []
     for model in range(scores.shape[1]):
-        rows = chosen[plan.asked[model] if model < len(plan.asked) else WHOLE]
+        rows = chosen[list(plan.asked[model] if model < len(plan.asked) else WHOLE)]
         asked = Assignment(prompts.assignment.ids[rows], prompts.assignment.weights[rows])
         nothing = np.full(len(rows), np.nan)
         profiles.append(measure(MAP.id, MAP.size, asked, scores[rows, model], output_tokens=nothing, seconds=nothing))

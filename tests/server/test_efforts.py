@@ -225,7 +225,7 @@ def test_an_added_model_is_measured_at_all_efforts_by_one_job_for_half_the_price
     assert (job["id"], job["done"], job["total"]) == (reply.json()["job"], 60, 60)
     asked = Counter(each.body["reasoning_effort"] for each in upstream.history)
     assert asked == {"low": 20, "medium": 20, "high": 20}
-    assert len({line["id"] for line in outcomes}) == len(outcomes) == 60
+    assert (len(outcomes), len({line["id"] for line in outcomes})) == (60, 40)
     lengths = [cards[effort]["profile"]["mean_output_tokens"] for effort in TOKENS]
     assert lengths == sorted(lengths)
     assert [cards[effort]["state"] for effort in TOKENS] == ["ready"] * 3
