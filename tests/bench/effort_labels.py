@@ -90,7 +90,7 @@ def made_up_errors(rng: np.random.Generator, weights: Doubles) -> Doubles:
     hardness = weights @ rng.normal(0.0, 1.0, clusters) + rng.normal(0.0, 1.0, prompts)
     own = rng.normal(0.0, 0.6, clusters)
     gains = np.maximum(rng.normal(0.6, 0.6, clusters), 0.0)
-    steps = (0.0, 1.0, 1.6)
+    steps = (0.0, 1.0, 1.0 + rng.uniform(0.0, 1.2))  # the second step may help less than the first, or as much
     odds = [hardness + weights @ (own - step * gains + rng.normal(0.0, 0.2, clusters)) for step in steps]
     odds += [hardness + weights @ rng.normal(ability, 0.6, clusters) for ability in (-0.7, 0.3)]
     return np.asarray(1.0 / (1.0 + np.exp(0.5 - np.array(odds).T)))
