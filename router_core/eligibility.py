@@ -231,12 +231,13 @@ def eligible(
         not_ready: names that this process cannot call yet.
         beyond_effort: names of efforts above what the request allows.
     """
-    left_out = ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY), (beyond_effort, BEYOND_EFFORT))
-    excluded = [(names, reason) for names, reason in left_out if names]
-    if allowed is None and require_profile and not excluded and _all_fit(pool, requirements):
+    all_may_be_called = not (cooling_down or not_ready or beyond_effort)
+    if allowed is None and require_profile and all_may_be_called and _all_fit(pool, requirements):
         return Eligibility(
             pool, pool.routable_rows, lambda: _apply_filters(pool, requirements, None, (), require_profile=True)[1]
         )
+    left_out = ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY), (beyond_effort, BEYOND_EFFORT))
+    excluded = [(names, reason) for names, reason in left_out if names]
     passed, filters = _apply_filters(pool, requirements, allowed, excluded, require_profile=require_profile)
     return Eligibility(pool, np.flatnonzero(passed), lambda: filters)
 

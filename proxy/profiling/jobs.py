@@ -22,6 +22,7 @@ from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry, UnknownModel
 from proxy.storage.snapshot import SnapshotWatcher
+from proxy.storage.variants import joint_fingerprint
 from router_core.errors import InvalidInput
 from router_core.types import Embedder
 
@@ -413,8 +414,13 @@ async def _profile_if_new(name: str, settings: Settings, state: SnapshotWatcher,
     snapshot = state.current
     if name in snapshot.embeddings:  # they answer no prompts
         return
-    if all(each.name in snapshot.profiles for each in snapshot.measured_records(name)):
+    records = snapshot.measured_records(name)
+    measured = [record for record in records if record.name in snapshot.profiles]
+    if len(measured) == len(records):
         return
+    last = await jobs.for_model(name) if measured else None
+    if last is not None and last.state == "ready" and last.fingerprint == joint_fingerprint(records):
+        return  # it could not measure the other efforts, and would be paid again at every start
     if await jobs.migrate_profile(name):
         return
     if name not in snapshot.prices:

@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
-from functools import partial
 from typing import Any
 
 from proxy.errors import ModelPaused, NoEligibleModelError, ServiceUnavailable
@@ -227,11 +226,18 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
 def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
     """Return which models may be scored, and whether these are only models with an open circuit, for lack of others."""
     pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
-    able = partial(eligible, pool, requirements, allowed, not_ready=ctx.not_ready, beyond_effort=ctx.beyond_effort)
-    eligibility = able(cooling_down=ctx.cooling_down)
+    not_ready, beyond_effort = ctx.not_ready, ctx.beyond_effort
+    eligibility = eligible(
+        pool,
+        requirements,
+        allowed,
+        cooling_down=ctx.cooling_down,
+        not_ready=not_ready,
+        beyond_effort=beyond_effort,
+    )
     if eligibility.rows.size or not ctx.cooling_down:
         return eligibility, False
-    with_open = able()
+    with_open = eligible(pool, requirements, allowed, not_ready=not_ready, beyond_effort=beyond_effort)
     return (with_open, True) if with_open.rows.size else (eligibility, False)
 
 

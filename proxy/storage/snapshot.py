@@ -245,11 +245,11 @@ class RoutingSnapshot:
     def model_state(self, name: str) -> str:
         """Return ready, foreign_profile, unprofiled or unpriced. The jobs say whether it is being profiled.
 
-        A model with efforts is in the state of the one that is least ready.
+        A model with efforts is in the state of the one that is most ready, for that one answers in its place.
         """
         if name in self.efforts:
             states = {self.model_state(effort) for effort in self.efforts[name]}
-            return next(each for each in ("unprofiled", "foreign_profile", "unpriced", "ready") if each in states)
+            return next(each for each in ("ready", "unpriced", "foreign_profile", "unprofiled") if each in states)
         if name not in self.profiles and name not in self.embeddings:
             return "foreign_profile" if name in self.unused_profiles else "unprofiled"
         return "ready" if name in self.prices else "unpriced"

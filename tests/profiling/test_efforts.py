@@ -91,6 +91,10 @@ async def test_an_effort_that_the_provider_refuses_leaves_the_others_measured(st
             job = await ended(bench.jobs, await bench.jobs.submit("small", 40, 1.0))
             await until(lambda: "small@high" in bench.state.current.profiles)
             measured = set(bench.state.current.profiles)
+            entry = ModelConfig(model_name="small", litellm_params={"model": "openai/small"})
+            settings = settings_for(tmp_path, model_list=[entry])
+            await profile_new_models(settings, bench.state, bench.jobs)  # as another start would
+            assert await bench.jobs.for_model("small") == await bench.jobs.get(job.id)
     assert (job.state, measured) == ("ready", {"small@low", "small@high"})
     assert "small@medium: 5 prompts in a row failed: small@medium answered with status 400" in (job.error or "")
 
@@ -147,7 +151,7 @@ async def test_an_effort_that_is_added_leaves_the_profiles_of_the_others(store: 
             await bench.registry.update_model(thinker(upstream.url))
             await bench.state.refresh()
             assert bench.state.current.profiles.keys() == {"small@low", "small@high"}
-            assert bench.state.current.model_state("small") == "unprofiled"
+            assert bench.state.current.model_state("small@medium") == "unprofiled"
             await ended(bench.jobs, await bench.jobs.submit("small@medium", 24, 1.0))
             await until(lambda: bench.state.current.profiles.keys() == set(NAMES))
 
