@@ -545,7 +545,7 @@ async def _health_registry(
 ) -> AsyncIterator[HealthRegistry]:
     """Open the health of all models: show it in the metrics, share it with other processes, and prune it."""
     health = HealthRegistry(settings.breaker)
-    collector = HealthCollector(health, lambda: state.current.models, metrics.values)
+    collector = HealthCollector(health, lambda: state.current.registered, metrics.values)
     metrics.register(collector)
     replicator = CooldownReplicator(store, health, lambda: state.current.models)
     pruning = partial(prune_removed_models, health, lambda: state.current.models)

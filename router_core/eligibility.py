@@ -21,6 +21,8 @@ COOLING_DOWN = "resting after failures"
 
 NOT_READY = "what it takes to call this model is still being loaded"
 
+BEYOND_EFFORT = "thinks more than the effort that the request states"
+
 # Pairs of the models that may not be called now, and the reason.
 Excluded = Sequence[tuple[Collection[str], str]]
 
@@ -215,6 +217,7 @@ def eligible(
     require_profile: bool = True,
     cooling_down: Collection[str] = (),
     not_ready: Collection[str] = (),
+    beyond_effort: Collection[str] = (),
 ) -> Eligibility:
     """Rule models out before any is scored.
 
@@ -226,12 +229,15 @@ def eligible(
         require_profile: whether a model needs a profile. One without can be called, but not compared.
         cooling_down: names that failed too often lately to be called now.
         not_ready: names that this process cannot call yet.
+        beyond_effort: names of efforts above what the request allows.
     """
-    if allowed is None and require_profile and not (cooling_down or not_ready) and _all_fit(pool, requirements):
+    all_may_be_called = not (cooling_down or not_ready or beyond_effort)
+    if allowed is None and require_profile and all_may_be_called and _all_fit(pool, requirements):
         return Eligibility(
             pool, pool.routable_rows, lambda: _apply_filters(pool, requirements, None, (), require_profile=True)[1]
         )
-    excluded = [(names, reason) for names, reason in ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY)) if names]
+    left_out = ((cooling_down, COOLING_DOWN), (not_ready, NOT_READY), (beyond_effort, BEYOND_EFFORT))
+    excluded = [(names, reason) for names, reason in left_out if names]
     passed, filters = _apply_filters(pool, requirements, allowed, excluded, require_profile=require_profile)
     return Eligibility(pool, np.flatnonzero(passed), lambda: filters)
 

@@ -7,14 +7,19 @@ prior: the one with the largest marginal likelihood, less a penalty, is taken. A
 to the models with the most labels. So a rate with few labels leans on other models and clusters, and one with many is
 close to the model's own mean.
 
+Efforts of one model stand along a line, and their deviations are the more alike the nearer they stand (an exponential
+kernel along effort, in a Kronecker product with the covariance over the clusters). What is common to all clusters is
+less alike than the rest: how much better an effort is has to be seen, and where it is better is where its neighbour is.
+
 The constants were chosen on the two public outcome files of the evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -47,6 +52,9 @@ JITTER = 1e-9
 # Least variance of one label, for models whose mean error is near 0 or 1.
 MIN_NOISE = 0.02
 
+# Correlation of the deviations of neighbouring efforts of one model: of what all clusters have in common, and the rest.
+LIKE_ABILITY, LIKE_REST = 0.5, 0.9
+
 # Iterations of the balancing that makes the rows of a Gram matrix sum to the labels.
 BALANCING_STEPS = 30
 
@@ -62,6 +70,10 @@ BATCH_SIZE = 64
 MAX_LEARNED_FROM = 64
 
 
+# The rows of each model that is asked at several efforts, ascending.
+Efforts = Sequence[Sequence[int]]
+
+
 @dataclass(frozen=True, eq=False)
 class _Evidence:
     """What M profiles say about K clusters beyond the shared difficulty: residual ~ N(gram·deviation, noise)."""
@@ -74,7 +86,9 @@ class _Evidence:
     """(M, K, K)"""
 
 
-def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+def partially_pooled_rates(
+    error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap, efforts: Efforts = ()
+) -> Doubles:
     """Estimate (M, K) error rates in [0, 1] from the (M, K) sums of M profiles and those of the map's known models."""
     rates = np.empty_like(error_sums)
     for group in cluster_map.groups:
@@ -86,6 +100,7 @@ def partially_pooled_rates(error_sums: Doubles, labels: Doubles, cluster_map: Cl
             np.concatenate((labels[:, columns], reference.labels[:, columns])) / share,
             reference.overlap[columns, columns] / share,
             group.similarity,
+            efforts,
         )
         rates[:, columns] = pooled[: len(rates)]
     return rates
@@ -95,7 +110,7 @@ def _no_reference(clusters: int, share: float) -> ReferenceModels:
     return ReferenceModels(share * np.eye(clusters), (), np.empty((0, clusters)), np.empty((0, clusters)))
 
 
-def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity: Doubles) -> Doubles:
+def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity: Doubles, efforts: Efforts) -> Doubles:
     """Estimate the (M, K) rates of one group's clusters; `overlap` and `similarity` are (K, K)."""
     difficulty = _difficulty(errors, labels)
     best_known = np.argsort(-labels.sum(axis=1), kind="stable")[:MAX_LEARNED_FROM]
@@ -105,7 +120,32 @@ def _pooled_rates(errors: Doubles, labels: Doubles, overlap: Doubles, similarity
         rows = slice(start, start + BATCH_SIZE)
         deviation, _ = _posterior(_evidence(errors[rows], labels[rows], overlap, difficulty), covariance)
         rates[rows] = np.clip(difficulty + deviation, 0.0, 1.0)
+    for siblings in map(list, efforts):
+        deviations = _joint_deviations(_evidence(errors[siblings], labels[siblings], overlap, difficulty), covariance)
+        rates[siblings] = np.clip(difficulty + deviations, 0.0, 1.0)
     return rates
+
+
+def _joint_deviations(evidence: _Evidence, covariance: Doubles) -> Doubles:
+    """Return the (E, K) expected deviations of E efforts of one model, in ascending order."""
+    efforts, clusters = evidence.residual.shape
+    place = np.arange(efforts)
+    distance = np.abs(place[:, None] - place)
+    # The largest variance that all clusters can have in common under this covariance.
+    ability = np.full_like(covariance, 1.0 / np.linalg.inv(covariance).sum())
+    prior = np.kron(LIKE_ABILITY**distance, ability) + np.kron(LIKE_REST**distance, covariance - ability)
+    joint = _Evidence(
+        evidence.residual.reshape(1, -1), _block_diagonal(evidence.gram)[None], _block_diagonal(evidence.noise)[None]
+    )
+    return np.asarray(_posterior(joint, prior)[0].reshape(efforts, clusters))
+
+
+def _block_diagonal(blocks: Doubles) -> Doubles:
+    """Return the (E·K, E·K) matrix with these (E, K, K) blocks."""
+    count, size, _ = blocks.shape
+    whole = np.zeros((count, size, count, size))
+    whole[np.arange(count), :, np.arange(count), :] = blocks
+    return whole.reshape(count * size, count * size)
 
 
 def _evidence(errors: Doubles, labels: Doubles, overlap: Doubles, difficulty: Doubles) -> _Evidence:
@@ -218,8 +258,11 @@ def tool_excess(rates: Doubles, error_sums: Doubles, labels: Doubles) -> Doubles
     return excess
 
 
-# (M, K) error sums and (M, K) labels of M models on a map → (M, K) rates in [0, 1].
-Rates = Callable[[Doubles, Doubles, ClusterMap], Doubles]
+class Rates(Protocol):
+    def __call__(
+        self, error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap, efforts: Efforts = (), /
+    ) -> Doubles:
+        """Estimate (M, K) rates in [0, 1] from the (M, K) error sums and labels of M models on a map."""
 
 
 def mean_error(total_error: float, total_labels: float) -> float:
@@ -233,22 +276,22 @@ def shrunk_rates(error_sums: Doubles, labels: Doubles) -> Doubles:
     return np.asarray(np.clip((error_sums + SHRINKAGE * means[:, None]) / (labels + SHRINKAGE), 0.0, 1.0))
 
 
-def _pooled(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+def _pooled(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap, efforts: Efforts = ()) -> Doubles:
     if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP or not len(error_sums):
         return shrunk_rates(error_sums, labels)
-    return partially_pooled_rates(error_sums, labels, cluster_map)
+    return partially_pooled_rates(error_sums, labels, cluster_map, efforts)
 
 
-def _shrunk(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+def _shrunk(error_sums: Doubles, labels: Doubles, _map: ClusterMap, _efforts: Efforts = ()) -> Doubles:
     return shrunk_rates(error_sums, labels)
 
 
-def _raw(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+def _raw(error_sums: Doubles, labels: Doubles, _map: ClusterMap, _efforts: Efforts = ()) -> Doubles:
     rates = np.divide(error_sums, labels, out=np.full_like(labels, 0.5), where=labels > 0)
     return np.clip(rates, 0.0, 1.0)
 
 
-def _laplace(error_sums: Doubles, labels: Doubles, _map: ClusterMap) -> Doubles:
+def _laplace(error_sums: Doubles, labels: Doubles, _map: ClusterMap, _efforts: Efforts = ()) -> Doubles:
     alpha = 1.0
     return np.clip((error_sums + alpha) / (labels + 2 * alpha), 0.0, 1.0)
 

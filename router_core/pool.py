@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.errors import MapMismatch
-from router_core.estimators import POOLED, SHRINKAGE, Estimator, tool_excess
+from router_core.estimators import POOLED, SHRINKAGE, Efforts, Estimator, tool_excess
 from router_core.kernels import ScoringKernel
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
@@ -38,26 +38,32 @@ class CachedEstimator:
         self._estimator = estimator
         self._last: tuple[bytes, Doubles] | None = None
 
-    def rates(self, profiles: Sequence[Profile | None]) -> Doubles:
+    def rates(self, profiles: Sequence[Profile | None], efforts: Efforts = ()) -> Doubles:
         """Return (M, K) rates in [0, 1], read-only, with a NaN row where there is no profile.
 
         A profile with `stated_rates` is served with these.
+
+        Args:
+            efforts: the rows of each model that is asked at several efforts, ascending.
         """
         rates = np.full((len(profiles), self._map.size), np.nan)
         measured = [row for row, profile in enumerate(profiles) if profile and profile.stated_rates is None]
         if measured:
-            rates[measured] = self._estimate([profiles[row] for row in measured])
+            place = {row: number for number, row in enumerate(measured)}
+            among = tuple(tuple(place[row] for row in rows if row in place) for rows in efforts)
+            together = tuple(rows for rows in among if len(rows) > 1)
+            rates[measured] = self._estimate([profiles[row] for row in measured], together)
         for row, profile in enumerate(profiles):
             if profile and profile.stated_rates is not None:
                 rates[row] = profile.stated_rates
         return rates
 
-    def _estimate(self, profiles: Sequence[Profile | None]) -> Doubles:
+    def _estimate(self, profiles: Sequence[Profile | None], efforts: Efforts) -> Doubles:
         sums = np.array([profile.error_sums for profile in profiles if profile])
         labels = np.array([profile.labels for profile in profiles if profile])
-        digest = hashlib.blake2b(sums.tobytes() + labels.tobytes()).digest()
+        digest = hashlib.blake2b(sums.tobytes() + labels.tobytes() + repr(efforts).encode()).digest()
         if self._last is None or self._last[0] != digest:
-            self._last = digest, self._estimator.rates(sums, labels, self._map)
+            self._last = digest, self._estimator.rates(sums, labels, self._map, efforts)
         return self._last[1]
 
 
@@ -71,6 +77,8 @@ class Candidate:
     capabilities: Capabilities = UNKNOWN_CAPABILITIES
     excluded: str | None = None
     """Why it is left out of every choice for now. None: it is not."""
+    effort: tuple[str, int] | None = None
+    """The model of which it is an effort, and its place among that model's efforts, ascending. None: it is none."""
 
 
 class RoutingPlan:
@@ -204,7 +212,7 @@ class Pool:
         profiles = [candidate.profile for candidate in ordered]
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
-        errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles)
+        errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles, _efforts(ordered))
         tokens = _fill_unmeasured([p.output_tokens() if p else blank for p in profiles], DEFAULT_OUTPUT_TOKENS, blank)
         pool = cls(
             names=names,
@@ -283,6 +291,16 @@ class Pool:
         if not self.names:
             return 0, 0
         return int(self.max_input_tokens.min()), int(self.max_output_tokens.min())
+
+
+def _efforts(candidates: Sequence[Candidate]) -> Efforts:
+    """Return the rows of the efforts of each model that has any, ascending."""
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for row, candidate in enumerate(candidates):
+        if candidate.effort is not None:
+            model, place = candidate.effort
+            rows.setdefault(model, []).append((place, row))
+    return tuple(tuple(row for _, row in sorted(places)) for places in rows.values())
 
 
 def _check_map(candidate: Candidate, cluster_map: ClusterMap) -> None:

@@ -68,6 +68,12 @@ KeyOption = Annotated[str | None, typer.Option("--api-key-env", help="The server
 ParamOption = Annotated[list[str] | None, typer.Option("--param", help="KEY=VALUE, as temperature=0; repeatable.")]
 
 
+EffortOption = Annotated[
+    str | None,
+    typer.Option("--effort", help="auto, or efforts with commas, as low,high or 2048,16384: each becomes NAME@EFFORT."),
+]
+
+
 @models.command()
 def add(
     name: NameArgument,
@@ -77,6 +83,7 @@ def add(
     param: ParamOption = None,
     input_cost: InputCostOption = None,
     output_cost: OutputCostOption = None,
+    effort: EffortOption = None,
     prompts: PromptsOption = None,
     max_usd: MaxUsdOption = None,
     profile: ProfileOption = None,
@@ -96,7 +103,7 @@ def add(
     body = {
         "model_name": name,
         "litellm_params": litellm_params_from(model, api_base, api_key_env, param or []),
-        "model_info": model_info_from(input_cost, output_cost, free=free),
+        "model_info": {**model_info_from(input_cost, output_cost, free=free), **effort_from(effort)},
         "profile": profile_from(name, prompts, max_usd, profile, outcomes),
     }
     with admin_client(url) as server:
@@ -229,10 +236,14 @@ def _finish(server: ServerClient, answer: Mapping[str, Any], *, no_wait: bool, a
     card = server.call("GET", f"/admin/models/{answer['model']}")
     if as_json:
         console.emit_json({"job": job, **card})
-    elif card["profile"] is not None:
-        console.echo(f"{card['model_name']} is {card['state']}: mean error {card['profile']['mean_error']:.2f}")
-        if card.get("warning"):
-            console.echo_err(f"warning: {card['warning']}")
+        return
+    for each in [card, *(server.call("GET", f"/admin/models/{name}") for name in card.get("efforts", ()))]:
+        if each["profile"] is not None:
+            console.echo(f"{each['model_name']} is {each['state']}: mean error {each['profile']['mean_error']:.2f}")
+            if each.get("warning"):
+                console.echo_err(f"warning: {each['warning']}")
+        elif each.get("why") and each.get("effort_of"):
+            console.echo_err(f"{each['model_name']}: {each['why']}")
 
 
 def per_million(price: Mapping[str, Any], rate: str) -> str:
@@ -290,6 +301,14 @@ def model_info_from(input_cost: float | None, output_cost: float | None, *, free
     if free or input_cost is None or output_cost is None:
         return {"free": True} if free else {}
     return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
+
+
+def effort_from(stated: str | None) -> dict[str, Any]:
+    """Return the efforts for `model_info`; nothing if none are stated."""
+    if stated is None:
+        return {}
+    efforts = [part.strip() for part in stated.split(",") if part.strip()]
+    return {"effort": "auto" if efforts == ["auto"] else efforts}
 
 
 def profile_from(
@@ -358,17 +377,19 @@ def joined(lines: Iterable[OutcomeLine]) -> list[dict[str, Any]]:
 
 
 def _cards(server: ServerClient, names: Sequence[str]) -> list[Card]:
-    """Return the cards of the named models, or of all."""
+    """Return the cards of the named models, or of all; of a model with efforts, those of its efforts."""
     if names:
-        return [server.call("GET", f"/admin/models/{name}") for name in dict.fromkeys(names)]
-    cards: list[Card] = server.call("GET", "/admin/models")["models"]
-    return cards
+        cards = [server.call("GET", f"/admin/models/{name}") for name in dict.fromkeys(names)]
+        named = dict.fromkeys(each for card in cards for each in card["efforts"] or (card["model_name"],))
+        return [server.call("GET", f"/admin/models/{name}") for name in named]
+    return [card for card in server.call("GET", "/admin/models")["models"] if not card["efforts"]]
 
 
 def _answers(server: ServerClient, card: Card) -> list[OutcomeLine]:
     if card["job"] is None:
         return []
-    lines: list[OutcomeLine] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
+    found: list[OutcomeLine] = server.call("GET", f"/admin/jobs/{card['job']['id']}/outcomes")["outcomes"]
+    lines = [line for line in found if card["model_name"] in line["scores"]]  # a job may measure several efforts
     if lines and card["job"]["state"] != "ready":
         state = card["job"]["state"]
         console.echo_err(f"{card['model_name']}: its latest job is {state}; these are its answers so far")

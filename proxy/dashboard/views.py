@@ -152,7 +152,7 @@ async def now_events(request: Request, session: SessionDep, state: StateDep) -> 
 def _now(request: Request, state: AppState) -> dict[str, Any]:
     figures = dashboard_of(request).activity.figures(state.metrics)
     snapshot = state.snapshots.current
-    health = {name: state.health.status(name) for name in sorted(snapshot.models)}
+    health = {name: state.health.status(snapshot.models[name].registered_name) for name in sorted(snapshot.models)}
     chart: BarChart = bar_chart(figures.course, MAX_SAMPLES - 1, "requests a second")
     return {
         "figures": figures,

@@ -30,6 +30,7 @@ from proxy.storage.redis import (
     awaited,
     load_script,
 )
+from proxy.storage.variants import joint_fingerprint
 from router_core.profiles import MAX_VALUE, Profile
 
 log = logging.getLogger("uniroute.jobs")
@@ -103,6 +104,26 @@ class Job:
     reuses none."""
     carried_over: bool = False
     """Whether it makes a profile for another map of the answers of an earlier job."""
+    efforts: tuple[str, ...] = ()
+    """The efforts of the model that it measures, ascending; none: it measures the model as it is."""
+    prompts_of_efforts: int | None = None
+    """The prompts that are dealt out among them. None: `total` are put to the model."""
+
+    @property
+    def prompts(self) -> int:
+        """Return how many prompts it is for."""
+        return self.total if self.prompts_of_efforts is None else self.prompts_of_efforts
+
+    @property
+    def measured(self) -> dict[str, str]:
+        """Return the names that it measures, each with what the ids of its answers end with after the prompt's."""
+        return {f"{self.model}@{effort}": f"@{effort}" for effort in self.efforts} or {self.model: ""}
+
+    def answers_of(self, suffix: str, answers: Mapping[str, PromptAnswer]) -> dict[str, PromptAnswer]:
+        """Return the answers whose ids end with a suffix of `measured`, by the ids of their prompts."""
+        if not suffix:
+            return dict(answers)
+        return {place.removesuffix(suffix): answer for place, answer in answers.items() if place.endswith(suffix)}
 
     @property
     def unfinished(self) -> bool:
@@ -135,6 +156,8 @@ class Job:
             max_usd=max_usd,
             measured_at=stored.get("measured_at") or None,
             carried_over=bool(stored.get("map")),
+            efforts=tuple(filter(None, (stored.get("efforts") or "").split(","))),
+            prompts_of_efforts=whole_number(stored.get("prompts"), MAX_PROMPTS),
         )
 
 
@@ -217,10 +240,12 @@ class ReusedAnswers:
     map_id: str
     """The cluster map to measure on. Workers of other maps do not take the job."""
     answers: Mapping[str, PromptAnswer]
-    """By prompt id."""
+    """By their ids."""
     measured_at: str | None
     with_texts: bool = True
     """Whether the texts of the answers are taken over too."""
+    profile: str | None = None
+    """The name under which the earlier job's profile is stored. None: that of the model."""
 
     @property
     def labels(self) -> int:
@@ -270,23 +295,38 @@ class JobStore:
         self._warn_once = WarnOnce(log)
 
     async def submit(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
+        self,
+        records: Sequence[ModelRecord],
+        prompts: int,
+        max_usd: float | None,
+        reused: ReusedAnswers | None = None,
     ) -> str:
         """Submit a job. Return its id, or that of the unfinished job that measures the same model.
 
+        Args:
+            records: the model, or each of its efforts, ascending.
+            prompts: put to the model, or dealt out among its efforts.
+
         With `reused`, return "" if the model's profile is no longer that of the earlier job: it was measured meanwhile.
         """
-        step = self.submission(record, prompts, max_usd, reused)
+        step = self.submission(records, prompts, max_usd, reused)
         return str(await self._store.run_durably("submit a job", step.script, step.keys, step.arguments))
 
     def submission(
-        self, record: ModelRecord, prompts: int, max_usd: float | None, reused: ReusedAnswers | None = None
+        self,
+        records: Sequence[ModelRecord],
+        prompts: int,
+        max_usd: float | None,
+        reused: ReusedAnswers | None = None,
     ) -> Step:
         """Return the step that `submit` runs, to be run together with another write."""
         job_id, now = uuid.uuid4().hex[:16], time.time()
+        name, fingerprint = records[0].registered_name, joint_fingerprint(records)
+        efforts = [str(record.effort) for record in records if record.effort is not None]
         stored = {
-            "model": record.name,
-            "fingerprint": record.fingerprint,
+            "model": name,
+            "fingerprint": fingerprint,
+            **({"efforts": ",".join(efforts), "prompts": prompts} if efforts else {}),
             "state": "queued",
             "total": prompts,
             "max_usd": "" if max_usd is None else max_usd,
@@ -296,8 +336,10 @@ class JobStore:
         if reused is not None:
             stored |= reused.to_fields()
             answers = {prompt_id: answer.to_json() for prompt_id, answer in reused.answers.items()}
-        source = [reused.map_id, reused.earlier, "1" if reused.with_texts else ""] if reused else ["", "", ""]
-        arguments = [job_id, record.name, record.fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
+        source = ["", "", "", ""]
+        if reused is not None:
+            source = [reused.map_id, reused.earlier, reused.profile or name, "1" if reused.with_texts else ""]
+        arguments = [job_id, name, fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
         keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id), texts_key(job_id))
         return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
 
@@ -355,32 +397,32 @@ class JobStore:
         return self._parsed(answers_key(job_id), stored, PromptAnswer.from_json)
 
     async def answers_to(
-        self, jobs: Mapping[str, str], prompt_ids: Sequence[str]
+        self, jobs: Mapping[str, tuple[str, str]], prompt_ids: Sequence[str]
     ) -> dict[str, dict[str, PromptAnswer]]:
         """Return the answers of some jobs to some prompts, with their texts as far as they are kept, in one round trip.
 
         Args:
-            jobs: what to call a job → its id.
+            jobs: what to call a job → its id, and what the ids of the answers end with after the prompt's.
         """
         if not jobs or not prompt_ids:
             return {}
-        keys = [key for job_id in jobs.values() for key in (answers_key(job_id), texts_key(job_id))]
+        keys = [(key(job_id), end) for job_id, end in jobs.values() for key in (answers_key, texts_key)]
         async with self._store.operation("read answers") as client, client.pipeline(transaction=False) as pipe:
-            for key in keys:
-                pipe.hmget(key, list(prompt_ids))
+            for key, end in keys:
+                pipe.hmget(key, [prompt_id + end for prompt_id in prompt_ids])
             replies = dict(zip(keys, await pipe.execute(raise_on_error=False), strict=True))
 
-        def found(key: str, parse: Callable[[str], _Entry]) -> dict[str, _Entry]:
-            if isinstance(reply := replies[key], RedisError):
+        def found(key: str, end: str, parse: Callable[[str], _Entry]) -> dict[str, _Entry]:
+            if isinstance(reply := replies[key, end], RedisError):
                 self._warn_once(key, reply)
                 return {}
             kept = {prompt: text for prompt, text in zip(prompt_ids, reply, strict=True) if text is not None}
             return self._parsed(key, kept, parse)
 
         answers = {}
-        for name, job_id in jobs.items():
-            texts = found(texts_key(job_id), AnswerText.from_json)
-            graded = found(answers_key(job_id), PromptAnswer.from_json)
+        for name, (job_id, end) in jobs.items():
+            texts = found(texts_key(job_id), end, AnswerText.from_json)
+            graded = found(answers_key(job_id), end, PromptAnswer.from_json)
             answers[name] = {prompt: replace(each, text=texts.get(prompt)) for prompt, each in graded.items()}
         return answers
 
@@ -411,36 +453,44 @@ class JobStore:
         arguments = [prompt_id, answer.to_json(), kind, cost, eta, text]
         await self._fenced("store an answer", CHECKPOINT, lease, arguments, [texts_key(lease.job_id)])
 
-    async def finish(self, lease: Lease, record: ModelRecord, profile: Profile, recipe: str | None = None) -> None:
-        """Mark the job ready, store its profile, add it to the model's history, and release the lease, in one step."""
-        stored = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
-        job = await self.get(lease.job_id)
-        entry = ProfileEntry.of(
-            record,
-            profile,
-            time.time(),
-            source="carried_over" if job and job.carried_over else "job",
-            recipe=recipe,
-            job=lease.job_id,
-            spent_usd=job.spent_usd if job else None,
-        )
-        configured = "1" if record.source == "config" else "0"
-        await self._finish(lease, "ready", "", [record.name, stored, configured, entry.to_text()])
+    async def finish(
+        self,
+        lease: Lease,
+        measured: Sequence[tuple[ModelRecord, Profile, float | None]],
+        recipe: str | None = None,
+        error: str = "",
+    ) -> None:
+        """Mark the job ready, store its profiles, each with its history, and release the lease, in one step.
+
+        Args:
+            measured: each record with its profile, and the USD of its answers if they are not all that the job spent.
+            error: says which of several efforts have no profile.
+        """
+        job, now = await self.get(lease.job_id), time.time()
+        words: list[str] = []
+        for record, profile, spent_usd in measured:
+            entry = ProfileEntry.of(
+                record,
+                profile,
+                now,
+                source="carried_over" if job and job.carried_over else "job",
+                recipe=recipe,
+                job=lease.job_id,
+                spent_usd=spent_usd if spent_usd is not None else job.spent_usd if job else None,
+            )
+            stored = StoredProfile(record.fingerprint, profile, lease.job_id).to_json()
+            words += [record.name, stored, entry.to_text()]
+        first = measured[0][0]
+        required = "" if first.source == "config" else first.registered_name
+        await self._finish(lease, "ready", error, [required, *words])
 
     async def fail(self, lease: Lease, error: str) -> None:
         """Mark the job failed, and release the lease. The model keeps an earlier profile."""
-        await self._finish(lease, "failed", error, ["", "", "", ""])
+        await self._finish(lease, "failed", error, [""])
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
-        more_keys = [
-            OPEN,
-            VERSION,
-            PROFILES,
-            MODELS,
-            PREVIOUS_PROFILES,
-            history_key(result[0]),
-            texts_key(lease.job_id),
-        ]
+        histories = map(history_key, result[1::3])
+        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES, texts_key(lease.job_id), *histories]
         await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(

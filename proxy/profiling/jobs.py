@@ -14,7 +14,7 @@ from proxy.errors import NotProfiled
 from proxy.profiling.grading import AssignedPrompts, GradingProcess, ValidationPrompts
 from proxy.profiling.job_store import Job, JobStore, PromptAnswer, ReusedAnswers
 from proxy.profiling.model_client import ModelClient, RetryPolicy
-from proxy.profiling.runner import ENOUGH_LABELS, JobRunner
+from proxy.profiling.runner import ENOUGH_LABELS, JobRunner, questions_of
 from proxy.profiling.worker import JobWorker
 from proxy.routing.selection_context import listed
 from proxy.settings.schema import Settings
@@ -22,6 +22,7 @@ from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import Store, StoreUnavailable, StoreUnreadable, retry_until_available
 from proxy.storage.registry import Registry, UnknownModel
 from proxy.storage.snapshot import SnapshotWatcher
+from proxy.storage.variants import joint_fingerprint
 from router_core.errors import InvalidInput
 from router_core.types import Embedder
 
@@ -37,11 +38,19 @@ class RecordedAnswers:
     prompts: int
     """How many prompts that job was for."""
     reused: ReusedAnswers
+    efforts: int = 1
+    """How many efforts of the model were measured; 1: the model itself."""
+
+    @property
+    def answered_prompts(self) -> int:
+        """Return how many prompts have an answer, of any effort."""
+        return len({place.rpartition("@")[0] if self.efforts > 1 else place for place in self.reused.answers})
 
     @property
     def enough(self) -> bool:
         """Return whether these answers are enough for a profile without asking the model again."""
-        return 0 < min(ENOUGH_LABELS, self.prompts) <= self.reused.labels
+        needed = min(ENOUGH_LABELS * self.efforts, questions_of(self.prompts, self.efforts))
+        return 0 < needed <= self.reused.labels
 
 
 class ProfileMigration:
@@ -67,7 +76,8 @@ class ProfileMigration:
     async def run(self) -> None:
         """Migrate every model's profile once, waiting for Redis as long as it is not available."""
         await retry_until_available(self._state.refresh)
-        for model in sorted(self._state.current.profiles_of_other_maps):
+        state = self._state.current
+        for model in sorted({state.models[name].registered_name for name in state.profiles_of_other_maps}):
             try:
                 await retry_until_available(partial(self._migrate_or_warn, model))
             except StoreUnreadable as error:
@@ -85,16 +95,17 @@ class ProfileMigration:
             StoreUnavailable: try again.
         """
         state = self._state.current
-        entry, record = state.profiles_of_other_maps.get(model), state.models.get(model)
-        recorded = await self._recorded(entry) if entry else None
+        name = self._measured_before(model)
+        entry, record = state.profiles_of_other_maps.get(name), state.models.get(model)
+        recorded = await self._recorded(name, entry) if entry else None
         if entry is None or record is None or recorded is None:
             return False
         can_ask = self._may_ask(record) and model in state.prices
         if not (recorded.enough or can_ask):
             return False
-        prompts = recorded.prompts if can_ask else len(recorded.reused.answers)
+        prompts = recorded.prompts if can_ask else recorded.answered_prompts
         max_usd = self._settings.profile.max_usd if can_ask else 0.0
-        job_id = await self._job_store.submit(record, prompts, max_usd, recorded.reused)
+        job_id = await self._job_store.submit(state.measured_records(model), prompts, max_usd, recorded.reused)
         if job_id:
             log.info(
                 "model %s was measured on map %s: %d recorded answers are carried over (job %s)",
@@ -106,6 +117,12 @@ class ProfileMigration:
             await self._enqueue(job_id)
         return True
 
+    def _measured_before(self, model: str) -> str:
+        """Return the name under which a profile for another map is stored: the model's, or that of an effort."""
+        state = self._state.current
+        names = state.efforts.get(model, (model,))
+        return next((name for name in names if name in state.profiles_of_other_maps), model)
+
     def _may_ask(self, record: ModelRecord) -> bool:
         """Return whether the start of this process may send prompts to the model."""
         return record.source == "config" and self._settings.profile.on_start
@@ -113,7 +130,7 @@ class ProfileMigration:
     async def _migrate_or_warn(self, model: str) -> None:
         await self._state.refresh()
         state = self._state.current
-        entry = state.profiles_of_other_maps.get(model)
+        entry = state.profiles_of_other_maps.get(self._measured_before(model))
         if entry is None or await self.run_for(model) or self._may_ask(state.models[model]):
             return
         log.warning(
@@ -124,8 +141,11 @@ class ProfileMigration:
             model,
         )
 
-    async def _recorded(self, entry: StoredProfile) -> RecordedAnswers | None:
-        """Return the recorded answers that a profile was made of.
+    async def _recorded(self, name: str, entry: StoredProfile) -> RecordedAnswers | None:
+        """Return the recorded answers that a profile, and those of the model's other efforts, were made of.
+
+        Args:
+            name: under which the profile is stored.
 
         Returns:
             None: there are none: the profile was uploaded, its job ended too long ago, or its prompts have changed.
@@ -140,12 +160,13 @@ class ProfileMigration:
         except InvalidInput as error:  # an ordinary job, which is submitted instead, will fail and show this error
             log.error("no answers can be carried over: %s", error)
             return None
-        answered = (prompt.id for prompt in assigned.prompts if prompt.id in stored and not stored[prompt.id].failed)
-        answers = {prompt_id: stored[prompt_id] for prompt_id in answered}
+        ids = (prompt.id + end for prompt in assigned.prompts for end in job.measured.values())
+        answers = {place: stored[place] for place in ids if place in stored and not stored[place].failed}
         if not answers:
             return None
         keep, measured_at = self._settings.profile.keep_answers, entry.profile.measured_at
-        return RecordedAnswers(job.total, ReusedAnswers(job.id, cluster_map.id, answers, measured_at, with_texts=keep))
+        reused = ReusedAnswers(job.id, cluster_map.id, answers, measured_at, with_texts=keep, profile=name)
+        return RecordedAnswers(job.prompts, reused, len(job.measured))
 
 
 # How old the jobs in an error message may be.
@@ -191,7 +212,8 @@ class Jobs:
         record = self._state.current.models.get(model)
         if record is None:
             raise UnknownModel(f"no model named {model!r} is registered")
-        job_id = await self._job_store.submit(record, prompts, max_usd)
+        records = self._state.current.measured_records(record.registered_name)
+        job_id = await self._job_store.submit(records, prompts, max_usd)
         await self.worker.enqueue(job_id)
         job = await self._job_store.get(job_id)
         if job is None:
@@ -209,7 +231,8 @@ class Jobs:
         Raises:
             StoreUnavailable, ModelExists: see `Registry.add_model_with`.
         """
-        step = self._job_store.submission(record, prompts, max_usd)
+        records = self._state.variants_of(record) or (record,)
+        step = self._job_store.submission(records, prompts, max_usd)
         version, job_id = await registry.add_model_with(record, step)
         await self.worker.enqueue(job_id)
         return job_id, version
@@ -226,12 +249,16 @@ class Jobs:
         return await self._job_store.get(job_id)
 
     async def for_model(self, name: str) -> Job | None:
-        """Return the model's latest job."""
-        return await self._job_store.for_model(name)
+        """Return the latest job of a model; of an effort, that of its model."""
+        record = self._state.current.models.get(name)
+        return await self._job_store.for_model(name if record is None else record.registered_name)
 
     async def latest(self) -> Mapping[str, Job]:
-        """Return each model's latest job, in two round trips."""
-        return await self._job_store.latest()
+        """Return the latest job of each model and of each effort, in two round trips."""
+        latest = await self._job_store.latest()
+        efforts = self._state.current.efforts
+        of_efforts = {name: job for model, job in latest.items() for name in efforts.get(model, ())}
+        return {**of_efforts, **latest}
 
     async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:
         """Return the jobs that were submitted in a time, Unix seconds, with the time of each."""
@@ -242,7 +269,7 @@ class Jobs:
         async with self._reading:
             if time.monotonic() >= self._read_at + RECENT_S:
                 try:
-                    self._recent = await self._job_store.latest() if self._state.available else {}
+                    self._recent = await self.latest() if self._state.available else {}
                 except StoreUnavailable:
                     self._recent = {}
                 self._read_at = time.monotonic()
@@ -264,24 +291,35 @@ class Jobs:
         if job is None:
             return []
         assigned = await self._prompts.load(self._state.current.cluster_map)
-        return outcome_lines(assigned, job.model, await self._job_store.answers(job_id))
+        answers = await self._job_store.answers(job_id)
+        return [
+            line
+            for name, end in job.measured.items()
+            for line in outcome_lines(assigned, name, job.answers_of(end, answers))
+        ]
 
     async def latest_answers(
         self, models: Collection[str], prompt_ids: Sequence[str]
     ) -> dict[str, dict[str, PromptAnswer]]:
         """Return what some models answered to some prompts in their latest jobs, by model and prompt id."""
-        latest = await self._job_store.latest()
-        jobs = {name: latest[name].id for name in sorted(latest) if name in models}
-        return await self._job_store.answers_to(jobs, prompt_ids)
+        jobs = {
+            name: (job.id, end)
+            for job in (await self._job_store.latest()).values()
+            for name, end in job.measured.items()
+            if name in models
+        }
+        return await self._job_store.answers_to(dict(sorted(jobs.items())), prompt_ids)
 
     async def graded_answers(self) -> dict[str, dict[str, float]]:
         """Return the scores that are still recorded of each model's latest job, by the id of the prompt."""
         found = {}
-        for name, job in (await self._job_store.latest()).items():
-            answers = await self._job_store.answers(job.id)
-            scores = {prompt: answer.score for prompt, answer in answers.items() if answer.score is not None}
-            if scores:
-                found[name] = scores
+        for job in (await self._job_store.latest()).values():
+            stored = await self._job_store.answers(job.id)
+            for name, end in job.measured.items():
+                answers = job.answers_of(end, stored)
+                scores = {prompt: answer.score for prompt, answer in answers.items() if answer.score is not None}
+                if scores:
+                    found[name] = scores
         return found
 
     async def validation_prompts(self) -> AssignedPrompts:
@@ -322,7 +360,7 @@ def with_progress(error: NotProfiled, jobs: Mapping[str, Job], settings: Setting
     """Return the error with each model's progress, or why profiling it failed, and a `retry-after` if waiting helps."""
     latest = {name: jobs[name] for name in error.why if name in jobs}
     reasons = {name: _progress(latest[name], why) if name in latest else why for name, why in error.why.items()}
-    unfinished = [job for job in latest.values() if job.unfinished]
+    unfinished = [*{job.id: job for job in latest.values() if job.unfinished}.values()]
     message = "no model can be chosen yet"
     if unfinished:
         done, total = sum(job.done for job in unfinished), sum(job.total for job in unfinished)
@@ -376,7 +414,14 @@ async def _profile_if_new(name: str, settings: Settings, state: SnapshotWatcher,
     snapshot = state.current
     if name in snapshot.embeddings:  # they answer no prompts
         return
-    if name in snapshot.profiles or await jobs.migrate_profile(name):
+    records = snapshot.measured_records(name)
+    measured = [record for record in records if record.name in snapshot.profiles]
+    if len(measured) == len(records):
+        return
+    last = await jobs.for_model(name) if measured else None
+    if last is not None and last.state == "ready" and last.fingerprint == joint_fingerprint(records):
+        return  # it could not measure the other efforts, and would be paid again at every start
+    if await jobs.migrate_profile(name):
         return
     if name not in snapshot.prices:
         onboarding_log.warning(

@@ -3,8 +3,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic, time
 
@@ -33,12 +34,14 @@ from proxy.profiling.model_client import (
     cost_of,
     max_cost_usd,
 )
+from proxy.settings.effort import usual_tokens
 from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import StoreUnavailable, retry_until_available
 from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
+from proxy.storage.variants import joint_fingerprint
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
 from router_core.text import rfc3339
@@ -64,6 +67,12 @@ class ProfiledModel:
     keep_texts: bool = False
     """Whether the texts of its answers are kept with their grades."""
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Return what is added to the limit of an answer for what is thought before it."""
+        effort = self.client.record.effort
+        return REASONING_TOKENS if effort is None else max(REASONING_TOKENS, usual_tokens(effort))
+
     def limit(self, tokens: int) -> int:
         """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
         bounds = (tokens, configured_token_limit(self.client.record), self.max_output_tokens)
@@ -81,8 +90,12 @@ class PromptCost:
 class PromptRunner:
     """Put validation prompts to one model and grade the answers; count how many fail in a row."""
 
-    def __init__(self, model: ProfiledModel, judge: GraderRunner, budget: Budget, reserve: Reserve) -> None:
+    def __init__(
+        self, model: ProfiledModel, judge: GraderRunner, budget: Budget, reserve: Reserve, id_end: str = ""
+    ) -> None:
+        """`id_end`: what the ids of the model's answers end with after the prompt's."""
         self._model = model
+        self._id_end = id_end
         self._judge = judge
         self._budget = budget
         self._reserve = reserve
@@ -91,12 +104,12 @@ class PromptRunner:
 
     async def run(self, prompt: ValidationPrompt) -> PromptAnswer | None:
         """Return the outcome of a prompt; None if the budget does not allow it."""
-        limit = self._model.limit(prompt.max_tokens + (REASONING_TOKENS if self._model.reasons else 0))
+        limit = self._model.limit(prompt.max_tokens + (self._model.reasoning_tokens if self._model.reasons else 0))
         cost = PromptCost(self._max_cost_usd(prompt, limit))
         if not await self._budget.reserve(cost.reserved):
             return None
         try:
-            await self._reserve(prompt.id, cost.reserved)
+            await self._reserve(prompt.id + self._id_end, cost.reserved)
             outcome = await self._outcome(prompt, limit, cost)
         finally:
             await self._budget.settle(cost.reserved, cost.spent)
@@ -121,14 +134,14 @@ class PromptRunner:
     async def _answer(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> tuple[ModelAnswer, int]:
         """Return the answer and its token limit. If reasoning used up the limit, ask again with a larger one."""
         answer = await self._ask(prompt, limit, cost)
-        larger_limit = self._model.limit(prompt.max_tokens + REASONING_TOKENS)
+        larger_limit = self._model.limit(prompt.max_tokens + self._model.reasoning_tokens)
         if not _truncated_reasoning(answer) or larger_limit <= limit:
             return answer, limit
         extra_usd = self._max_cost_usd(prompt, larger_limit)
         if not await self._budget.add(extra_usd):
             return answer, limit
         cost.reserved += extra_usd
-        await self._reserve(prompt.id, cost.reserved)
+        await self._reserve(prompt.id + self._id_end, cost.reserved)
         return await self._ask(prompt, larger_limit, cost), larger_limit
 
     async def _ask(self, prompt: ValidationPrompt, limit: int, cost: PromptCost) -> ModelAnswer:
@@ -174,6 +187,51 @@ def _truncated_reasoning(answer: ModelAnswer) -> bool:
     return reasoned and (answer.finish_reason == TRUNCATED or not answer.text.strip())
 
 
+@dataclass(frozen=True)
+class Question:
+    """A prompt that a job puts to one of the models that it measures."""
+
+    id: str
+    """Under which its answer is stored."""
+    model: str
+    prompt: ValidationPrompt
+
+
+# Efforts of a model share what they learn, so each is asked two of four prompts in a row, and its neighbour the same
+# but one further on: they differ in half of their prompts, and are compared by the other half.
+ROW, SHARE = 4, 2
+
+
+def is_asked(effort: int, place: int, efforts: int) -> bool:
+    """Tell whether an effort, by its number, is asked the prompt at a place. A model that is alone is asked all."""
+    return efforts == 1 or (place - effort) % ROW < SHARE
+
+
+def questions_of(prompts: int, efforts: int) -> int:
+    """Return how many questions so many prompts make for all efforts of a model together."""
+    return sum(is_asked(effort, place, efforts) for effort in range(efforts) for place in range(prompts))
+
+
+def deal(
+    prompts: Sequence[ValidationPrompt], measured: Mapping[str, str], answered: Collection[str] = ()
+) -> list[Question]:
+    """Deal prompts out among the models that a job measures; what is answered already takes the place of the last.
+
+    Args:
+        measured: each model, ascending by effort, with what the ids of its answers end with.
+    """
+    fixed, others = [], []
+    for place, prompt in enumerate(prompts):
+        for number, (model, end) in enumerate(measured.items()):
+            question = Question(prompt.id + end, model, prompt)
+            if question.id in answered:
+                fixed.append(question)
+            elif is_asked(number, place, len(measured)):
+                others.append(question)
+    count = questions_of(len(prompts), len(measured))
+    return [*fixed, *others[: max(0, count - len(fixed))]]
+
+
 # Labels that a profile needs, unless the job has fewer prompts.
 ENOUGH_LABELS = 20
 
@@ -183,77 +241,111 @@ MAX_CONSECUTIVE_FAILURES = 5
 
 @dataclass(frozen=True)
 class ProfilingResult:
-    """The end of a job: a profile, or the reason why there is none."""
+    """The end of a job: the profile of each model that it measured, and why others have none."""
 
-    profile: Profile | None = None
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
     error: str | None = None
+    spent_usd: Mapping[str, float] = field(default_factory=dict)
+    """Of the answers of each of several models."""
 
 
 class ProfilingRun:
-    """Run one job once. A later run of the same job continues: it leaves out prompts that have an answer."""
+    """Run one job once. A later run of the same job continues: it leaves out questions that have an answer."""
 
-    def __init__(self, job: Job, lease: Lease, job_store: JobStore, assigned: AssignedPrompts) -> None:
+    def __init__(
+        self, job: Job, lease: Lease, job_store: JobStore, assigned: AssignedPrompts, questions: Sequence[Question]
+    ) -> None:
         self._job = job
         self._lease = lease
         self._job_store = job_store
         self._assigned = assigned
+        self._questions = questions
         self._budget = Budget(job.max_usd, job.spent_usd or 0.0)
-        # Why no further prompt is put to the model.
+        # Why no further prompt is put to any model.
         self._stopped: str | None = None
-        self._open_prompts = 0
-        self._ended_prompts = 0
+        # Models that no further prompt is put to, and why.
+        self._failing: dict[str, str] = {}
+        self._open_questions = 0
+        self._ended_questions = 0
         self._started = monotonic()
 
-    async def run(self, model: ProfiledModel, judge: GraderRunner, *, concurrency: int, map_id: str) -> ProfilingResult:
-        """Put the prompts without an answer to the model, and make a profile of all answers.
+    async def run(
+        self, models: Mapping[str, ProfiledModel], judge: GraderRunner, *, concurrency: int, map_id: str
+    ) -> ProfilingResult:
+        """Put the questions without an answer to the models, and make a profile of all answers of each.
 
         Raises:
             LeaseLost: the job neither succeeded nor failed.
         """
         answered = await self._job_store.answers(self._job.id)
-        prompts = [prompt for prompt in self._assigned.prompts if prompt.id not in answered]
-        self._open_prompts = len(prompts)
-        runner = PromptRunner(model, judge, self._budget, self._reserve)
-        await _run_concurrently(self._run_prompts, runner, iter(prompts), min(concurrency, len(prompts)))
+        open_questions = [question for question in self._questions if question.id not in answered]
+        self._open_questions = len(open_questions)
+        runners = {
+            name: PromptRunner(model, judge, self._budget, self._reserve, self._job.measured[name])
+            for name, model in models.items()
+        }
+        tasks = min(concurrency, len(open_questions))
+        await _run_concurrently(self._run_questions, runners, iter(open_questions), tasks)
         return self._result(await self._job_store.answers(self._job.id), map_id)
 
-    async def _run_prompts(self, runner: PromptRunner, queue: Iterator[ValidationPrompt]) -> None:
-        """Take prompts from the shared queue until it is empty, the budget is used up, or too many in a row fail."""
-        for prompt in queue:
-            if self._stopped is not None:
+    async def _run_questions(self, runners: Mapping[str, PromptRunner], queue: Iterator[Question]) -> None:
+        """Take questions from the shared queue until it is empty, the budget is used up, or too many in a row fail."""
+        for question in queue:
+            if self._stopped is not None or len(self._failing) == len(runners):
                 return
-            outcome = await runner.run(prompt)
+            if question.model in self._failing:
+                continue
+            runner = runners[question.model]
+            outcome = await runner.run(question.prompt)
             if outcome is None:
                 self._stopped = f"max_usd={self._job.max_usd:g} does not allow another prompt"
                 return
-            self._ended_prompts += 1
-            await retry_until_available(partial(self._checkpoint, prompt.id, outcome))
+            self._ended_questions += 1
+            await retry_until_available(partial(self._checkpoint, question.id, outcome))
             if runner.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
-                self._stopped = f"{MAX_CONSECUTIVE_FAILURES} prompts in a row failed: {runner.last_failure}"
+                why = f"{MAX_CONSECUTIVE_FAILURES} prompts in a row failed: {runner.last_failure}"
+                self._failing[question.model] = why
 
-    async def _reserve(self, prompt_id: str, usd: float) -> None:
-        await retry_until_available(lambda: self._job_store.reserve(self._lease, prompt_id, usd))
+    async def _reserve(self, question_id: str, usd: float) -> None:
+        await retry_until_available(lambda: self._job_store.reserve(self._lease, question_id, usd))
 
-    async def _checkpoint(self, prompt_id: str, outcome: PromptAnswer) -> None:
-        """Store the outcome of a prompt, and the time that the other prompts will take at the pace so far."""
-        seconds_per_prompt = (monotonic() - self._started) / self._ended_prompts
-        eta_s = seconds_per_prompt * (self._open_prompts - self._ended_prompts)
-        await self._job_store.checkpoint(self._lease, prompt_id, outcome, eta_s)
+    async def _checkpoint(self, question_id: str, outcome: PromptAnswer) -> None:
+        """Store the outcome of a question, and the time that the others will take at the pace so far."""
+        seconds_per_prompt = (monotonic() - self._started) / self._ended_questions
+        eta_s = seconds_per_prompt * (self._open_questions - self._ended_questions)
+        await self._job_store.checkpoint(self._lease, question_id, outcome, eta_s)
 
     def _result(self, stored: Mapping[str, PromptAnswer], map_id: str) -> ProfilingResult:
-        """Make a profile if there are enough labels, even if the budget or the model failed before the end."""
-        answers = {prompt.id: stored[prompt.id] for prompt in self._assigned.prompts if prompt.id in stored}
-        asked, total = len(answers), len(self._assigned.prompts)
+        """Make a profile of each model with enough labels, even if the budget or a model failed before the end."""
+        measured_at = self._job.measured_at or rfc3339(time())
+        profiles: dict[str, Profile] = {}
+        errors: list[str] = []
+        spent = {}
+        for name, end in self._job.measured.items():
+            asked = {question.id for question in self._questions if question.model == name}
+            answers = {place.removesuffix(end): stored[place] for place in asked if place in stored}
+            spent[name] = math.fsum(answer.cost_usd or 0.0 for answer in answers.values())
+            error = self._shortfall(name, answers, len(asked))
+            if error is None:
+                profiles[name] = profile_of(self._assigned, answers, map_id, measured_at)
+            else:
+                errors.append(error if len(self._job.measured) == 1 else f"{name}: {error}")
+        return ProfilingResult(
+            profiles, "; ".join(errors) or None, spent if len(spent) > 1 and self._job.spent_usd is not None else {}
+        )
+
+    def _shortfall(self, name: str, answers: Mapping[str, PromptAnswer], total: int) -> str | None:
+        """Say why a model's answers make no profile; None: they do."""
         labelled = sum(answer.score is not None for answer in answers.values())
         needed = min(ENOUGH_LABELS, total)
-        if labelled >= needed:
-            measured_at = self._job.measured_at or rfc3339(time())
-            return ProfilingResult(profile_of(self._assigned, answers, map_id, measured_at))
+        if total and labelled >= needed:
+            return None
+        stopped = self._failing.get(name, self._stopped)
         failed = sum(answer.failed for answer in answers.values())
-        reason = f"{self._stopped}; " if self._stopped else ""
-        return ProfilingResult(
-            error=f"{reason}{labelled} of {needed} labels that a profile needs, after {asked} of {total} prompts:"
-            f" {failed} not answered, {asked - labelled - failed} cut off, lost in thought or not judged"
+        return (
+            f"{f'{stopped}; ' if stopped else ''}{labelled} of {needed} labels that a profile needs, after"
+            f" {len(answers)} of {total} prompts: {failed} not answered, {len(answers) - labelled - failed} cut off,"
+            " lost in thought or not judged"
         )
 
 
@@ -275,13 +367,13 @@ def profile_of(
 
 
 async def _run_concurrently(
-    run_prompts: Callable[[PromptRunner, Iterator[ValidationPrompt]], Awaitable[None]],
-    runner: PromptRunner,
-    queue: Iterator[ValidationPrompt],
+    run_questions: Callable[[Mapping[str, PromptRunner], Iterator[Question]], Awaitable[None]],
+    runners: Mapping[str, PromptRunner],
+    queue: Iterator[Question],
     count: int,
 ) -> None:
-    """Run `count` tasks that share one queue of prompts. If one fails, cancel the others and raise its error."""
-    tasks = [asyncio.ensure_future(run_prompts(runner, queue)) for _ in range(count)]
+    """Run `count` tasks that share one queue of questions. If one fails, cancel the others and raise its error."""
+    tasks = [asyncio.ensure_future(run_questions(runners, queue)) for _ in range(count)]
     try:
         if tasks:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -335,15 +427,22 @@ class JobRunner:
             error = "no such model here: it was removed, or this worker was started with another configuration"
             await self._job_store.fail(lease, error)
             return
-        result = await self._run_job(job, lease, record)
-        if result.profile is not None and not await self._is_unchanged(record):
+        records = self._state.current.measured_records(record.name)
+        result = await self._run_job(job, lease, records)
+        if result.profiles and not await self._is_unchanged(records):
             result = ProfilingResult(error=MODEL_CHANGED)
-        if result.profile is None:
-            await self._job_store.fail(lease, result.error or "")
+        measured = [
+            (each, result.profiles[each.name], result.spent_usd.get(each.name))
+            for each in records
+            if each.name in result.profiles
+        ]
+        if measured:
+            await self._job_store.finish(lease, measured, self._settings.recipe, result.error or "")
         else:
-            await self._job_store.finish(lease, record, result.profile, self._settings.recipe)
+            await self._job_store.fail(lease, result.error or "")
         if result.error:
             log.warning("job %s: measuring model %s failed: %s", job.id, job.model, result.error)
+        if not measured:
             return
         log.info("job %s for model %s: ready", job.id, job.model)
         with contextlib.suppress(StoreUnavailable):  # the job is done all the same
@@ -351,45 +450,52 @@ class JobRunner:
             if doubt := self._state.current.measuring_doubt:
                 log.warning("%s", doubt)
 
-    async def _is_unchanged(self, record: ModelRecord) -> bool:
-        """Return whether the model that was measured is still the one that is served."""
+    async def _is_unchanged(self, records: Sequence[ModelRecord]) -> bool:
+        """Return whether the models that were measured are still those that are served."""
         await self._state.refresh()
-        now = self._state.current.models.get(record.name)
+        now = self._state.current.models
         # A model that was removed meanwhile is reported by `JobStore.finish`.
-        return now is None or now.fingerprint == record.fingerprint
+        return all(each.name not in now or now[each.name].fingerprint == each.fingerprint for each in records)
 
-    async def _run_job(self, job: Job, lease: Lease, record: ModelRecord) -> ProfilingResult:
-        cluster_map = self._state.current.cluster_map
+    async def _run_job(self, job: Job, lease: Lease, records: Sequence[ModelRecord]) -> ProfilingResult:
+        cluster_map, name = self._state.current.cluster_map, records[0].registered_name
         answered = await self._job_store.answers(job.id)
         try:
-            tools = self._capabilities(record).tools is not False
-            assigned = (await self._prompts.load(cluster_map)).select(job.total, answered, tools=tools)
+            if job.fingerprint and job.fingerprint != joint_fingerprint(records):
+                raise JobRejected(MODEL_CHANGED)
+            job = replace(job, efforts=tuple(str(each.effort) for each in records if each.effort is not None))
+            tools = self._capabilities(records[0]).tools is not False
+            prompt_ids = {each for end in job.measured.values() for each in job.answers_of(end, answered)}
+            assigned = (await self._prompts.load(cluster_map)).select(job.prompts, prompt_ids, tools=tools)
             if not assigned.prompts:
                 raise JobRejected(
-                    f"{record.name!r} is known to call no tools, and every validation prompt offers some: add others"
+                    f"{name!r} is known to call no tools, and every validation prompt offers some: add others"
                 )
-            open_prompts = tuple(prompt for prompt in assigned.prompts if prompt.id not in answered)
-            model = self._profiled_model(job, record, will_ask=bool(open_prompts))
+            questions = deal(assigned.prompts, job.measured, answered)
+            if job.carried_over and job.max_usd == 0:  # made of what is there
+                questions = [question for question in questions if question.id in answered]
+            open_prompts = tuple(question.prompt for question in questions if question.id not in answered)
+            models = {each.name: self._profiled_model(job, each, will_ask=bool(open_prompts)) for each in records}
             judge = GraderRunner(self._grader_client, self._settings.judge_model, self._grading)
             judge.check(open_prompts, capped=job.max_usd is not None)
         except (JobRejected, JudgeNotConfigured, InvalidInput) as reason:
             return ProfilingResult(error=str(reason))
-        await self._job_store.begin(lease, len(assigned.prompts), priced=model.price is not None)
+        priced = all(model.price is not None for model in models.values())
+        await self._job_store.begin(lease, len(questions), priced=priced)
         begun = await self._job_store.get(job.id) or job
-        profiling = ProfilingRun(begun, lease, self._job_store, assigned)
-        return await profiling.run(model, judge, concurrency=self._settings.profile.concurrency, map_id=cluster_map.id)
+        profiling = ProfilingRun(replace(begun, efforts=job.efforts), lease, self._job_store, assigned, questions)
+        concurrency = self._settings.profile.concurrency
+        return await profiling.run(models, judge, concurrency=concurrency, map_id=cluster_map.id)
 
     def _profiled_model(self, job: Job, record: ModelRecord, *, will_ask: bool) -> ProfiledModel:
-        """Return the model of a job.
+        """Return a model of a job.
 
         Args:
             will_ask: whether any prompt is to be put to it. Then a budget needs a price.
 
         Raises:
-            JobRejected: the model has changed since the job was submitted, or its price is not known.
+            JobRejected: its price is not known.
         """
-        if job.fingerprint and job.fingerprint != record.fingerprint:
-            raise JobRejected(MODEL_CHANGED)
         price = self._state.current.prices.get(record.name)
         if will_ask and price is None and job.max_usd is not None:
             raise JobRejected(

@@ -1,12 +1,12 @@
 -- Submit a job, unless an unfinished one measures the same. Constant: KEPT_S.
 -- KEYS: jobs, open, latest, profiles, the new job's hash, its answers, their texts.
--- ARGV: id, model, fingerprint, time, map, the earlier job, '1' if the texts of its answers are taken over, number of
--- words of the fields, the fields, prompt ids and answers. Returns the id of the job.
+-- ARGV: id, model, fingerprint, time, map, the earlier job, the name that its profile is stored under, '1' if the texts
+-- of its answers are taken over, number of words of the fields, the fields, prompt ids and answers. Returns the job's id.
 -- A job for one map begins with the answers of an earlier job, and only while that job's profile is the stored one;
 -- else it returns ''. It gives way to a job that asks the model.
-local id, model, fingerprint, now, map, earlier, texts, words = unpack(ARGV, 1, 8)
+local id, model, fingerprint, now, map, earlier, profiled, texts, words = unpack(ARGV, 1, 9)
 if earlier ~= '' then
-  local profile = redis.call('HGET', KEYS[4], model)
+  local profile = redis.call('HGET', KEYS[4], profiled)
   local readable, current = pcall(function() return cjson.decode(profile).job == earlier end)
   if not (readable and current) then return '' end
 end
@@ -24,8 +24,8 @@ if known and not known.err then
     redis.call('SREM', KEYS[2], latest)
   end
 end
-redis.call('HSET', KEYS[5], unpack(ARGV, 9, 8 + words))
-for place = 9 + words, #ARGV, 2 do
+redis.call('HSET', KEYS[5], unpack(ARGV, 10, 9 + words))
+for place = 10 + words, #ARGV, 2 do
   redis.call('HSET', KEYS[6], ARGV[place], ARGV[place + 1])
   local text = texts == '1' and redis.pcall('HGET', 'uniroute:job:' .. earlier .. ':texts', ARGV[place])
   if type(text) == 'string' then redis.call('HSET', KEYS[7], ARGV[place], text) end

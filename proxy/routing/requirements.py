@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.agents import is_example, own_words, texts_of
 from proxy.routing.token_limits import MAX_TOKENS, output_limit, requested_answers
+from proxy.settings.effort import EFFORTS, MIN_BUDGET, Effort, most_tokens, params_of
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 
@@ -163,6 +164,82 @@ def requirements_of(
         max_output_cost_per_token=caps[1],
         **dict.fromkeys(needs.keys() - wishes if needs else (), True),
     )
+
+
+def effort_bound(body: Mapping[str, Any]) -> int | None:
+    """Return how many tokens of thinking a body allows; None: it says nothing of that.
+
+    What is stated in several ways, as by clients that name an effort and a budget, allows no more than each of them.
+    """
+    if _EFFORT_FIELDS.isdisjoint(body):
+        return None
+    stated = (read(body[name]) for name, read in _ALLOWED_TOKENS.items() if name in body)
+    return min((tokens for tokens in stated if tokens is not None), default=None)
+
+
+def _tokens_of_effort(value: Any) -> int | None:
+    if value == "disable":
+        return 0
+    return most_tokens(value) if isinstance(value, str) and value in EFFORTS else None
+
+
+def _tokens_of_reasoning(value: Any) -> int | None:
+    if not isinstance(value, Mapping):
+        return None
+    if value.get("enabled") is False:
+        return 0
+    stated = [_tokens_of_effort(value.get("effort")), _count(value.get("max_tokens"))]
+    return min((tokens for tokens in stated if tokens is not None), default=None)
+
+
+def _tokens_of_thinking(value: Any) -> int | None:
+    if not isinstance(value, Mapping):
+        return None
+    return 0 if value.get("type") == "disabled" else _count(value.get("budget_tokens"))
+
+
+def without_effort(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a body that does not say how much is to be thought."""
+    return {name: value for name, value in body.items() if name not in _EFFORT_FIELDS}
+
+
+def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
+    """Return a chat body that asks for the effort that was chosen, in place of the bound that the caller stated."""
+    changed, stated = without_effort(body), body.get("reasoning")
+    others = {} if not isinstance(stated, Mapping) else {each: stated[each] for each in stated if each not in _AMOUNTS}
+    if others:  # of OpenRouter's object: how reasoning is shown
+        changed["reasoning"] = {**others, "max_tokens" if isinstance(effort, int) else "effort": effort}
+    elif isinstance(effort, int):
+        limit, choice = output_limit(body), body.get("tool_choice")
+        fits = limit is None or limit > MIN_BUDGET
+        if not fits or choice == "required" or isinstance(choice, Mapping):
+            changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded
+            return changed
+        budget = effort if limit is None or effort < limit else max(MIN_BUDGET, limit // 2)
+        changed |= params_of(budget)
+        for name in _NOT_WHILE_THINKING:
+            changed.pop(name, None)
+    else:
+        changed |= params_of(effort)
+    return changed
+
+
+# Members of OpenRouter's `reasoning` that say how much is to be thought.
+_AMOUNTS = ("effort", "max_tokens", "enabled")
+
+# What Anthropic refuses beside a budget of thinking.
+_NOT_WHILE_THINKING = ("temperature", "top_k", "top_p")
+
+# How each field says how much is to be thought.
+_ALLOWED_TOKENS: Mapping[str, Callable[[Any], int | None]] = {
+    "reasoning_effort": _tokens_of_effort,
+    "reasoning": _tokens_of_reasoning,
+    "thinking": _tokens_of_thinking,
+    "thinking_budget": lambda value: _count(value),
+    "enable_thinking": lambda value: 0 if value is False else None,
+}
+
+_EFFORT_FIELDS = frozenset(_ALLOWED_TOKENS)
 
 
 def requirement_sources(body: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from proxy.routing.selection_context import (
     over_cost_error,
 )
 from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory
+from proxy.settings.effort import Effort
 from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible, output_limit
@@ -65,6 +66,8 @@ class Selection:
     """The output token limit that `model` is sent in place of a larger one in the request; None: it is unchanged."""
     requirements: Requirements = field(default_factory=Requirements)
     """What the request asks for, whichever model answers."""
+    effort: Effort | None = None
+    """At which `model` is asked; None: it is no effort of a model."""
     made_at: float = field(default_factory=time.monotonic, compare=False)
     """Monotonic seconds."""
 
@@ -84,8 +87,12 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
     """
     if ctx.mode is RoutingMode.PINNED:
         selection = await select_pinned(ctx, assigner, explain=explain)
+    elif ctx.request.options.fallbacks is True and (wider := ctx.for_any_model) is not None:
+        selection = await _select_before_others(ctx, wider, assigner)
     else:
         selection = apply_affinity(ctx, await select_scored(ctx, assigner))
+    if ctx.snapshot.efforts and (effort := ctx.snapshot.models[selection.model].effort) is not None:
+        selection = replace(selection, effort=effort)
     if ctx.requirements.max_output_tokens is None:
         return selection
     sent = selection.output_limit_for(ctx.snapshot.pool, selection.model)
@@ -98,7 +105,7 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
     Raises:
         ModelPaused: it is paused, and no other model may answer.
     """
-    name, may_fall_back = ctx.request.model, ctx.request.options.fallbacks is True
+    name, may_fall_back = ctx.within_effort(ctx.request.model), ctx.request.options.fallbacks is True
     if name in ctx.snapshot.paused:
         return await _select_in_place_of(name, ctx, assigner)
     selection = Selection(
@@ -114,6 +121,22 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
         others = (other for other in _ranking(scored) if other != name)
         selection = replace(selection, candidates=(name, *others), max_attempts=ctx.settings.fallback_attempts)
     return replace(selection, decision=scored.decision, ineligible=scored.ineligible)
+
+
+async def _select_before_others(ctx: SelectionContext, wider: SelectionContext, assigner: ClusterAssigner) -> Selection:
+    """Select an effort of the named model, with the other models behind its efforts.
+
+    Args:
+        wider: the same request, for any model.
+    """
+    of_any = await select_scored(wider, assigner)
+    try:
+        selection = apply_affinity(ctx, await select_scored(ctx, assigner))
+    except (NoEligibleModelError, ServiceUnavailable):
+        return replace(of_any, reason="fallback")
+    behind = [name for name in _ranking(of_any) if name not in selection.candidates]
+    attempts = ctx.settings.fallback_attempts
+    return replace(selection, candidates=(*selection.candidates, *behind), max_attempts=attempts)
 
 
 async def _select_in_place_of(paused: str, ctx: SelectionContext, assigner: ClusterAssigner) -> Selection:
@@ -204,10 +227,18 @@ def select_default(ctx: SelectionContext, eligibility: Eligibility) -> Selection
 def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
     """Return which models may be scored, and whether these are only models with an open circuit, for lack of others."""
     pool, requirements, allowed = ctx.snapshot.pool, ctx.requirements, ctx.allowed
-    eligibility = eligible(pool, requirements, allowed, cooling_down=ctx.cooling_down, not_ready=ctx.not_ready)
+    not_ready, beyond_effort = ctx.not_ready, ctx.beyond_effort
+    eligibility = eligible(
+        pool,
+        requirements,
+        allowed,
+        cooling_down=ctx.cooling_down,
+        not_ready=not_ready,
+        beyond_effort=beyond_effort,
+    )
     if eligibility.rows.size or not ctx.cooling_down:
         return eligibility, False
-    with_open = eligible(pool, requirements, allowed, not_ready=ctx.not_ready)
+    with_open = eligible(pool, requirements, allowed, not_ready=not_ready, beyond_effort=beyond_effort)
     return (with_open, True) if with_open.rows.size else (eligibility, False)
 
 
@@ -242,8 +273,9 @@ def rank_degraded(ctx: SelectionContext, eligibility: Eligibility) -> tuple[Rout
         raise over_cost_error(ctx, error) from None
     order = decision.ranking
     default = ctx.settings.default_model
-    if default is not None and default in order:
-        order = (default, *(name for name in order if name != default))
+    first = [name for name in order if name == default or ctx.snapshot.models[name].base == default]
+    if default is not None and first:
+        order = (*first, *(name for name in order if name not in first))
     return decision, order
 
 
@@ -255,11 +287,12 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
     """
     affinity = ctx.affinity
     if affinity.producer is not None:
-        if not _is_eligible(ctx, selection, affinity.producer):
-            return _without_affinity(ctx, selection, affinity.producer)
+        producer = ctx.within_effort(affinity.producer)  # another effort of the same model reads what it has written
+        if not _is_eligible(ctx, selection, producer):
+            return _without_affinity(ctx, selection, producer)
         # Others did not make these calls, and reject reasoning that they did not sign: they are asked only if the
         # caller says so.
-        return _prefer(ctx, selection, affinity.producer, may_fall_back=ctx.request.options.fallbacks is True)
+        return _prefer(ctx, selection, producer, may_fall_back=ctx.request.options.fallbacks is True)
     last_turn = None if ctx.is_housekeeping else affinity.last_turn
     if ctx.settings.sticky_sessions == "on" and last_turn and _is_eligible(ctx, selection, last_turn.model):
         may_fall_back = ctx.request.options.fallbacks is not False
@@ -283,7 +316,12 @@ def _is_eligible(ctx: SelectionContext, selection: Selection, name: str) -> bool
     if ctx.params.max_cost_usd is not None:
         return False
     usable = eligible(
-        ctx.snapshot.pool, ctx.requirements, ctx.allowed, require_profile=False, cooling_down=ctx.cooling_down
+        ctx.snapshot.pool,
+        ctx.requirements,
+        ctx.allowed,
+        require_profile=False,
+        cooling_down=ctx.cooling_down,
+        beyond_effort=ctx.beyond_effort,
     )
     return name in usable.names
 
@@ -310,6 +348,7 @@ def selection_to_json(selection: Selection, trajectory: Trajectory = NO_TRAJECTO
     return {
         "decision": selection.id,
         "model": selection.model,
+        "effort": selection.effort,
         "reason": selection.reason,
         "lambda": selection.lambda_,
         "max_tokens": None if requested is None else {"stated": requested, "sent": selection.max_tokens or requested},

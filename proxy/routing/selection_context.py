@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from proxy.errors import (
 from proxy.routing.affinity import NO_AFFINITY, Affinity
 from proxy.routing.chat_request import NO_OPTIONS, ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
-from proxy.routing.requirements import WISHES, requirement_sources, requirements_of
+from proxy.routing.requirements import WISHES, effort_bound, requirement_sources, requirements_of
 from proxy.settings.schema import PRESET_PREFIX, Preset, Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.snapshot import RoutingSnapshot
@@ -66,17 +67,38 @@ class SelectionContext:
         self.snapshot = snapshot
         self.settings = settings
         self.affinity = affinity
+        bound = effort_bound(request.body) if snapshot.efforts else None
+        # Efforts above the one that the caller states.
+        self.beyond_effort: Collection[str] = () if bound is None else snapshot.beyond(bound)
         # What a model has begun waits for that model alone, and is not taken on by another while it rests.
-        self.cooling_down = _without(affinity.producer, cooling_down)
-        self.not_ready = not_ready if affinity.producer not in not_ready else set(not_ready) - {affinity.producer}
+        producer = None if affinity.producer is None else self.within_effort(affinity.producer)
+        self.cooling_down = _without(producer, _of_efforts_too(cooling_down, snapshot))
+        self.not_ready = not_ready if producer not in not_ready else set(not_ready) - {producer}
         terms = self._terms()
         self.mode = terms.mode
         self.preset = terms.preset
         self.allowed = terms.allowed
         self.params = terms.params
+        self._terms_of_request = terms
         # What a compaction leaves out is lost for the rest of the run: a cheap one would be dear.
         self.is_housekeeping = request.housekeeping and not request.compaction and terms.frees_housekeeping
         self.requirements = self._requirements()
+
+    @cached_property
+    def for_any_model(self) -> SelectionContext | None:
+        """The same request for any model, if it names one that answers by its efforts."""
+        if not self._terms_of_request.is_one_model:
+            return None
+        wider = copy(self)
+        wider.allowed = self._terms_of_request.beside
+        return wider
+
+    def within_effort(self, name: str) -> str:
+        """Return a model or, if it is an effort above the caller's own, the greatest of the same model that is not."""
+        if name not in self.beyond_effort:
+            return name
+        efforts = self.snapshot.efforts[str(self.snapshot.models[name].base)]
+        return next(each for each in reversed(efforts) if each not in self.beyond_effort)
 
     def _terms(self) -> SelectionTerms:
         """Return the terms of this request. Those of a request without options are kept with the snapshot."""
@@ -99,7 +121,10 @@ class SelectionContext:
         options = request.options
         mode = routing_mode(request.model, settings, snapshot, key)
         preset = preset_of(request.model, settings, snapshot) if settings.presets else None
-        allowed = restrict_candidates(options, snapshot, key, preset)
+        allowed = beside = restrict_candidates(options, snapshot, key, preset)
+        efforts = snapshot.measured_efforts.get(request.model) if mode is not RoutingMode.PINNED else None
+        if efforts is not None:
+            allowed = set(efforts) if allowed is None else set(efforts).intersection(allowed)
         params = ScoringParams(
             lambda_=cost_weight(request, mode, snapshot.default_lambda(settings), key, preset),
             latency_weight=settings.latency_weight if options.latency_weight is None else options.latency_weight,
@@ -109,7 +134,10 @@ class SelectionContext:
             cached=self.affinity.cached_prompt(settings),
             doubts=tuple((model, settings.trajectory_weight * share) for model, share in self.affinity.stuck),
         )
-        return SelectionTerms(mode, preset, allowed, params, self._frees_housekeeping(mode, preset))
+        frees_housekeeping = self._frees_housekeeping(mode, preset)
+        return SelectionTerms(
+            mode, preset, allowed, params, frees_housekeeping, is_one_model=efforts is not None, beside=beside
+        )
 
     def _frees_housekeeping(self, mode: RoutingMode, preset: Preset | None) -> bool:
         """Whether a housekeeping request goes to the cheapest model: a λ that is stated comes before that."""
@@ -153,6 +181,10 @@ class SelectionTerms:
     params: ScoringParams
     frees_housekeeping: bool
     """Whether housekeeping goes to the cheapest model, whatever λ is."""
+    is_one_model: bool = False
+    """Whether a model is named that answers by its efforts, which are all that is allowed."""
+    beside: Collection[str] | None = None
+    """The names that would be allowed otherwise; None: all."""
 
 
 def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:
@@ -167,9 +199,9 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
     if mode is not None:
         return mode
     if name in snapshot.models:
-        _check_allowed(name, key)
+        _check_allowed(name, key, snapshot)
         _check_chats(name, "model", snapshot)
-        return RoutingMode.PINNED
+        return RoutingMode.SCORED if name in snapshot.measured_efforts else RoutingMode.PINNED
     raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
 
 
@@ -217,11 +249,23 @@ def claude_aliases(route_names: Collection[str]) -> dict[str, RoutingMode]:
 
 def allowed_models(snapshot: RoutingSnapshot, key: ClientKey | None) -> tuple[str, ...]:
     """Return the names of the chat models that this key may use, sorted."""
-    return tuple(name for name in snapshot.pool.names if may_use(name, key))
+    return tuple(name for name in snapshot.pool.names if may_use(name, key, snapshot))
 
 
-def may_use(name: str, key: ClientKey | None) -> bool:
-    return key is None or key.models is None or name in key.models
+def may_use(name: str, key: ClientKey | None, snapshot: RoutingSnapshot) -> bool:
+    """Whether a key may use a model. One that may use a model may use its efforts."""
+    if key is None or key.models is None or name in key.models:
+        return True
+    record = snapshot.models.get(name)
+    return record is not None and record.base is not None and record.base in key.models
+
+
+def _of_efforts_too(cooling_down: Mapping[str, float], snapshot: RoutingSnapshot) -> Mapping[str, float]:
+    """Add the efforts of models whose circuit is open: they have one circuit."""
+    if not cooling_down or not snapshot.efforts:
+        return cooling_down
+    more = {each: wait for name, wait in cooling_down.items() for each in snapshot.efforts.get(name, ())}
+    return {**cooling_down, **more}
 
 
 def restrict_candidates(
@@ -242,10 +286,11 @@ def restrict_candidates(
         lists.append(key.models)
     if preset is not None:
         lists.append(preset.models)
-    restricting = [set(names) for names in lists if names is not None]
+    restricting = [set(snapshot.with_efforts(names)) for names in lists if names is not None]
     if not options.provider.ignore:
         return set.intersection(*restricting) if restricting else None
-    return set.intersection(set(snapshot.models), *restricting) - set(options.provider.ignore)
+    ignored = snapshot.with_efforts(options.provider.ignore)
+    return set.intersection(set(snapshot.models), *restricting).difference(ignored)
 
 
 def _checked(
@@ -254,13 +299,13 @@ def _checked(
     for name in names or ():
         if name not in snapshot.models:
             raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
-        _check_allowed(name, key)
+        _check_allowed(name, key, snapshot)
         _check_chats(name, param, snapshot)
     return names
 
 
-def _check_allowed(name: str, key: ClientKey | None) -> None:
-    if not may_use(name, key):
+def _check_allowed(name: str, key: ClientKey | None, snapshot: RoutingSnapshot) -> None:
+    if not may_use(name, key, snapshot):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
 
 
@@ -283,7 +328,9 @@ class IneligibleReasons(Mapping[str, str]):
     @cached_property
     def _reasons(self) -> dict[str, str]:
         why = self._eligibility.reasons if self._eligibility else {}
+        # a model whose efforts answer in its place is no candidate, which is no news of this request
         usable = set(allowed_models(self._ctx.snapshot, self._ctx.key)) - {self._but}
+        usable -= self._ctx.snapshot.measured_efforts.keys()
         return {name: reason for name, reason in why.items() if name in usable}
 
     def __getitem__(self, name: str) -> str:
@@ -348,7 +395,7 @@ def over_cost_error(ctx: SelectionContext, error: NoEligibleModel) -> NoEligible
 
 def _candidates(ctx: SelectionContext) -> Collection[str]:
     """Return the names that this caller and this request allow. No error names others."""
-    usable = set(allowed_models(ctx.snapshot, ctx.key))
+    usable = set(allowed_models(ctx.snapshot, ctx.key)) - ctx.snapshot.measured_efforts.keys()
     return usable if ctx.allowed is None else usable & set(ctx.allowed)
 
 

@@ -50,9 +50,9 @@ from proxy.storage.audit_log import CANCEL_JOB, PAUSE_MODEL, PROFILE_MODEL, RESU
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
 from proxy.storage.decisions import Cursor, DecisionFilter
 from proxy.storage.profile_history import entries_to_json, read_history
-from proxy.storage.records import ModelRecord, is_unix_time
+from proxy.storage.records import InvalidRecord, ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.registry import ConfiguredModel, ConflictingWrite
+from proxy.storage.registry import ConfiguredModel, ConflictingWrite, EffortOfModel, ModelExists
 from proxy.upstream.endpoint import check_secrets_stay
 from proxy.upstream.sse import encode_json
 
@@ -89,8 +89,19 @@ async def registered_model(name: ModelNamePath, state: AppStateDep) -> ModelReco
 RegisteredModel = Annotated[ModelRecord, Depends(registered_model)]
 
 
+async def whole_model(record: RegisteredModel) -> ModelRecord:
+    """Refuse an effort, where its model is meant. Raises EffortOfModel."""
+    if record.base is not None:
+        raise EffortOfModel(f"{record.name!r} is an effort of {record.base!r}, and has no part in this: name the model")
+    return record
+
+
+WholeModel = Annotated[ModelRecord, Depends(whole_model)]
+
+
 async def changeable_model(record: RegisteredModel) -> ModelRecord:
-    """Refuse a model that only the configuration file can change. Raises ConfiguredModel."""
+    """Refuse what is changed elsewhere. Raises ConfiguredModel of the configuration file, and EffortOfModel."""
+    await whole_model(record)
     if record.source == "config":
         raise ConfiguredModel(f"the model {record.name!r} is defined in the configuration file; change it there")
     return record
@@ -116,6 +127,13 @@ async def list_models(state: AdminState) -> dict[str, Any]:
 async def add_model(body: NewModel, response: Response, state: AdminState) -> Accepted:
     # stored with its profile or its job, or not at all
     record = body.to_record(state.settings, state.environ, time.time())
+    efforts = checked_efforts(record, state)
+    if efforts and isinstance(body.profile, ProfileDocument):
+        raise BadRequest(
+            "a profile is that of one effort: add the model, and hand over one for each of"
+            f" {', '.join(each.name for each in efforts)} then",
+            param="profile",
+        )
     if state.snapshots.embeds(record):
         _refuse_profile(body.profile)
         record = await state.resolver.resolve(record)
@@ -131,6 +149,24 @@ async def add_model(body: NewModel, response: Response, state: AdminState) -> Ac
         job, version = None, await state.registry.add_model(record, profile, state.settings.recipe)
     await wait_for_version(state, version)
     return Accepted(model=record.name, job=job)
+
+
+def checked_efforts(record: ModelRecord, state: AppState) -> tuple[ModelRecord, ...]:
+    """Return the efforts of a model that is to be stored. Raises BadRequest, or ModelExists of a name."""
+    models = state.snapshots.current.models
+    if (there := models.get(record.name)) is not None and there.base is not None:
+        raise ModelExists(f"{record.name!r} is an effort of the model {there.base!r}; choose another name")
+    try:
+        efforts = state.snapshots.variants_of(record)
+    except InvalidRecord as error:
+        raise BadRequest(str(error), param="model_info.effort") from None
+    for each in efforts:
+        if (taken := models.get(each.name)) is not None and taken.base != record.name:
+            raise ModelExists(
+                f"a model named {each.name!r} exists, which would be the name of an effort of {record.name!r}: leave"
+                " that effort out, or choose another name"
+            )
+    return efforts
 
 
 def _refuse_profile(profile: ProfileRequest | ProfileDocument) -> None:
@@ -151,10 +187,13 @@ async def reprofile_model(
         raise BadRequest(f"{record.name!r} answers with embeddings, which are not measured", param="profile")
     if isinstance(body.profile, ProfileRequest):
         asked = body.profile.with_defaults(state.settings)
-        job = await state.jobs.submit(record.name, asked.prompts, asked.max_usd)
-        await audit.record(PROFILE_MODEL, record.name)
+        job = await state.jobs.submit(record.registered_name, asked.prompts, asked.max_usd)
+        await audit.record(PROFILE_MODEL, record.registered_name)
         response.status_code = 202
-        return Accepted(model=record.name, job=job.id)
+        return Accepted(model=record.registered_name, job=job.id)
+    if record.name in state.snapshots.current.efforts:
+        names = ", ".join(state.snapshots.current.efforts[record.name])
+        raise BadRequest(f"a profile is that of one effort: hand it over for one of {names}", param="profile")
     profile = body.profile.to_profile(state.snapshots.current.cluster_map)
     await wait_for_version(state, await state.registry.put_profile(record, profile, state.settings.recipe))
     return Accepted(model=record.name, job=None)
@@ -167,7 +206,7 @@ async def reprofile_model(
     response_model_exclude_unset=True,
     responses={**BODY_ERRORS, **errors(404)},
 )
-async def put_price(record: RegisteredModel, body: PriceBody, state: AdminState) -> dict[str, Any]:
+async def put_price(record: WholeModel, body: PriceBody, state: AdminState) -> dict[str, Any]:
     version = await state.registry.put_price(record.name, body.to_price(), "admin")
     await wait_for_version(state, version or 0)
     card = await model_to_json(state, record.name, with_profile=False)
@@ -236,7 +275,8 @@ async def change_model(
     if changed.litellm_params != before.litellm_params:  # also another key: the old one may have been what was wrong
         state.health.reset(name)
     if changed.fingerprint != before.fingerprint:
-        state.traffic_stats.forget(name)
+        for each in state.snapshots.current.with_efforts((name,)):
+            state.traffic_stats.forget(each)
         await state.jobs.cancel_for(name, "litellm_params were changed; profile the model again")
     await wait_for_version(state, version)
     return await model_to_json(state, name, with_profile=False)
@@ -247,15 +287,17 @@ async def change_model(
 )
 async def remove_model(record: ChangeableModel, state: AdminState) -> None:
     await state.jobs.cancel_for(record.name, "the model was removed")
-    version = await state.registry.remove_model(record.name)
-    state.traffic_stats.forget(record.name)
+    efforts = state.snapshots.current.efforts.get(record.name, ())
+    version = await state.registry.remove_model(record.name, efforts)
+    for name in (record.name, *efforts):
+        state.traffic_stats.forget(name)
     state.health.reset(record.name)
     await wait_for_version(state, version)
 
 
 async def set_paused(record: ModelRecord, state: AppState, *, paused: bool) -> None:
     """Pause a model, also one of the configuration file, or let it go on."""
-    await wait_for_version(state, await state.registry.pause_model(record.name, paused=paused))
+    await wait_for_version(state, await state.registry.pause_model(record.name, paused=paused, effort_of=record.base))
 
 
 async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelRecord, ModelRecord, int]:
@@ -269,6 +311,7 @@ async def _update(state: AppState, name: str, patch: ModelPatch) -> tuple[ModelR
         as_of = state.snapshots.current.version
         record = await changeable_model(await registered_model(name, state))
         changed = await state.resolver.resolve(patch.apply_to(record, state.settings, state.environ))
+        checked_efforts(changed, state)
         check_secrets_stay(record, changed, patch.litellm_params or {})
         with suppress(ConflictingWrite):
             return record, changed, await state.registry.update_model(changed, as_of=as_of)

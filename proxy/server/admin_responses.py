@@ -19,6 +19,7 @@ from proxy.storage.feedback import comparison
 from proxy.storage.records import CurrentPrice, ModelRecord
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.snapshot import RoutingSnapshot
+from proxy.storage.variants import joint_fingerprint
 from router_core.text import rfc3339
 
 # Whole numbers stay whole: 5 is not shown as 5.0.
@@ -116,6 +117,12 @@ class ModelCard(OpenResponseModel):
     paused_by: str | None
     price: ModelPrice | None
     job: JobStatus | None
+    effort: str | int | None
+    """Of an effort of a model: its name, or its budget in tokens of thinking."""
+    effort_of: str | None
+    """The model of which it is an effort."""
+    efforts: list[str]
+    """The names of its own efforts, ascending."""
     profile: ProfileDocument | None = None
     mean_error: Number = UNSET
     measured_at: str | None = None
@@ -378,7 +385,7 @@ async def models_to_json(state: AppState) -> list[dict[str, Any]]:
     snapshot = state.snapshots.current
     jobs = await _if_available(state, state.jobs.latest) or {}
     cards = [_card(snapshot, name, jobs.get(name), with_profile=False) for name in sorted(snapshot.models)]
-    return [{**card, "health": state.health.status(card["model_name"])} for card in cards]
+    return [{**card, "health": state.health.status(card["effort_of"] or card["model_name"])} for card in cards]
 
 
 async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> dict[str, Any]:
@@ -390,7 +397,7 @@ async def model_to_json(state: AppState, name: str, *, with_profile: bool) -> di
     card = _card(snapshot, name, job, with_profile=with_profile)
     if with_profile and name in snapshot.profiles and state.settings.feedback != "off":
         card["observed"] = await _observed(state, snapshot, name)
-    return {**card, "health": state.health.status(name)}
+    return {**card, "health": state.health.status(snapshot.models[name].registered_name)}
 
 
 async def _observed(state: AppState, snapshot: RoutingSnapshot, name: str) -> dict[str, Any] | None:
@@ -453,6 +460,9 @@ def _card(snapshot: RoutingSnapshot, name: str, job: Job | None, *, with_profile
         "warning": None if profile is None else snapshot.measuring_doubt,
         "price": _price(snapshot.prices.get(name)),
         "job": None if job is None else job.to_json(),
+        "effort": record.effort,
+        "effort_of": record.base,
+        "efforts": list(snapshot.efforts.get(name, ())),
     }
     if with_profile:
         card["profile"] = None if profile is None else profile.to_json(snapshot.pool.errors[snapshot.pool.index[name]])
@@ -468,7 +478,10 @@ def _model_state(snapshot: RoutingSnapshot, record: ModelRecord, job: Job | None
         return model_state, why
     if job.unfinished:
         return "profiling", why
-    failed = job.state == "failed" and job.fingerprint in ("", record.fingerprint)
+    fingerprint = joint_fingerprint(snapshot.measured_records(record.registered_name))
+    # Of several efforts, those that a job could not measure are named by its error.
+    ended = job.state == "failed" or (job.state == "ready" and job.error is not None)
+    failed = ended and job.fingerprint in ("", fingerprint)
     return ("failed", job.error) if failed else (model_state, why)
 
 

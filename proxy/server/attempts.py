@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import ModelAtCapacity, UpstreamError
+from proxy.routing.requirements import with_effort, without_effort
 from proxy.routing.token_limits import with_limit
 from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext
@@ -44,6 +45,8 @@ class AttemptRunner:
         self._headers = ctx.ids.upstream_headers(ctx.app.instance)
         # Models that rejected the prompt as too long.
         self._rejected_as_too_long: list[str] = []
+        # Models that have failed, whatever effort they were asked at.
+        self._failed: set[str] = set()
 
     def complete(self) -> Coroutine[Any, Any, JSONPayload]:
         """Return the first answer that is not empty, or else the last one, which may be empty.
@@ -89,13 +92,18 @@ class AttemptRunner:
     def _candidates(self) -> Iterator[str]:
         """Yield the candidates that may still be asked, and whose context window may be large enough.
 
-        One that was paused since the request was selected is asked only if it is the first.
+        One that was paused since the request was selected is asked only if it is the first. Another effort of a model
+        that has failed would fail as well.
         """
         for place, name in enumerate(self._record.selection.candidates):
-            if place and name in self._ctx.app.snapshots.current.paused:
+            if place and (name in self._ctx.app.snapshots.current.paused or self._is_sibling_of_failed(name)):
                 continue
             if name in self._ctx.snapshot.models and not (self._rejected_as_too_long and self._is_too_small(name)):
                 yield name
+
+    def _is_sibling_of_failed(self, name: str) -> bool:
+        record = self._ctx.snapshot.models.get(name)
+        return record is not None and record.base is not None and record.base in self._failed
 
     def _is_too_small(self, name: str) -> bool:
         """Whether a model with a context window at least as large has rejected the prompt as too long."""
@@ -163,7 +171,7 @@ class AttemptRunner:
         Raises:
             CircuitOpen: the model is not asked.
         """
-        app, name = self._ctx.app, plan.record.name
+        app, name = self._ctx.app, plan.record.registered_name
         if not even_if_open and name in app.health.cooling_down():
             raise CircuitOpen(name)
         acquired_at = app.concurrency_limiter.acquire_nowait(name, plan.limits)
@@ -175,7 +183,7 @@ class AttemptRunner:
         Raises:
             CircuitOpen, ModelAtCapacity: the model is not asked.
         """
-        app, name = self._ctx.app, plan.record.name
+        app, name = self._ctx.app, plan.record.registered_name
         max_wait_s = max(0.0, min(app.settings.queue_wait_s, self._remaining_s()))
         acquired_at = await app.concurrency_limiter.acquire(name, plan.limits, max_wait_s)
         # The circuit may have opened during the wait, or another request may have become its probe.
@@ -187,6 +195,7 @@ class AttemptRunner:
     def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:
         self._record.attempt_failed(failure)
         attempt.failed(failure)
+        self._failed.add(attempt.model)
         if failure.context_exceeded:
             self._rejected_as_too_long.append(attempt.model)
 
@@ -241,9 +250,12 @@ class AttemptRunner:
         body, raw, sent = request.body, request.raw, self._smaller_limit(model.name)
         if sent is not None:
             body, raw = with_limit(body, sent), None
+        effort = model.effort
         if translation is not None:
-            body, left_out = adapt(body, model)
+            body, left_out = adapt(body if effort is None else without_effort(body), model)
             self._record.left_out = (*translation.left_out, *left_out)
+        if effort is not None:
+            body, raw = with_effort(body, effort), None
         return body, raw
 
     def _smaller_limit(self, name: str) -> int | None:
@@ -259,8 +271,8 @@ class AttemptRunner:
         return sent
 
     def _first_to_recover(self, names: list[str]) -> str:
-        cooling_down = self._ctx.app.health.cooling_down()
-        return min(names, key=lambda name: cooling_down.get(name, 0.0))
+        cooling_down, models = self._ctx.app.health.cooling_down(), self._ctx.snapshot.models
+        return min(names, key=lambda name: cooling_down.get(models[name].registered_name, 0.0))
 
     def _remaining_s(self) -> float:
         """Return how much time remains for all attempts together."""

@@ -231,7 +231,7 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
         raise BadRequest(f"{name[:128]!r} asks for routing; {_embeddings_hint(ctx)}", param="model")
     if name not in snapshot.models:
         raise ModelNotFound(f"the model {name[:128]!r} does not exist; {_embeddings_hint(ctx)}", param="model")
-    if not may_use(name, ctx.key):
+    if not may_use(name, ctx.key, ctx.snapshot):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
     if name not in snapshot.embeddings:
         raise BadRequest(f"{name!r} is a chat model; {_embeddings_hint(ctx)}", param="model")
@@ -240,7 +240,7 @@ def check_embeds(ctx: RequestContext, name: str) -> None:
 
 
 def _embeddings_hint(ctx: RequestContext) -> str:
-    names = [name for name in sorted(ctx.snapshot.embeddings) if may_use(name, ctx.key)]
+    names = [name for name in sorted(ctx.snapshot.embeddings) if may_use(name, ctx.key, ctx.snapshot)]
     if not names:
         return "no model here answers with embeddings (model_info: mode: embedding)"
     more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""

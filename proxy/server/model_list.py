@@ -31,6 +31,7 @@ from proxy.server.dependencies import AppState, AppStateDep, CurrentKey
 from proxy.server.openapi import COMMON_ERRORS, MODEL_NAME_SCHEMA, UNSET, client_key, errors
 from proxy.settings.schema import PRESET_PREFIX, Preset
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.records import ModelRecord
 from router_core.text import rfc3339
 from router_core.types import CAPABILITY_NAMES, UNKNOWN_CAPABILITIES, Capabilities, Price
 
@@ -173,7 +174,7 @@ class ModelCatalog:
         for name in allowed_models(self._snapshot, self._key):
             yield self._model(name)
         for name in sorted(self._snapshot.embeddings):
-            if may_use(name, self._key):
+            if may_use(name, self._key, self._snapshot):
                 yield self._model(name)
 
     def claude_entries(self) -> Iterator[CatalogEntry]:
@@ -186,7 +187,8 @@ class ModelCatalog:
         """Return what a name stands for, also one that is routed but not listed."""
         if alias_mode(name, self._settings, self._snapshot) is not None:
             return next(self._alias(name), None)
-        return self._model(name) if name in self._snapshot.models and may_use(name, self._key) else None
+        known = name in self._snapshot.models and may_use(name, self._key, self._snapshot)
+        return self._model(name) if known else None
 
     def _alias(self, name: str) -> Iterator[CatalogEntry]:
         """Yield a name that asks for routing; nothing if it is a model's, or this key may not ask so."""
@@ -200,9 +202,11 @@ class ModelCatalog:
             yield CatalogEntry(name, shown, _DESCRIPTIONS[mode], 0, "uniroute", able, None)
             return
         usable = allowed_models(self._snapshot, self._key)
-        models = [model for model in usable if preset.models is None or model in preset.models]
+        named = None if preset.models is None else self._snapshot.with_efforts(preset.models)
+        models = [model for model in usable if named is None or model in named]
         if key_allows_preset(preset, self._key) and models:
-            price = self._snapshot.prices.get(models[0]) if len(models) == 1 else None
+            alone = len({self._snapshot.models[model].registered_name for model in models}) == 1
+            price = self._snapshot.prices.get(models[0]) if alone else None
             yield CatalogEntry(
                 *(name, shown, describe_preset(preset), 0, "uniroute", self._abilities(models)),
                 None if price is None else price.price,
@@ -214,7 +218,7 @@ class ModelCatalog:
         return CatalogEntry(
             name,
             name,
-            _PAUSED if paused else "Answers with embeddings." if embeds else _DESCRIPTIONS[RoutingMode.PINNED],
+            _PAUSED if paused else "Answers with embeddings." if embeds else self._description(record),
             int(record.created_at),
             record.source,
             snapshot.embeddings[name] if embeds else snapshot.pool.candidates[name].capabilities,
@@ -222,6 +226,13 @@ class ModelCatalog:
             embeds,
             paused,
         )
+
+    def _description(self, record: ModelRecord) -> str:
+        if record.name in self._snapshot.measured_efforts:
+            return "This model alone, at the effort that each prompt is expected to need for its price."
+        if record.effort is not None:
+            return f"{record.base} at the effort {record.effort}, without routing."
+        return _DESCRIPTIONS[RoutingMode.PINNED]
 
     def _abilities(self, models: Sequence[str]) -> Capabilities:
         candidates, paused = self._snapshot.pool.candidates, self._snapshot.paused

@@ -470,7 +470,10 @@ def baseline_of(ctx: RequestContext) -> str | None:
     """Return the model that the client asked for by name, or else the best one on average that it may use."""
     if ctx.request.model in ctx.snapshot.models:
         return ctx.request.model
-    return ctx.snapshot.pool.best_on_average(None if ctx.key is None else ctx.key.models)
+    usable = None if ctx.key is None or ctx.key.models is None else ctx.key.models
+    if usable is not None and ctx.snapshot.efforts:
+        usable = tuple(sorted(ctx.snapshot.with_efforts(usable)))
+    return ctx.snapshot.pool.best_on_average(usable)
 
 
 # Of a decision's record.

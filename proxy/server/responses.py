@@ -43,7 +43,15 @@ from proxy.errors import (
 )
 from proxy.json_limits import check_limits
 from proxy.storage.redis import StoreUnavailable
-from proxy.storage.registry import ConfiguredModel, ConflictingWrite, KeyInactive, ModelExists, UnknownKey, UnknownModel
+from proxy.storage.registry import (
+    ConfiguredModel,
+    ConflictingWrite,
+    EffortOfModel,
+    KeyInactive,
+    ModelExists,
+    UnknownKey,
+    UnknownModel,
+)
 from proxy.upstream.circuit_breaker import retry_after_headers
 from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_in
 from proxy.upstream.sse import encode_json
@@ -73,6 +81,7 @@ ERROR_ANSWERS: Mapping[type[Exception], tuple[int, str, str | None]] = {
     BodyTimeout: (408, "invalid_request_error", "request_timeout"),
     Conflict: (409, "invalid_request_error", "conflict"),
     ModelExists: (409, "invalid_request_error", "conflict"),
+    EffortOfModel: (409, "invalid_request_error", "conflict"),
     ConfiguredModel: (409, "invalid_request_error", "conflict"),
     ConflictingWrite: (409, "invalid_request_error", "conflict"),
     KeyInactive: (409, "invalid_request_error", "conflict"),

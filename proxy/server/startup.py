@@ -16,7 +16,10 @@ from proxy.settings.model_config import SettingsError
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import is_reference
 from proxy.settings.schema import Settings
+from proxy.storage.price_map import bundled_price_map
 from proxy.storage.private_files import NotPrivate, private_folder
+from proxy.storage.records import InvalidRecord, ModelRecord
+from proxy.storage.variants import variants_of
 from router_core.artifact import builtin_map, load_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import check_embedder
@@ -139,6 +142,7 @@ def validate_files(settings: Settings) -> None:
             load_validation_set(Path(settings.validation_set))
     except (InvalidInput, OSError) as error:
         raise SettingsError(f"validation_set: {error}") from error
+    check_efforts(settings)
     for index, model in enumerate(settings.model_list):
         trusted = model.litellm_params.get("ssl_verify")
         try:
@@ -146,6 +150,28 @@ def validate_files(settings: Settings) -> None:
                 ssl_context(trust_of(trusted, os.environ), os.environ)
         except OutboundError as error:
             raise SettingsError(f"model_list[{index}].litellm_params.ssl_verify: {error}") from None
+
+
+def check_efforts(settings: Settings) -> None:
+    """Check that the configured models can have the efforts that are stated of them.
+
+    Raises:
+        SettingsError: naming the model.
+    """
+    names = {model.model_name for model in settings.model_list}
+    for index, model in enumerate(settings.model_list):
+        if model.model_info.effort is None:
+            continue
+        listed = bundled_price_map().find(model.litellm_params["model"])
+        try:
+            efforts = variants_of(ModelRecord.of_entry(model, "config", 0.0), listed)
+        except InvalidRecord as error:
+            raise SettingsError(f"model_list[{index}].{error}") from None
+        if taken := [each.name for each in efforts if each.name in names]:
+            raise SettingsError(
+                f"model_list[{index}].model_info.effort: {taken[0]!r} is also a model; leave that effort out, or give"
+                " one of the two another name"
+            )
 
 
 def check_data_dir(settings: Settings) -> None:

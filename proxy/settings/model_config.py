@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
+from proxy.settings.effort import Effort, read_efforts
 from proxy.settings.litellm_params import (
     ParamError,
     check_effects,
@@ -161,6 +162,8 @@ NameList = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
 APIList = Annotated[tuple[UpstreamAPI, ...], BeforeValidator(split_list), Field(min_length=1)]
 
+EffortList = Annotated[Literal["auto"] | tuple[Effort, ...], BeforeValidator(read_efforts)]
+
 ModelName = Annotated[str, AfterValidator(check_model_name)]
 
 
@@ -253,6 +256,9 @@ class ModelInfo(FrozenModel):
     api: APIList | None = None
     """What its upstream speaks: chat, responses (OpenAI's), messages (Anthropic's), a name or a list. Clients of the
     same API are relayed, others translated. None: by the provider, at its own address alone."""
+    effort: EffortList | None = None
+    """auto, or a list of efforts and budgets of tokens: each is measured, and routed to as a model NAME@EFFORT. None:
+    it is one model, and thinks as its caller says."""
     max_parallel_requests: PositiveInt | None = None
     """Per process. None: no cap."""
     max_queued_requests: Annotated[StrictInt, Field(ge=0, le=10_000)] | None = None
@@ -287,6 +293,8 @@ class ModelInfo(FrozenModel):
         stated = (self.input_cost_per_token, self.output_cost_per_token)
         if (stated[0] is None) != (stated[1] is None):
             raise ValueError("a price needs both input_cost_per_token and output_cost_per_token; one is missing")
+        if self.effort is not None and self.supports_reasoning is False:
+            raise ValueError("effort: a model that does not reason (supports_reasoning: false) has none; remove it")
         if self.free and any(self.prices.values()):
             raise ValueError("free: true and a price contradict each other; remove one")
         Price.from_fields({PRICE_FIELDS[0]: 0.0, PRICE_FIELDS[1]: 0.0, **self.prices})

@@ -70,7 +70,11 @@ async def sync_prices(registry: Registry, state: PricedState, url: str | None = 
     """
     price_map = bundled_price_map() if url is None else await fetch_price_map(url)
     outcomes: dict[str, list[str]] = {"updated": [], "unchanged": [], "kept": [], "unknown": []}
-    listed = {name: _listed(price_map, record, by_name=url is not None) for name, record in state.models.items()}
+    listed = {
+        name: _listed(price_map, record, by_name=url is not None)
+        for name, record in state.models.items()
+        if record.base is None  # an effort has the price of its model
+    }
     for name, price in sorted(listed.items()):
         outcomes[await _synced(registry, state, name, price, bundled=url is None)].append(name)
     updated = {name: price for name in outcomes.pop("updated") if (price := listed[name])}

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import orjson
 
+from proxy.settings.effort import EFFORTS
 from proxy.settings.model_config import EMBEDDING, with_flat_tiers
 from router_core.errors import InvalidInput, InvalidPrice
 from router_core.types import PRICE_FIELDS, Capabilities, Price, price_field
@@ -28,9 +29,6 @@ RUNS_LOCALLY = frozenset({"ollama", "ollama_chat", "lemonade", "lm_studio"})
 class InvalidPriceMap(InvalidInput):
     """A document is not a price map; the message names the entry."""
 
-
-# Ascending. `none` asks for no thinking at all.
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # Those that every reasoning model has unless its entry says otherwise.
 COMMON_EFFORTS = frozenset({"low", "medium", "high"})

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import orjson
 from pydantic import ValidationError
 
+from proxy.settings.effort import Effort
 from proxy.settings.litellm_params import is_provider_param, stated_address
 from proxy.settings.model_config import ModelConfig, ModelInfo
 from router_core.errors import InvalidInput, InvalidPrice
@@ -196,6 +197,15 @@ class ModelRecord:
     """Unix seconds."""
     resolved: ResolvedProvider | None = None
     """Its provider; None: not resolved yet."""
+    base: str | None = None
+    """The registered model of which this is an effort; None: it is registered itself."""
+    effort: Effort | None = None
+    """None: it is asked at no effort of ours."""
+
+    @property
+    def registered_name(self) -> str:
+        """Return the name under which it is registered, and under which its address has a circuit, slots and price."""
+        return self.base or self.name
 
     @cached_property
     def fingerprint(self) -> str:

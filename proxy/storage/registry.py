@@ -64,6 +64,10 @@ class ConfiguredModel(RegistryError):
     """The model is defined in the configuration file, and is changed there."""
 
 
+class EffortOfModel(RegistryError):
+    """The name is that of an effort, which is changed and removed with its model."""
+
+
 class UnknownKey(RegistryError):
     """No client key has this id."""
 
@@ -249,11 +253,16 @@ class Registry:
             raise ConflictingWrite(f"the model {record.name!r} may have been changed since version {as_of}")
         return self._known(record.name, version)
 
-    async def remove_model(self, name: str) -> int:
-        """Remove a model, its profiles, its price and its pause. Raise UnknownModel or ConfiguredModel."""
+    async def remove_model(self, name: str, efforts: Collection[str] = ()) -> int:
+        """Remove a model and its efforts, their profiles, its price and its pause.
+
+        Raises:
+            UnknownModel, ConfiguredModel.
+        """
         self._not_configured(name)
-        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED, history_key(name)]
-        version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, [name], (REMOVE_MODEL, name))
+        names = [name, *efforts]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED, *map(history_key, names)]
+        version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, names, (REMOVE_MODEL, name))
         return self._known(name, version)
 
     async def put_price(self, name: str, price: Price, source: str = "admin") -> int | None:
@@ -271,17 +280,21 @@ class Registry:
         Args:
             recipe: as of `add_model`.
         """
-        arguments = [record.name, self._flag(record.name), *_handed_over(record, profile, recipe)]
+        arguments = [record.name, self._must_be_stored(record.registered_name), *_handed_over(record, profile, recipe)]
         keys = [MODELS, PROFILES, PREVIOUS_PROFILES, history_key(record.name)]
         act = PROFILE_MODEL, record.name
         version = await self._writer.run("store a profile", _PUT_PROFILE, keys, arguments, act)
         return self._known(record.name, version)
 
-    async def pause_model(self, name: str, *, paused: bool) -> int:
-        """Leave a model out of traffic, or let it go on; what it is already changes nothing. Raise UnknownModel."""
+    async def pause_model(self, name: str, *, paused: bool, effort_of: str | None = None) -> int:
+        """Leave a model out of traffic, or let it go on; what it is already changes nothing. Raise UnknownModel.
+
+        Args:
+            effort_of: the model, if this is the name of an effort.
+        """
         pause = Pause(time.time(), self._writer.who).to_json() if paused else ""
         what, action = ("pause a model", PAUSE_MODEL) if paused else ("resume a model", RESUME_MODEL)
-        arguments = [name, self._flag(name), pause]
+        arguments = [name, self._must_be_stored(effort_of or name), pause]
         version = await self._writer.run(what, _PAUSE_MODEL, [MODELS, PAUSED], arguments, (action, name))
         return self._known(name, version)
 
@@ -294,6 +307,10 @@ class Registry:
     async def reset_settings(self) -> int:
         """Let the configuration hold in all that was set while the server runs."""
         return await self._writer.run("store the settings", _PUT_SETTINGS, [SETTINGS], [], (RESET_SETTINGS, ""))
+
+    def _must_be_stored(self, name: str) -> str:
+        """Return the name of a model that the store must have; empty if the configuration defines it."""
+        return "" if name in self._configured else name
 
     def _flag(self, name: str) -> str:
         return "1" if name in self._configured else "0"

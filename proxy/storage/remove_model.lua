@@ -1,11 +1,14 @@
--- KEYS: version, models, profiles, previous profiles, price, paused models, the model's history, audit log.
--- ARGV: name, audit line.
+-- KEYS: version, models, profiles, previous profiles, price, paused models, the histories of the model and its efforts,
+-- audit log. ARGV: name, names of its efforts, audit line.
 -- Returns -1 if there is no such model.
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 then return -1 end
 local version = changed()
 redis.call('HDEL', KEYS[2], ARGV[1])
-redis.pcall('HDEL', KEYS[3], ARGV[1])
-redis.pcall('HDEL', KEYS[4], ARGV[1])
-redis.call('DEL', KEYS[5], KEYS[7])
-redis.pcall('HDEL', KEYS[6], ARGV[1])
+redis.call('DEL', KEYS[5])
+for place = 1, #ARGV - 1 do
+  redis.pcall('HDEL', KEYS[3], ARGV[place])
+  redis.pcall('HDEL', KEYS[4], ARGV[place])
+  redis.pcall('HDEL', KEYS[6], ARGV[place])
+  redis.call('DEL', KEYS[6 + place])
+end
 return version

@@ -16,15 +16,17 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from proxy.concurrency import BackgroundTasks
+from proxy.settings.effort import least_tokens
 from proxy.settings.model_config import EMBEDDING, ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import AuthRequiredLatch, ClientKey
 from proxy.storage.controls import LambdaOverride, Pause, why_paused
 from proxy.storage.feedback import ObservedProfiles
 from proxy.storage.price_map import PriceMap, PriceMapEntry
-from proxy.storage.records import CurrentPrice, ModelRecord, StoredProfile
+from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile, WarnOnce
 from proxy.storage.redis import CHANGED, PRICING, Availability, Store, StoreUnavailable
 from proxy.storage.state_reader import StateReader, StoredState
+from proxy.storage.variants import Variants, variants_of
 from router_core.clustering import ClusterMap
 from router_core.estimators import POOLED, Estimator
 from router_core.pool import CachedEstimator, Candidate, Pool
@@ -174,11 +176,15 @@ class RoutingSnapshot:
     embeddings: Mapping[str, Capabilities] = field(default_factory=dict)
     """The models that are asked for embeddings. They are not in the pool."""
     paused: Mapping[str, Pause] = field(default_factory=dict)
-    """Registered models that are left out of traffic."""
+    """Models that are left out of traffic."""
+    efforts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Registered model → the names of its efforts, ascending. They are among `models`, as the model itself is."""
     lambda_override: LambdaOverride | None = None
     """The default λ that was set while the server runs."""
     selection_terms: dict[tuple[str, str | None], Any] = field(default_factory=dict, repr=False, compare=False)
     """Kept for `routing`, by the name of a model and the id of a key."""
+    efforts_above: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    """Kept by `beyond`."""
 
     def default_lambda(self, settings: Settings) -> float:
         """Return the λ of requests for which nothing else states one."""
@@ -201,8 +207,49 @@ class RoutingSnapshot:
             " `uniroute models outcomes`"
         )
 
+    @cached_property
+    def registered(self) -> frozenset[str]:
+        """The names of the models, without their efforts: each has one circuit."""
+        return frozenset(name for name, record in self.models.items() if record.base is None)
+
+    @cached_property
+    def measured_efforts(self) -> Mapping[str, tuple[str, ...]]:
+        """The models of which an effort is measured, each with its efforts: these answer in the model's place."""
+        return {name: each for name, each in self.efforts.items() if any(effort in self.profiles for effort in each)}
+
+    def with_efforts(self, names: Collection[str]) -> Collection[str]:
+        """Return the names of models, and of their efforts."""
+        if not self.efforts or self.efforts.keys().isdisjoint(names):
+            return names
+        return {*names, *(effort for name in names for effort in self.efforts.get(name, ()))}
+
+    def measured_records(self, name: str) -> tuple[ModelRecord, ...]:
+        """Return what one job measures: a model, or its efforts."""
+        return tuple(self.models[each] for each in self.efforts.get(name, (name,)))
+
+    def beyond(self, tokens: int) -> frozenset[str]:
+        """Return the efforts that think more than so many tokens allow; of each model one is left, the smallest."""
+        found = self.efforts_above.get(tokens)
+        if found is None:
+            above = [
+                name
+                for names in self.efforts.values()
+                for place, name in enumerate(names)
+                if place and (effort := self.models[name].effort) is not None and least_tokens(effort) > tokens
+            ]
+            if len(self.efforts_above) >= MAX_KEPT_BOUNDS:
+                self.efforts_above.clear()
+            found = self.efforts_above[tokens] = frozenset(above)
+        return found
+
     def model_state(self, name: str) -> str:
-        """Return ready, foreign_profile, unprofiled or unpriced. The jobs say whether it is being profiled."""
+        """Return ready, foreign_profile, unprofiled or unpriced. The jobs say whether it is being profiled.
+
+        A model with efforts is in the state of the one that is most ready, for that one answers in its place.
+        """
+        if name in self.efforts:
+            states = {self.model_state(effort) for effort in self.efforts[name]}
+            return next(each for each in ("ready", "unpriced", "foreign_profile", "unprofiled") if each in states)
         if name not in self.profiles and name not in self.embeddings:
             return "foreign_profile" if name in self.unused_profiles else "unprofiled"
         return "ready" if name in self.prices else "unpriced"
@@ -215,6 +262,10 @@ class ModelFacts(NamedTuple):
     """While none is stored."""
     capabilities: Capabilities
     embeds: bool
+
+
+# Of one snapshot: callers may state any number of tokens.
+MAX_KEPT_BOUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -251,17 +302,26 @@ class SnapshotInputs:
         listed, info = self.price_map.find(str(record.litellm_params["model"])), record.info
         return ModelFacts(price_of(info, None, listed), capabilities_of(info, listed), embeds(info, listed))
 
+    @cached_property
+    def variants(self) -> Variants:
+        return Variants()
+
 
 def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bool) -> RoutingSnapshot:
     """Build a snapshot. Configured models win over stored ones of the same name."""
-    models = {**stored.models, **inputs.configured}
+    registered = {**stored.models, **inputs.configured}
+    efforts = _efforts(registered, inputs)
+    models = {**registered, **{each.name: each for records in efforts.values() for each in records}}
     facts = inputs.facts_of(models)
-    known_prices = {name: stored.prices.get(name) or each.price for name, each in facts.items()}
+    known_prices = {name: stored.prices.get(models[name].registered_name) or each.price for name, each in facts.items()}
     prices = {name: price for name, price in known_prices.items() if price is not None}
     profiles = {
         name: profile for name, profile in _in_use(models, stored, inputs.cluster_map).items() if not facts[name].embeds
     }
     unused = {name: stored.profiles[name] for name in models if name in stored.profiles and name not in profiles}
+    for name, records in efforts.items():
+        if any(each.name in profiles for each in records):  # they answer in the model's place
+            profiles.pop(name, None)
     expected = profiles
     if (traffic_stats := inputs.traffic_stats) is not None:
         expected = {name: traffic_stats.blend_into(name, profile) for name, profile in profiles.items()}
@@ -273,7 +333,8 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
             profile=expected.get(name),
             price=prices[name].price if name in prices else None,
             capabilities=facts[name].capabilities,
-            excluded=why_paused(name) if name in stored.paused else None,
+            excluded=next((why_paused(each) for each in _paused_by(models[name]) if each in stored.paused), None),
+            effort=_place_of(models[name], efforts),
         )
         for name in sorted(models)
         if not facts[name].embeds
@@ -293,9 +354,40 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
         keys=_by_digest([key for key in stored.keys.values() if not key.revoked]),
         keys_required=keys_latched or stored.keys_exist,
         embeddings=embeddings,
-        paused={name: pause for name, pause in stored.paused.items() if name in models},
+        paused={
+            name: stored.paused[each]
+            for name, record in models.items()
+            for each in _paused_by(record)
+            if each in stored.paused
+        },
+        efforts={name: tuple(each.name for each in records) for name, records in efforts.items()},
         lambda_override=stored.lambda_override,
     )
+
+
+def _efforts(registered: Mapping[str, ModelRecord], inputs: SnapshotInputs) -> dict[str, tuple[ModelRecord, ...]]:
+    """Return the efforts of each model that has any. A model that can have none now is asked as it is."""
+    found = {}
+    for name, record in registered.items():
+        if record.info.effort is None:
+            continue
+        try:
+            listed = inputs.price_map.find(str(record.litellm_params["model"]))
+            if variants := inputs.variants.of(record, listed, registered):
+                found[name] = variants
+        except InvalidRecord as error:
+            _warn_once(name, error)
+    return found
+
+
+def _place_of(record: ModelRecord, efforts: Mapping[str, Sequence[ModelRecord]]) -> tuple[str, int] | None:
+    """Return the model that this is an effort of, and its place among the efforts; None: it is none."""
+    return None if record.base is None else (record.base, efforts[record.base].index(record))
+
+
+def _paused_by(record: ModelRecord) -> Collection[str]:
+    """Return the names whose pause leaves this one out: an effort pauses with its model, or alone."""
+    return dict.fromkeys((record.registered_name, record.name))
 
 
 def embeds(info: ModelInfo, listed: PriceMapEntry | None) -> bool:
@@ -313,7 +405,10 @@ def prices_of(
     models: Mapping[str, ModelRecord], stored: StoredState, listed: Mapping[str, PriceMapEntry | None]
 ) -> dict[str, CurrentPrice]:
     """Return the current price of each model that has one."""
-    found = {name: price_of(record.info, stored.prices.get(name), listed[name]) for name, record in models.items()}
+    found = {
+        name: price_of(record.info, stored.prices.get(record.registered_name), listed[name])
+        for name, record in models.items()
+    }
     return {name: price for name, price in found.items() if price is not None}
 
 
@@ -369,6 +464,8 @@ def _why_unused(entry: StoredProfile, cluster_map: ClusterMap) -> str:
 
 log = logging.getLogger("uniroute.state")
 
+_warn_once = WarnOnce(log, "a model's efforts are not made, and it is asked as it is")
+
 POLL_INTERVAL_S = 0.5
 
 # Messages that come this close together are one change.
@@ -423,6 +520,10 @@ class SnapshotWatcher:
     def embeds(self, record: ModelRecord) -> bool:
         """Return whether a model that may not be registered yet is asked for embeddings."""
         return embeds(record.info, self._inputs.price_map.find(str(record.litellm_params["model"])))
+
+    def variants_of(self, record: ModelRecord) -> tuple[ModelRecord, ...]:
+        """Return the efforts of a model that may not be registered yet. Raises InvalidRecord."""
+        return variants_of(record, self._inputs.price_map.find(str(record.litellm_params["model"])))
 
     async def start(self) -> None:
         """Read once, and watch from then on. If Redis is away, the first reading comes when it is back."""

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, Effort
 from proxy.settings.litellm_params import is_provider_param
 from proxy.settings.model_config import NativeAPI
-from proxy.storage.price_map import EFFORTS, PriceMapEntry, ThinkingSupport, bundled_price_map
+from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.upstream.native_api import BODY_PARAMS, OWN_REASONING_PREFIX, OWN_SIGNATURE_PREFIX, reaches_anthropic
 
@@ -22,14 +23,8 @@ ENCRYPTED_REASONING = "reasoning.encrypted_content"
 
 _LIMIT_NAMES: Mapping[NativeAPI, str] = {"messages": "max_tokens", "responses": "max_output_tokens"}
 
-# Tokens of thinking, for models that take a budget in place of an effort.
-_BUDGETS = {"low": 2048, "medium": 8192, "high": 16384, "xhigh": 32000, "max": 32000}
-
 # What a budget says of the effort, for models that take no budget.
 _MIN_BUDGETS = {"xhigh": 32000, "high": 10000, "medium": 4000}
-
-# Anthropic refuses a smaller one.
-MIN_BUDGET = 1024
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -86,6 +81,8 @@ def native_body(
         document: the client's body, without UniRoute's own fields. It is not changed.
         max_output_tokens: an upper bound of the answer's tokens. None: the client's own holds.
     """
+    if record.effort is not None:
+        document = _with_effort(api, document, record.effort)
     body = _with_model_params(api, document, record) if record.has_body_params else dict(document)
     if max_output_tokens is not None:
         name = _LIMIT_NAMES[api]
@@ -111,6 +108,33 @@ def _with_model_params(api: NativeAPI, document: Mapping[str, Any], record: Mode
             body[theirs] = value
     if (system := record.litellm_params.get("system")) and not _has_system(document):
         body["system" if api == "messages" else "instructions"] = system
+    return body
+
+
+def _with_effort(api: NativeAPI, document: Mapping[str, Any], effort: Effort) -> Body:
+    """Ask for the effort that was chosen, in place of what the client stated: that was its upper bound."""
+    body = dict(document)
+    if api == "responses":
+        stated = body.get("reasoning")
+        body["reasoning"] = {**(stated if isinstance(stated, Mapping) else {}), "effort": effort}
+        return body
+    stated, config = body.get("thinking"), body.get("output_config")
+    shown = {"display": stated["display"]} if isinstance(stated, Mapping) and "display" in stated else {}
+    config = {name: value for name, value in config.items() if name != "effort"} if isinstance(config, Mapping) else {}
+    choice = body.get("tool_choice")
+    if isinstance(choice, Mapping) and choice.get("type") in ("any", "tool"):
+        thinking: Body = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded
+    elif isinstance(effort, int):
+        thinking = {"type": "enabled", "budget_tokens": effort, **shown}
+    else:
+        fixed = _fixed_effort(api, effort)
+        thinking, config = {**fixed["thinking"], **shown}, {**config, **fixed.get("output_config", {})}
+    if thinking["type"] == "disabled":
+        thinking.pop("display", None)
+    else:  # and to sample as the client might ask it to
+        body = {name: value for name, value in body.items() if name not in _SAMPLING}
+    body["thinking"] = thinking
+    _set_member(body, "output_config", config)
     return body
 
 
@@ -193,7 +217,11 @@ def _adapted(thinking: Mapping[str, Any], effort: Any, support: Support) -> tupl
     if kind == "enabled" and not known.budgets:
         return {"type": "adaptive", **shown}, effort or _effort_of(thinking.get("budget_tokens"))
     if kind != "enabled" and not known.adaptive:
-        return {"type": "enabled", "budget_tokens": _BUDGETS.get(str(effort or "high"), MIN_BUDGET), **shown}, effort
+        return {
+            "type": "enabled",
+            "budget_tokens": USUAL_TOKENS.get(str(effort or "high"), MIN_BUDGET),
+            **shown,
+        }, effort
     return dict(thinking), effort
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +58,13 @@ def of_files(outcomes: Path, prices: Path) -> Truth:
     return Truth(_placed(texts), errors, costs)
 
 
-def outcomes_of(outcomes: Path, prices: Path) -> tuple[list[str], Doubles, Doubles]:
-    """Return n prompts that every model was asked, the (n, M) errors, and the (M,) costs of the models."""
+def outcomes_of(
+    outcomes: Path, prices: Path, models: Sequence[str] | None = None
+) -> tuple[list[str], Doubles, Doubles]:
+    """Return n prompts that each of the models was asked, the (n, M) errors, and the (M,) costs. None: all models."""
     rows = [parse_row(where, line) for where, line in read_rows(outcomes)]
-    models = sorted({name for row in rows for name in row.scores})
-    rows = [row for row in rows if len(row.scores) == len(models)]
+    models = models or sorted({name for row in rows for name in row.scores})
+    rows = [row for row in rows if row.scores.keys() >= set(models)]
     listed = json.loads(prices.read_text())
     costs = np.array([listed[name]["output_cost_per_token"] for name in models])
     errors = np.array([[1.0 - row.scores[name] for name in models] for row in rows])

@@ -67,6 +67,22 @@ def test_a_model_added_by_the_command_is_measured_listed_routed_and_removed(
     assert "asked" not in run_command("models", "list", environ=environ).stdout
 
 
+def test_efforts_are_added_measured_and_removed_with_their_model(
+    served: tuple[ServeCommand, dict[str, str]], upstream: ScriptedUpstream
+) -> None:
+    _, environ = served
+    arguments = ("--model", "openai/thinker", "--api-base", upstream.url, "--free", "--effort", "low,high")
+    ended = run_command("models", "add", "thinker", *arguments, "--prompts", "24", environ=environ)
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split(" is ready")[0] for line in ended.stdout.splitlines()] == ["thinker@low", "thinker@high"]
+    listed = run_command("models", "list", environ=environ).stdout
+    assert {"thinker", "thinker@low", "thinker@high"} <= set(listed.split())
+    refused = run_command("models", "add", "odd", *arguments[:-1], "much", environ=environ)
+    assert "an effort is one of none, minimal, low" in refused.stderr
+    assert run_command("models", "remove", "thinker", environ=environ).returncode == 0
+    assert "thinker" not in run_command("models", "list", environ=environ).stdout
+
+
 def test_progress_goes_to_stderr_in_plain_lines_where_there_is_no_terminal(
     served: tuple[ServeCommand, dict[str, str]], upstream: ScriptedUpstream
 ) -> None:

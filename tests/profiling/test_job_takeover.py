@@ -153,7 +153,7 @@ async def test_an_emptied_store_ends_its_jobs_and_takes_new_ones(store: Store, t
 
 async def test_a_worker_without_the_lease_can_write_nothing(store: Store, tmp_path: Path) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    job_id = await ledger.submit(a_record(), 20, 1.0)
+    job_id = await ledger.submit((a_record(),), 20, 1.0)
     old = await leases.take(job_id)
     assert old is not None
     assert await leases.take(job_id) is None
@@ -175,7 +175,7 @@ async def test_a_worker_without_the_lease_can_write_nothing(store: Store, tmp_pa
 
 async def test_money_that_a_dead_worker_reserved_counts_as_spent(store: Store, tmp_path: Path) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    job_id = await ledger.submit(a_record(), 20, 1.0)
+    job_id = await ledger.submit((a_record(),), 20, 1.0)
     dead = await leases.take(job_id)
     assert dead is not None
     await ledger.begin(dead, 20, priced=True)
@@ -193,7 +193,7 @@ async def test_money_that_a_dead_worker_reserved_counts_as_spent(store: Store, t
 
 async def test_work_ends_before_a_lease_that_cannot_be_renewed_does(store: Store, tmp_path: Path) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    lease = await leases.take(await ledger.submit(a_record(), 20, 1.0))
+    lease = await leases.take(await ledger.submit((a_record(),), 20, 1.0))
     assert lease is not None
     work = asyncio.create_task(asyncio.Event().wait())
     holding = asyncio.create_task(leases.hold(lease, work))
@@ -212,7 +212,7 @@ async def taken_and_lost(store: Store, leases: Leases, job_id: str) -> bool:
 
 async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    job_id = await ledger.submit(a_record(), 20, 1.0)
+    job_id = await ledger.submit((a_record(),), 20, 1.0)
     first = await leases.take(job_id)
     assert first is not None
     await ledger.begin(first, 20, priced=True)
@@ -227,12 +227,12 @@ async def test_a_job_whose_workers_die_is_given_up_and_says_so(store: Store, cap
     assert f"given up after {MAX_TRIES} tries" in (job.error or "")
     assert GIVEN_UP in caplog.text
     assert not await store.client.sismember(OPEN, job_id)
-    assert await ledger.submit(a_record(), 20, 1.0) != job_id
+    assert await ledger.submit((a_record(),), 20, 1.0) != job_id
 
 
 async def test_giving_a_job_back_does_not_count_as_a_try(store: Store) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    job_id = await ledger.submit(a_record(), 20, 1.0)
+    job_id = await ledger.submit((a_record(),), 20, 1.0)
     for _ in range(2 * MAX_TRIES):
         lease = await leases.take(job_id)
         assert lease is not None
@@ -242,7 +242,7 @@ async def test_giving_a_job_back_does_not_count_as_a_try(store: Store) -> None:
 @pytest.mark.parametrize("stored", ["", "nan", "-5", "1e99", "many", "-inf"])
 async def test_an_invalid_count_of_tries_starts_again(store: Store, stored: str) -> None:
     ledger, leases = JobStore(store), Leases(store)
-    job_id = await ledger.submit(a_record(), 20, 1.0)
+    job_id = await ledger.submit((a_record(),), 20, 1.0)
     await store.client.hset(job_key(job_id), "tries", stored)
     lease = await leases.take(job_id)
     assert lease is not None

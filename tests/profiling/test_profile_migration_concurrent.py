@@ -43,7 +43,7 @@ async def test_a_process_that_read_before_another_submitted_submits_nothing(stor
         record = model_at(upstream.url)
         await measured_on_corners(store, tmp_path, record)
         outdated = ReusedAnswers("the-job-before", HALVES.id, {"p1": PromptAnswer(score=1.0)}, None)
-        assert await JobStore(store).submit(record, 1, 0.0, outdated) == ""
+        assert await JobStore(store).submit((record,), 1, 0.0, outdated) == ""
     assert await store.client.zcard(JOBS) == 1
 
 

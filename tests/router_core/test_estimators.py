@@ -153,3 +153,37 @@ def test_an_excess_is_never_more_than_a_model_could_have(models: int, seed: int)
     assert np.all(np.abs(excess) <= 1.0)
     if not labels.any():
         assert not excess.any()
+
+
+def three_efforts(labels: float = 4.0) -> tuple[Doubles, Doubles]:
+    """Return a model that is right everywhere, and two neighbouring efforts that are wrong in the first cluster."""
+    errors = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]) * labels
+    return errors, np.array([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]]) * labels
+
+
+def test_an_effort_that_was_not_asked_in_a_cluster_is_expected_to_be_as_its_neighbour_there() -> None:
+    sums = three_efforts()
+    apart = partially_pooled_rates(*sums, a_map())
+    together = partially_pooled_rates(*sums, a_map(), ((1, 2),))
+    assert together[2, 0] > apart[2, 0] + 0.05
+    assert together[0] == pytest.approx(apart[0])
+
+
+def test_a_distant_effort_tells_less_than_a_neighbour() -> None:
+    errors, labels = three_efforts()
+    errors, labels = np.vstack([errors, errors[:1]]), np.vstack([labels, labels[:1]])
+    near = partially_pooled_rates(errors, labels, a_map(), ((1, 2, 3),))[2, 0]
+    far = partially_pooled_rates(errors, labels, a_map(), ((1, 3, 2),))[2, 0]
+    assert far < near
+
+
+def test_with_many_labels_the_rates_of_an_effort_are_its_own() -> None:
+    errors = np.array([[0.1, 0.5, 0.9], [0.9, 0.5, 0.1]]) * 1e4
+    labels = np.full((2, 3), 1e4)
+    assert partially_pooled_rates(errors, labels, a_map(), ((0, 1),)) == pytest.approx(errors / 1e4, abs=0.02)
+
+
+def test_other_estimators_take_each_effort_alone() -> None:
+    sums = three_efforts()
+    for recipe in (SHRUNK, RAW, LAPLACE):
+        assert np.array_equal(recipe.rates(*sums, a_map(), ((1, 2),)), recipe.rates(*sums, a_map()))

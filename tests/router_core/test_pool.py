@@ -5,7 +5,7 @@ import pytest
 
 from router_core.clustering import ClusterMap
 from router_core.eligibility import eligible
-from router_core.estimators import SHRUNK, Estimator
+from router_core.estimators import SHRUNK, Efforts, Estimator
 from router_core.pool import CachedEstimator
 from router_core.profiles import Profile
 from router_core.scoring import ScoringParams, rank
@@ -28,7 +28,7 @@ def test_stated_rates_are_served_as_they_are() -> None:
 def test_rates_are_computed_again_only_if_sums_changed() -> None:
     calls = []
 
-    def counted(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap) -> Doubles:
+    def counted(error_sums: Doubles, labels: Doubles, cluster_map: ClusterMap, _efforts: Efforts = ()) -> Doubles:
         calls.append(len(error_sums))
         return SHRUNK.rates(error_sums, labels, cluster_map)
 

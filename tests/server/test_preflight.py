@@ -55,6 +55,24 @@ def test_a_broken_or_missing_ca_file_is_refused_by_the_name_of_its_setting(tmp_p
             validate_files(settings_of(model_list=[model]))
 
 
+@pytest.mark.parametrize(
+    ("names", "model", "problem"),
+    [
+        (
+            ["a"],
+            "openai/gpt-4o-mini",
+            r"^model_list\[0\]\.model_info\.effort: .* is not known to reason",
+        ),
+        (["a", "a@low"], "openai/o3", r"^model_list\[0\]\.model_info\.effort: 'a@low' is also a model"),
+    ],
+)
+def test_efforts_that_a_model_cannot_have_are_refused(names: list[str], model: str, problem: str) -> None:
+    models: list[dict[str, Any]] = [{"model_name": name, "litellm_params": {"model": model}} for name in names]
+    models[0]["model_info"] = {"effort": "auto"}
+    with pytest.raises(SettingsError, match=problem):
+        validate_files(settings_of(model_list=models))
+
+
 def named(*served: str, complete: bool = True, **section: object) -> None:
     check_named_models(settings_of(**section), served, {"gpt-4o"}.__contains__, complete=complete)
 

@@ -16,6 +16,7 @@ from proxy.errors import UpstreamError
 from proxy.profiling.job_store import Job
 from proxy.profiling.jobs import Jobs
 from proxy.profiling.model_client import RetryPolicy, UpstreamModelClient
+from proxy.settings.effort import params_of
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
@@ -48,9 +49,10 @@ class HttpUpstream:
     """Call a model with one POST, and raise errors as the real provider layer does."""
 
     async def complete(self, record: ModelRecord, body: Mapping[str, Any]) -> JSONPayload:
+        sent = {**body, **({} if record.effort is None else params_of(record.effort))}
         async with httpx.AsyncClient(timeout=60, trust_env=False, verify=False) as client:
             try:
-                response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=dict(body))
+                response = await client.post(f"{record.litellm_params['api_base']}/chat/completions", json=sent)
             except httpx.HTTPError as error:
                 raise UpstreamError(f"{record.name} cannot be reached") from error
         if response.is_error:

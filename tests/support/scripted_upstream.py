@@ -8,7 +8,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from tests.support.scripted_answers import Json, Skill, Step, chunks, completion, newest_user_text, sse
@@ -34,7 +34,11 @@ class ScriptedUpstream:
 
     def __init__(self, skill: Skill = lambda _: "Hello from the scripted model.", *, slow_s: float = 0.0) -> None:
         self.skill = skill
+        self.skill_of_body: Callable[[Json], str] | None = None
+        """Answers in place of `skill`, where more than the newest text counts."""
         self.slow_s = slow_s
+        self.refuses: Callable[[Json], bool] = lambda _: False
+        """Bodies that are answered with a 400."""
         self.script: deque[Step] = deque()
         self.always: Step | None = None
         self.skill_by_path: dict[str, Json] = {}
@@ -103,6 +107,8 @@ class ScriptedUpstream:
         received = await _read(reader)
         self.history.append(received)
         step = self.script.popleft() if self.script else self._standing(received.path)
+        if self.refuses(received.body):
+            step = Step(status=400, body={"error": {"message": "unsupported value"}})
         watch = asyncio.create_task(_watch(reader, received))
         try:
             if step.hang:
@@ -124,14 +130,17 @@ class ScriptedUpstream:
             return Step(body=self.skill_by_path[path])
         return self.always or Step(delay_s=self.slow_s)
 
+    def _words(self, body: Json) -> str:
+        return self.skill(newest_user_text(body)) if self.skill_of_body is None else self.skill_of_body(body)
+
     async def _answer(self, writer: asyncio.StreamWriter, received: Received, step: Step) -> None:
         await asyncio.sleep(step.delay_s)
         if received.body.get("stream") and step.status == 200 and step.body is None:
-            await _stream(writer, received, step, self.skill(newest_user_text(received.body)))
+            await _stream(writer, received, step, self._words(received.body))
             return
         body = step.body
         if body is None:
-            body = completion(received.body, step, self.skill(newest_user_text(received.body)))
+            body = completion(received.body, step, self._words(received.body))
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         writer.write(_head(step, "application/json", len(raw)) + raw)
         await writer.drain()

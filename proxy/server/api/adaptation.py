@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
-from proxy.storage.price_map import EFFORTS, PriceMapEntry, ThinkingSupport, bundled_price_map
+from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
 
 # Providers beside Anthropic that serve Claude, and for which litellm writes Anthropic's own fields.
@@ -48,12 +49,6 @@ READ_REASONING = frozenset(
 # OpenAI's limits.
 MAX_USER_CHARS = 64
 MAX_STOPS = 4
-
-# Anthropic's least budget.
-MIN_BUDGET = 1024
-
-# Tokens for thinking, where an effort has to be said as a budget.
-BUDGET_OF_EFFORT = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32000, "max": 32000}
 
 Body = Mapping[str, Any]
 
@@ -247,9 +242,7 @@ def _adapt_claude(changes: _Changes, upstream: _Upstream) -> None:
     elif stated == "enabled" and not support.budgets:
         changes.set("thinking", {"type": "adaptive", "display": thinking.get("display") or "summarized"})
     elif stated in ("adaptive", "between_tools") and upstream.entry is not None and not support.adaptive:
-        changes.set(
-            "thinking", {"type": "enabled", "budget_tokens": BUDGET_OF_EFFORT.get(effort or "high", MIN_BUDGET)}
-        )
+        changes.set("thinking", {"type": "enabled", "budget_tokens": USUAL_TOKENS.get(effort or "high", MIN_BUDGET)})
     _fit_budget(changes, upstream)
     if effort is not None and upstream.entry is not None:
         if not support.adaptive:
