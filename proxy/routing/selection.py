@@ -13,6 +13,7 @@ from proxy.routing.requirements import routing_text
 from proxy.routing.selection_context import (
     IneligibleReasons,
     SelectionContext,
+    check_allowed,
     no_candidate_error,
     over_cost_error,
 )
@@ -104,8 +105,12 @@ async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, exp
 
     Raises:
         ModelPaused: it is paused, and no other model may answer.
+        Forbidden: the effort that the request states allows only one that the key does not.
     """
-    name, may_fall_back = ctx.within_effort(ctx.request.model), ctx.request.options.fallbacks is True
+    name, may_fall_back = ctx.request.model, ctx.request.options.fallbacks is True
+    if name in ctx.beyond_effort:
+        name = ctx.within_effort(name)
+        check_allowed(name, ctx.key, ctx.snapshot)
     if name in ctx.snapshot.paused:
         return await _select_in_place_of(name, ctx, assigner)
     selection = Selection(

@@ -199,7 +199,7 @@ def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: 
     if mode is not None:
         return mode
     if name in snapshot.models:
-        _check_allowed(name, key, snapshot)
+        check_allowed(name, key, snapshot)
         _check_chats(name, "model", snapshot)
         return RoutingMode.SCORED if name in snapshot.measured_efforts else RoutingMode.PINNED
     raise ModelNotFound(f'the model {name[:128]!r} does not exist; use "auto", or one of GET /v1/models', param="model")
@@ -299,12 +299,13 @@ def _checked(
     for name in names or ():
         if name not in snapshot.models:
             raise ModelNotFound(f"the model {name[:128]!r} of `{param}` does not exist", param=param)
-        _check_allowed(name, key, snapshot)
+        check_allowed(name, key, snapshot)
         _check_chats(name, param, snapshot)
     return names
 
 
-def _check_allowed(name: str, key: ClientKey | None, snapshot: RoutingSnapshot) -> None:
+def check_allowed(name: str, key: ClientKey | None, snapshot: RoutingSnapshot) -> None:
+    """Raise Forbidden if a key may not use a model."""
     if not may_use(name, key, snapshot):
         raise Forbidden(f"this key may not use the model {name!r}", param="model")
 

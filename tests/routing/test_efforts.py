@@ -145,6 +145,9 @@ async def test_a_key_for_a_model_opens_its_efforts_and_one_for_an_effort_that_al
     assert tuple((await choice(key=one)).candidates) == ("thinker@low",)
     with pytest.raises(Forbidden):
         await choice("thinker@high", key=one)
+    highest = ClientKey("k3", "highest", "d", 0.0, ("thinker@high",))
+    with pytest.raises(Forbidden, match="thinker@low"):
+        await choice("thinker@high", key=highest, body={"reasoning_effort": "low"})
 
 
 async def test_a_preset_of_a_model_means_its_efforts() -> None:

@@ -15,7 +15,7 @@ from router_core.artifact import builtin_map
 from tests.support.client_apis import PATHS, APIName, body_of
 from tests.support.native_answers import MESSAGE, RESPONSE
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
-from tests.support.scripted_answers import Json, Step
+from tests.support.scripted_answers import CLAUDE, Json, Step
 from tests.support.scripted_upstream import ScriptedUpstream
 from tests.support.waiting import wait_until
 
@@ -296,3 +296,30 @@ def test_efforts_outlive_a_restart_and_what_was_stored_of_them(tmp_path: Path, e
     assert (reply.headers["x-uniroute-model"], upstream.last.body["reasoning_effort"]) == ("kept@high", "high")
     assert (card["efforts"], card["model_info"]["effort"]) == (["kept@low", "kept@high"], ["low", "high"])
     assert left.status_code == 404
+
+
+def test_claude_is_told_a_budget_by_litellm_as_well(tmp_path: Path, embedder_cache: Path) -> None:
+    with ScriptedUpstream() as upstream:
+        upstream.always = Step(body=CLAUDE)
+        entry = {
+            "model_name": "claude",
+            "litellm_params": {
+                "model": "anthropic/claude-sonnet-4-5",
+                "api_base": upstream.url.removesuffix("/v1"),
+                "api_key": "os.environ/MODEL_API_KEY",
+            },
+            "model_info": {"effort": "auto", "forward": "translate"},
+        }
+        config = {"model_list": [entry], "uniroute": {"profile": {"on_start": False}}}
+        told = []
+        with ProxyProcess(tmp_path, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}) as proxy:
+            for name in ("claude@none", "claude@2048", "claude@16384"):
+                body = body_of("chat", EASY, model=name, max_tokens=4000, temperature=0.5)
+                reply = httpx.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=120)
+                assert reply.status_code == 200, reply.text
+                told.append((upstream.last.body.get("thinking"), upstream.last.body.get("temperature")))
+    assert told == [
+        (None, 0.5),
+        ({"type": "enabled", "budget_tokens": 2048}, None),
+        ({"type": "enabled", "budget_tokens": 2000}, None),
+    ]
