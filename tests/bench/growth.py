@@ -52,7 +52,7 @@ NOISE = 1.25
 # Rounds that a row has at least, however late it is; the first warms up.
 FEWEST_ROUNDS = 2
 # Answers on each of sixteen connections that a round lasts for at least.
-TURNS = 2
+TURNS = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Extent:
     streams: Sequence[int] = (1, 10, 100, 1_000, 2_000)
     prompts: int = 20_000
     """Generated, that maps are fitted on."""
-    rounds: int = 6
+    rounds: int = 5
     seconds: float = 0.6
     """Of a round."""
     limit_s: float = 840.0
