@@ -72,7 +72,7 @@ class Extent:
     """After which no row has more rounds than it must."""
 
 
-QUICK = Extent((2, 1_000), (16, 1_024), (1_000, 100_000, 10_000_000), (1, 1_000), 5_000, 3, 0.3, 150.0)
+QUICK = Extent((2, 200), (16, 1_024), (1_000, 100_000, 1_000_000), (1, 1_000), 5_000, 3, 0.3, 120.0)
 
 
 @dataclass(frozen=True)
