@@ -215,7 +215,8 @@ def _row(facts: Facts, rate: float) -> None:
 def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory(prefix="uniroute-soak-") as temporary:
-        cache = arguments.data_dir or Path(temporary)
+        # A server's own data folder refers to it.
+        cache = (arguments.data_dir or Path(temporary)).absolute()
         static_embedder(cache, console.echo_err)
         with a_world(Path(temporary), cache, 7, mix="quick", workers=1) as world:
             console.echo(" requests  RSS MiB  PSS MiB anon MiB   fds socks tasks  req/s")
