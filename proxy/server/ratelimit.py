@@ -25,15 +25,13 @@ from proxy.server.reservations import (
     END,
     RESERVE,
     SETTLE,
-    TIMEOUT_S,
     Reservation,
     ReservationRequest,
-    ScriptBatcher,
     Settlement,
-    StoreUnavailableNow,
     state_key,
 )
 from proxy.storage.client_keys import ClientKey, KeyLimits
+from proxy.storage.command_batcher import CommandBatcher, StoreUnavailableNow
 from proxy.storage.redis import Availability, Store, StoreUnavailable, StoreUnreadable
 from proxy.storage.usage_writer import MAX_COUNT
 from router_core.pricing import PICO, picousd
@@ -41,6 +39,9 @@ from router_core.text import rfc3339
 from router_core.types import frozen
 
 log = logging.getLogger("uniroute.limits")
+
+# How long a request waits for Redis.
+TIMEOUT_S = 0.05
 
 # Keys whose buckets a process keeps by itself.
 MAX_KEYS = 10_000
@@ -75,7 +76,7 @@ class RateLimiter:
         self._open = open_without_store
         self._clock = clock
         self._timeout_s = timeout_s
-        self._scripts = ScriptBatcher(store, (RESERVE, END), timeout_s)
+        self._scripts = CommandBatcher(store, "check the limits of a key", timeout_s, (RESERVE, END))
         self._settle_script = store.client.register_script(SETTLE)
         self._buckets: LRU[str, BucketState] = LRU(MAX_KEYS)
         self._availability = Availability(log, back="limits are checked in the store again")
@@ -131,7 +132,7 @@ class RateLimiter:
 
     async def _run_reserve(self, key: ClientKey, request: ReservationRequest) -> list[str]:
         release = partial(self._release_soon, key.id, request.id)
-        answer = self._scripts.call(RESERVE, state_key(key.id), _arguments(key, request), release)
+        answer = self._scripts.call_script(RESERVE, state_key(key.id), _arguments(key, request), release)
         try:
             return str(await answer).split()
         except asyncio.CancelledError:  # the client left; what may still be granted is released
@@ -144,7 +145,7 @@ class RateLimiter:
         known = picousd is not None and picousd <= MAX_COUNT
         took = ("" if tokens is None else str(tokens), str(picousd) if known else "")
         try:
-            settlement = self._scripts.call(END, state_key(key_id), (key_id, reservation, *took))
+            settlement = self._scripts.call_script(END, state_key(key_id), (key_id, reservation, *took))
         except StoreUnavailableNow:
             return None
         settlement.add_done_callback(_log_failure)

@@ -160,7 +160,6 @@ class Availability:
         self._clock = clock
         self._lost_at = None if known else clock()
         self._logged_at: float | None = None
-        self._retry_at = 0.0
 
     @property
     def available(self) -> bool:
@@ -179,22 +178,11 @@ class Availability:
             self._logged_at = now
         self.reason = reason
         self._lost_at = now if self._lost_at is None else self._lost_at
-        self._retry_at = now + self._retry_interval_s
 
     def mark_available(self) -> None:
         if self._lost_at is not None and self._log and self._back:
             self._log.info("%s", self._back)
         self._lost_at = None
-
-    def may_ask(self) -> bool:
-        """Return True while the store is available, and to one caller in each interval while it is not."""
-        if self._lost_at is None:
-            return True
-        now = self._clock()
-        if now < self._retry_at:
-            return False
-        self._retry_at = now + self._retry_interval_s
-        return True
 
     async def poll(self, answers: Callable[[], Awaitable[bool]]) -> None:
         """Ask until the store answers, and mark it available."""

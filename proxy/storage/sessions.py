@@ -19,8 +19,9 @@ from redis.exceptions import RedisError
 
 from proxy.concurrency import LRU, BackgroundTasks
 from proxy.settings.model_config import check_model_name
+from proxy.storage.command_batcher import CommandBatcher, StoreUnavailableNow
 from proxy.storage.records import WarnOnce, json_object, unix_time, whole_number
-from proxy.storage.redis import Availability, Store, StoreUnavailable
+from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command, pipeline
 
 log = logging.getLogger("uniroute.conversations")
 
@@ -29,7 +30,7 @@ PREFIX: Final = "uniroute:conversation"
 # How long a request waits for Redis, once.
 LOOKUP_TIMEOUT_S = 0.04
 
-# While Redis does not answer, one request in each interval asks it again.
+# Between two attempts to write, while Redis does not answer.
 RETRY_INTERVAL_S = 1.0
 
 MAX_LOCAL = 4_096
@@ -101,7 +102,8 @@ class SessionStore:
         self._local: LRU[str, _Answer] = LRU(MAX_LOCAL)
         self._queue: deque[tuple[str, _Answer]] = deque()
         self._queued = asyncio.Event()
-        self._availability = Availability(log, retry_interval_s=RETRY_INTERVAL_S)
+        self._lookups = CommandBatcher(store, "recall a conversation", LOOKUP_TIMEOUT_S)
+        self._availability = Availability(log)
         self._tasks = BackgroundTasks()
 
     def record(self, digests: Sequence[str], model: str, tokens: int | None = None) -> None:
@@ -149,6 +151,7 @@ class SessionStore:
 
     async def stop(self) -> None:
         """Write what is queued, if Redis takes it."""
+        await self._lookups.close()
         await self._tasks.close()
         try:
             while self._queue:
@@ -161,13 +164,10 @@ class SessionStore:
         batch = [self._queue[place] for place in range(min(BATCH_SIZE, len(self._queue)))]
         if not batch:
             return
-        async with (
-            self._store.operation("remember conversations") as client,
-            client.pipeline(transaction=False) as pipe,
-        ):
-            for digest, answer in batch:
-                pipe.set(_key(digest), _to_json(answer), ex=self._ttl_s)
-            replies = await pipe.execute(raise_on_error=False)
+        lifetime = str(self._ttl_s)
+        commands = [encode_command(("SET", _key(digest), _to_json(answer), "EX", lifetime)) for digest, answer in batch]
+        async with self._store.operation("remember conversations") as client:
+            replies = await pipeline(client, commands)
         if broken := [reply for reply in replies if isinstance(reply, RedisError)]:
             log.warning("%d of %d conversations are not remembered: %s", len(broken), len(replies), broken[0])
         for entry in batch:
@@ -209,14 +209,12 @@ class SessionStore:
 
     async def _fetch(self, digests: Sequence[str]) -> dict[str, _Answer]:
         """Return what Redis knows of them; nothing if it does not answer within LOOKUP_TIMEOUT_S."""
-        if not self._availability.may_ask():
-            return {}
         try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._store.operation("recall a conversation") as client:
-                texts: Any = await client.mget([_key(digest) for digest in digests])
-        except (StoreUnavailable, TimeoutError) as error:
-            why = f"Redis did not answer within {LOOKUP_TIMEOUT_S * 1000:g} ms {error}".strip()
-            self._availability.mark_unavailable(f"conversations are not recalled until it does: {why}")
+            texts: Any = await self._lookups.call(("MGET", *map(_key, digests)))
+        except StoreUnavailableNow:
+            return {}
+        except StoreUnavailable as error:
+            self._availability.mark_unavailable(f"conversations are not recalled until it does: {error}")
             self._on_missed()
             return {}
         self._availability.mark_available()

@@ -12,8 +12,9 @@ import pytest
 from proxy.errors import BudgetExceeded, RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.reservations import MAX_BATCH_SIZE, Reservation, state_key
+from proxy.server.reservations import Reservation, state_key
 from proxy.storage.client_keys import ClientKey
+from proxy.storage.command_batcher import MAX_BATCH_SIZE
 from proxy.storage.redis import Store, encode_command, pipeline
 from proxy.storage.valkey import EmbeddedValkey
 from tests.support.limited_keys import CENT, a_key, a_request

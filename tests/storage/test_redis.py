@@ -291,19 +291,6 @@ def test_an_outage_from_the_start_is_logged_again_after_the_interval(caplog: pyt
     assert [record.message for record in caplog.records] == ["away at 100", "away at 161"]
 
 
-def test_an_unavailable_store_is_asked_by_one_caller_in_each_interval() -> None:
-    clock = Clock()
-    availability = Availability(retry_interval_s=1.0, clock=clock)
-    assert [availability.may_ask() for _ in range(2)] == [True, True]
-    availability.mark_unavailable("away")
-    assert not availability.may_ask()
-    clock.now += 1.0
-    assert [availability.may_ask() for _ in range(3)] == [True, False, False]
-    assert (availability.available, availability.unavailable_s) == (False, 1.0)
-    availability.mark_available()
-    assert availability.may_ask()
-
-
 async def test_polling_ends_with_the_first_answer() -> None:
     answers = iter([False, False, True])
     availability = Availability(retry_interval_s=0.0)

@@ -16,7 +16,6 @@ from proxy.storage.sessions import (
     MAX_LOCAL,
     MAX_QUEUED,
     PREFIX,
-    RETRY_INTERVAL_S,
     LastTurn,
     Lookup,
     SessionStore,
@@ -199,7 +198,7 @@ def frozen(server: EmbeddedValkey) -> Iterator[None]:
         os.kill(server._process.pid, signal.SIGCONT)
 
 
-async def test_one_request_a_second_waits_for_a_frozen_redis(
+async def test_no_request_waits_for_a_redis_that_was_silent_a_moment_ago(
     valkey: EmbeddedValkey, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.storage.sessions.LOOKUP_TIMEOUT_S", 0.04)
@@ -208,21 +207,28 @@ async def test_one_request_a_second_waits_for_a_frozen_redis(
     memory.record(["session"], "small", 5)
     assert (await memory.lookup([], "session")).last is not None
     with frozen(valkey):
-        started = time.monotonic()
         found = [await memory.lookup(["call"], "session") for _ in range(50)]
-        within = time.monotonic() - started
         # from this process's own memory, without asking again
         assert [turn.last.model for turn in found if turn.last] == ["small"] * 50
-        assert len(missed) <= 1 + within / RETRY_INTERVAL_S
-
-        memory._availability._retry_at = 0.0  # the second has passed
         many = await asyncio.gather(*(memory.lookup([], f"other-{number}") for number in range(50)))
         assert many == [Lookup()] * 50
-        assert len(missed) <= 2 + (time.monotonic() - started) / RETRY_INTERVAL_S
-    memory._availability._retry_at = 0.0
-    for call in ("call-1", "call-2"):  # it answers again, and is asked as before
-        await put(store, call, {"model": "large", "tokens": None, "at": time.time()})
-        assert await memory.lookup([call], None) == Lookup("large")
+        assert len(missed) <= 2  # a busy machine may have missed the first one too
+    await put(store, "call", {"model": "large", "tokens": None, "at": time.time()})
+    for _ in range(600):
+        if (found_again := await memory.lookup(["call"], None)) == Lookup("large"):
+            break
+        await asyncio.sleep(0.1)
+    assert found_again == Lookup("large")
+    await memory.stop()
+
+
+async def test_what_is_recalled_at_once_goes_to_redis_in_one_write(store: Store) -> None:
+    memory = SessionStore(store, 60)
+    for number in range(40):
+        await put(store, f"s{number}", {"model": f"m{number}", "tokens": None, "at": time.time()})
+    found = await asyncio.gather(*(memory.lookup([], f"s{number}") for number in range(40)))
+    assert [each.last.model for each in found if each.last] == [f"m{number}" for number in range(40)]
+    await memory.stop()
 
 
 async def test_while_redis_is_away_the_write_queue_is_bounded() -> None:
