@@ -73,6 +73,9 @@ async def test_one_job_makes_a_profile_of_each_effort(store: Store, tmp_path: Pa
             profiles = bench.state.current.profiles
             spent = [(await read_history(store, name))[0].spent_usd or 0.0 for name in NAMES]
             lines = await bench.jobs.outcomes(job.id)
+            pool = bench.state.current.pool
+            easy, *hard = pool.errors[pool.index["small@low"]]
+    assert easy < 0.3 < 0.6 < min(hard)
     assert (job.state, job.done, job.total, job.error) == ("ready", 36, 36, None)
     assert Counter(effort for effort, _ in asked(upstream).elements()) == dict.fromkeys(EFFORTS, 12)
     assert len({text for _, text in asked(upstream)}) == 24
