@@ -14,7 +14,7 @@ from proxy.errors import NotProfiled
 from proxy.profiling.grading import AssignedPrompts, GradingProcess, ValidationPrompts
 from proxy.profiling.job_store import Job, JobStore, PromptAnswer, ReusedAnswers
 from proxy.profiling.model_client import ModelClient, RetryPolicy
-from proxy.profiling.runner import ENOUGH_LABELS, JobRunner, questions_of
+from proxy.profiling.runner import ENOUGH_LABELS, ROW, SHARE, JobRunner
 from proxy.profiling.worker import JobWorker
 from proxy.routing.selection_context import listed
 from proxy.settings.schema import Settings
@@ -49,7 +49,8 @@ class RecordedAnswers:
     @property
     def enough(self) -> bool:
         """Return whether these answers are enough for a profile without asking the model again."""
-        needed = min(ENOUGH_LABELS * self.efforts, questions_of(self.prompts, self.efforts))
+        asked = self.prompts if self.efforts == 1 else self.efforts * self.prompts * SHARE // ROW
+        needed = min(ENOUGH_LABELS * self.efforts, asked)
         return 0 < needed <= self.reused.labels
 
 

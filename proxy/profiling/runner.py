@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic, time
@@ -202,14 +202,23 @@ class Question:
 ROW, SHARE = 4, 2
 
 
-def is_asked(effort: int, place: int, efforts: int) -> bool:
-    """Tell whether an effort, by its number, is asked the prompt at a place. A model that is alone is asked all."""
-    return efforts == 1 or (place - effort) % ROW < SHARE
+def turns_of(families: Iterable[str]) -> list[int]:
+    """Return the turn of each prompt: prompts of one family take turns, and each family begins at the next turn.
+
+    By their places alone an effort could be asked no prompt of some families, where these alternate.
+    """
+    next_turns: dict[str, int] = {}
+    turns = []
+    for family in families:
+        turn = next_turns.setdefault(family, len(next_turns))
+        turns.append(turn)
+        next_turns[family] = turn + 1
+    return turns
 
 
-def questions_of(prompts: int, efforts: int) -> int:
-    """Return how many questions so many prompts make for all efforts of a model together."""
-    return sum(is_asked(effort, place, efforts) for effort in range(efforts) for place in range(prompts))
+def is_asked(effort: int, turn: int, efforts: int) -> bool:
+    """Tell whether an effort, by its number, is asked the prompt of a turn. A model that is alone is asked all."""
+    return efforts == 1 or (turn - effort) % ROW < SHARE
 
 
 def deal(
@@ -220,15 +229,15 @@ def deal(
     Args:
         measured: each model, ascending by effort, with what the ids of its answers end with.
     """
-    fixed, others = [], []
-    for place, prompt in enumerate(prompts):
+    fixed, others, count = [], [], 0
+    for turn, prompt in zip(turns_of(prompt.family for prompt in prompts), prompts, strict=True):
         for number, (model, end) in enumerate(measured.items()):
-            question = Question(prompt.id + end, model, prompt)
+            question, asked = Question(prompt.id + end, model, prompt), is_asked(number, turn, len(measured))
+            count += asked
             if question.id in answered:
                 fixed.append(question)
-            elif is_asked(number, place, len(measured)):
+            elif asked:
                 others.append(question)
-    count = questions_of(len(prompts), len(measured))
     return [*fixed, *others[: max(0, count - len(fixed))]]
 
 

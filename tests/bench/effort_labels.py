@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from proxy.profiling.runner import is_asked
+from proxy.profiling.runner import is_asked, turns_of
 from router_core.embedding import static_embedder
 from router_core.estimators import POOLED, Efforts
 from router_core.profiles import measure
@@ -61,12 +61,12 @@ class Plan:
 
     name: str
     joint: bool
-    asked: tuple[tuple[int, ...], ...]
+    asked: tuple[tuple[int, ...], ...] | str
     """Their places among those that are chosen."""
 
 
 WHOLE, HALF = tuple(range(PROMPTS)), tuple(range(0, PROMPTS, 2))
-DEALT = tuple(tuple(place for place in WHOLE if is_asked(effort, place, 3)) for effort in range(3))
+DEALT = "as jobs deal prompts out"
 OWN = tuple(tuple(range(effort, CHOSEN, 3)) for effort in range(3))
 
 PLANS = (
@@ -98,9 +98,12 @@ def made_up_errors(rng: np.random.Generator, weights: Doubles) -> Doubles:
 
 def rates_of(plan: Plan, prompts: Prompts, chosen: Indices, scores: Doubles) -> Doubles:
     """Return the (3, K) rates of the efforts. `scores`: (n, 5)."""
+    turns = turns_of(prompts.families[row] for row in chosen[:PROMPTS])
+    dealt = tuple(tuple(place for place in WHOLE if is_asked(effort, turns[place], 3)) for effort in range(3))
+    asked_of = dealt if isinstance(plan.asked, str) else plan.asked
     profiles = []
     for model in range(scores.shape[1]):
-        rows = chosen[list(plan.asked[model] if model < len(plan.asked) else WHOLE)]
+        rows = chosen[list(asked_of[model] if model < len(asked_of) else WHOLE)]
         asked = Assignment(prompts.assignment.ids[rows], prompts.assignment.weights[rows])
         nothing = np.full(len(rows), np.nan)
         profiles.append(measure(MAP.id, MAP.size, asked, scores[rows, model], output_tokens=nothing, seconds=nothing))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.profiling.jobs import profile_new_models
-from proxy.profiling.runner import deal, questions_of
+from proxy.profiling.runner import deal, is_asked, turns_of
 from proxy.settings.model_config import ModelConfig
 from proxy.storage.profile_history import read_history
 from proxy.storage.records import ModelRecord
@@ -48,15 +48,21 @@ def asked(upstream: ScriptedUpstream) -> Counter[tuple[str, str]]:
     return Counter((each.body["reasoning_effort"], each.body["messages"][-1]["content"]) for each in upstream.history)
 
 
-def test_three_efforts_are_asked_half_as_much_as_three_models() -> None:
-    assert [questions_of(60, efforts) for efforts in (1, 2, 3, 5)] == [60, 60, 90, 150]
-
-
 def test_neighbouring_efforts_share_half_of_their_prompts() -> None:
     dealt = deal(PROMPTS, {"a": "@a", "b": "@b", "c": "@c"})
     asked_of = {model: [PROMPTS.index(each.prompt) for each in dealt if each.model == model] for model in "abc"}
     assert asked_of == {"a": [0, 1], "b": [1, 2], "c": [2, 3]}
     assert dealt[0].id == f"{PROMPTS[0].id}@a"
+
+
+@pytest.mark.parametrize("families", [1, 2, 3, 4, 8])
+def test_each_effort_is_asked_about_as_many_prompts_of_each_family(families: int) -> None:
+    turns = turns_of(str(place % families) for place in range(48))
+    asked_of = Counter(
+        (effort, place % families) for effort in range(3) for place in range(48) if is_asked(effort, turns[place], 3)
+    )
+    assert len(asked_of) == 3 * families
+    assert all(abs(count - 24 / families) <= 1 for count in asked_of.values())
 
 
 def test_questions_that_are_answered_stay_among_those_of_a_job() -> None:
@@ -73,6 +79,9 @@ async def test_one_job_makes_a_profile_of_each_effort(store: Store, tmp_path: Pa
             profiles = bench.state.current.profiles
             spent = [(await read_history(store, name))[0].spent_usd or 0.0 for name in NAMES]
             lines = await bench.jobs.outcomes(job.id)
+            pool = bench.state.current.pool
+            easy, *hard = pool.errors[pool.index["small@low"]]
+    assert easy < 0.35 < 0.6 < min(hard)
     assert (job.state, job.done, job.total, job.error) == ("ready", 36, 36, None)
     assert Counter(effort for effort, _ in asked(upstream).elements()) == dict.fromkeys(EFFORTS, 12)
     assert len({text for _, text in asked(upstream)}) == 24
