@@ -293,13 +293,14 @@ def export(
 def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
     """Check a set: report its first broken line, or the clusters of the map with few labels."""
     from proxy.server.startup import load_cluster_map
+    from router_core.clustering import assign_texts
     from router_core.validation.validation_set import coverage, thin_clusters
 
     chosen = read_validation_set(source)
     settings = read_settings(None, data_dir=data_dir)
     cluster_map = load_cluster_map(settings)
     embedder = console.load_embedder(settings.embedder, settings.data_dir)
-    labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
+    labels = coverage(assign_texts([prompt.text for prompt in chosen], embedder, cluster_map), cluster_map.size)
     thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]
     if as_json:
         rows = [{"cluster": k, "name": name, "label_weight": round(weight, 3)} for k, name, weight in thin]
