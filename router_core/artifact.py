@@ -44,6 +44,7 @@ ARRAYS = "clusters.npz"
 LEARNED_KINDS: Mapping[str, type[ErrorClusters | LearnedMap]] = {"response": ErrorClusters, "learned": LearnedMap}
 REFERENCE_ARRAYS = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
+BUILTIN_MAPS = {"static": BUILTIN_MAP, "multilingual": BUILTIN_MAP.with_name("multilingual_map")}
 
 
 def save_map(cluster_map: ClusterMap, folder: Path) -> None:
@@ -107,10 +108,10 @@ def load_map(folder: Path) -> ClusterMap:
     return cluster_map
 
 
-@lru_cache(maxsize=1)
-def builtin_map() -> ClusterMap:
-    """Load the map that ships with the package."""
-    return load_map(BUILTIN_MAP)
+@lru_cache(maxsize=len(BUILTIN_MAPS))
+def builtin_map(embedder: str = "static") -> ClusterMap:
+    """Load the map that ships with the package for this embedder; that of the static one for those that have none."""
+    return load_map(BUILTIN_MAPS.get(embedder, BUILTIN_MAP))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

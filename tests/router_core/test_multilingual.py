@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from router_core import embedding, multilingual
+from router_core.artifact import builtin_map
 from router_core.distill import TABLE
 from router_core.embedding import STATIC_KINDS, StaticEmbedder, UnigramTokenizer, check_embedder, open_embedder
 from router_core.errors import InvalidArtifact
@@ -165,6 +166,13 @@ def test_a_damaged_tokenizer_is_refused_with_the_way_out(folder: Path, tmp_path:
     (damaged / multilingual.TOKENIZER).write_bytes(b"cut off")
     with pytest.raises(InvalidArtifact, match=r"delete .* it is made again"):
         StaticEmbedder.load(damaged, STATIC_KINDS["multilingual"])
+
+
+def test_the_built_in_map_of_the_table_has_its_id_and_clusters_of_many_languages() -> None:
+    cluster_map = builtin_map("multilingual")
+    assert (cluster_map.embedder_id, cluster_map.dimension) == (multilingual.embedder_id(), 128)
+    assert cluster_map.prompt_shares is not None
+    assert builtin_map("an embedder without one") is not cluster_map
 
 
 @needs_packages
