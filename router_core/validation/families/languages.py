@@ -25,7 +25,7 @@ def _facts(lines: str) -> tuple[Fact, ...]:
     return parse_facts(lines.strip().splitlines())
 
 
-_TONGUES: Mapping[str, Tongue] = {
+TONGUES: Mapping[str, Tongue] = {
     "fr": Tongue(
         (
             "Combien font {a} plus {b} ?",
@@ -130,7 +130,7 @@ _TONGUES: Mapping[str, Tongue] = {
 
 
 # A section of their own: those above keep the texts and ids that models were measured with.
-_MORE: Mapping[str, Tongue] = {
+MORE_TONGUES: Mapping[str, Tongue] = {
     "ar": Tongue(
         (
             "كم يساوي {a} زائد {b}؟",
@@ -209,6 +209,6 @@ def _in(tongues: Mapping[str, Tongue]) -> Drafts:
     return drafts
 
 
-SECTIONS = (Section("other_languages", 36, _in(_TONGUES)),)
+SECTIONS = (Section("other_languages", 36, _in(TONGUES)),)
 
-MORE_SECTIONS = (Section("more_languages", 24, _in(_MORE)),)
+MORE_SECTIONS = (Section("more_languages", 24, _in(MORE_TONGUES)),)
