@@ -22,7 +22,7 @@ _SCRIPTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 _WORDS: dict[str, frozenset[str]] = {
     language: frozenset(words.split())
     for language, words in {
-        "en": "the of and to is are was what which how in that it for with this you do does from my an if i me can by give",
+        "en": "the of and to is are was what which how in that it for with this you do does from my an if i me can by",
         "es": "el los las que es una por para con cuál cómo cuánto cuántos qué y del se más tiene en está",
         "fr": "le les est une des que quel quelle combien et dans pour avec du vous qui sur au comment je font un puis",
         "de": "der die das ist und wie in welchem jahr ein eine was den welche mit von viel im nicht für ich wer auf",

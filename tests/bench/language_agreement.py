@@ -49,7 +49,9 @@ def of_embedder(name: str) -> Mapping[str, float]:
     english = weights(ENGLISH)
     kinds = np.split(english, 3)
     found = {"en, other kinds": float(np.mean([agreement(one, other) for one, other in combinations(kinds, 2)]))}
-    return found | {language: agreement(english, weights(t.sums)) for language, t in (TONGUES | MORE_TONGUES).items()}
+    return found | {
+        language: agreement(english, weights(t.sums)) for language, t in {**TONGUES, **MORE_TONGUES}.items()
+    }
 
 
 def lines() -> Iterator[str]:

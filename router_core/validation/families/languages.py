@@ -211,4 +211,4 @@ def _in(tongues: Mapping[str, Tongue]) -> Drafts:
 
 SECTIONS = (Section("other_languages", 36, _in(TONGUES)),)
 
-MORE_SECTIONS = (Section("more_languages", 24, _in(MORE_TONGUES)),)
+MORE_SECTIONS = (Section("more_languages", 24, _in(MORE_TONGUES), family="other_languages"),)
