@@ -58,7 +58,7 @@ LAYERS = (
     Layer(
         "all",
         "What `make test-all` adds.",
-        ("ray", "fuzz", "clock", "browser"),
+        ("multilingual", "ray", "fuzz", "clock", "browser"),
         below=("core", "demo", "serve", "otel", "dev", "uv", "audit"),
     ),
 )

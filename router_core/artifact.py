@@ -24,17 +24,27 @@ from router_core.clustering import (
     array_names,
     to_arrays,
 )
-from router_core.documents import MAX_ARRAYS_BYTES, MAX_MANIFEST_BYTES, DocumentTooLarge, parse_json, read_bounded
+from router_core.documents import (
+    MAX_ARRAYS_BYTES,
+    MAX_MANIFEST_BYTES,
+    DocumentTooLarge,
+    parse_json,
+    read_bounded,
+    short_repr,
+)
 from router_core.errors import InvalidArtifact
 from router_core.learned_clusters import ErrorClusters, LearnedMap
+from router_core.surface import SURFACE_VERSION
 
-FORMAT = 2
+# Maps that read surface features have the format 3, which earlier versions refuse.
+FORMAT, SURFACE_FORMAT = 2, 3
 MANIFEST = "manifest.json"
 ARRAYS = "clusters.npz"
 # Kinds of learned clusters, as the manifest and the names of their arrays call them.
 LEARNED_KINDS: Mapping[str, type[ErrorClusters | LearnedMap]] = {"response": ErrorClusters, "learned": LearnedMap}
 REFERENCE_ARRAYS = ("overlap", "error_sums", "labels")
 BUILTIN_MAP = Path(__file__).parent / "assets" / "map"
+BUILTIN_MAPS = {"static": BUILTIN_MAP, "multilingual": BUILTIN_MAP.with_name("multilingual_map")}
 
 
 def save_map(cluster_map: ClusterMap, folder: Path) -> None:
@@ -45,7 +55,8 @@ def save_map(cluster_map: ClusterMap, folder: Path) -> None:
     arrays = buffer.getvalue()
     (folder / ARRAYS).write_bytes(arrays)
     manifest = {
-        "format": FORMAT,
+        "format": SURFACE_FORMAT if cluster_map.reads_surface else FORMAT,
+        **({"surface": SURFACE_VERSION} if cluster_map.reads_surface else {}),
         "id": cluster_map.id,
         "embedder": cluster_map.embedder_id,
         "clusters": cluster_map.size,
@@ -92,15 +103,15 @@ def load_map(folder: Path) -> ClusterMap:
     if hashlib.sha256(arrays).hexdigest() != manifest.get("sha256"):
         raise InvalidArtifact(f"{folder / ARRAYS} does not match the digest in its manifest; make the map again")
     cluster_map = _assemble(folder, arrays, manifest)
-    if cluster_map.id != manifest.get("id"):
+    if cluster_map.id != manifest.get("id") or cluster_map.reads_surface != (manifest["format"] == SURFACE_FORMAT):
         raise InvalidArtifact(f"{folder / MANIFEST} was changed: its id does not match its content")
     return cluster_map
 
 
-@lru_cache(maxsize=1)
-def builtin_map() -> ClusterMap:
-    """Load the map that ships with the package."""
-    return load_map(BUILTIN_MAP)
+@lru_cache(maxsize=len(BUILTIN_MAPS))
+def builtin_map(embedder: str = "static") -> ClusterMap:
+    """Load the map that ships with the package for this embedder; that of the static one for those that have none."""
+    return load_map(BUILTIN_MAPS.get(embedder, BUILTIN_MAP))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -114,8 +125,13 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InvalidArtifact(f"{path} {exc}") from exc
     except ValueError as exc:
         raise InvalidArtifact(f"{path} is not JSON: {exc}") from exc
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise InvalidArtifact(f"{path} is not a cluster map of format {FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") not in (FORMAT, SURFACE_FORMAT):
+        raise InvalidArtifact(f"{path} is not a cluster map of format {FORMAT} or {SURFACE_FORMAT}")
+    if manifest["format"] == SURFACE_FORMAT and manifest.get("surface") != SURFACE_VERSION:
+        raise InvalidArtifact(
+            f"{path} reads surface features of version {short_repr(manifest.get('surface'))}, and this program has"
+            f" version {SURFACE_VERSION}; fit the map again"
+        )
     return manifest
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from router_core import kernels
 from router_core.errors import InvalidInput
-from router_core.types import Assignment, Doubles, Floats
+from router_core.surface import SURFACE_FEATURES, surface_features
+from router_core.types import Assignment, Doubles, Embedder, Floats
 
 if TYPE_CHECKING:
     import faiss
@@ -139,7 +140,10 @@ class FittedPrompts:
 
 
 class LearnedClusters(Protocol):
-    """K further clusters of prompts, computed from the embedding. A dataclass of arrays and `top`."""
+    """K further clusters of prompts, computed from the embedding, and the surface features if it has room for them.
+
+    A dataclass of arrays and `top`.
+    """
 
     # Part of the ids of maps, which stored profiles refer to: it must never change.
     digest_name: ClassVar[str]
@@ -231,6 +235,15 @@ class ClusterMap:
     def dimension(self) -> int:
         return int(self.centroids.shape[1])
 
+    @cached_property
+    def reads_surface(self) -> bool:
+        """Whether learned clusters read the surface features of a prompt beside its vector."""
+        return any(clusters.dimension > self.dimension for clusters in self.learned_clusters)
+
+    def surface_of(self, texts: Sequence[str]) -> Floats | None:
+        """Return what `assign` needs of n texts beside their vectors; None if it needs nothing."""
+        return surface_features(texts) if self.reads_surface else None
+
     @property
     def novel_below(self) -> float | None:
         """The cosine with the nearest centroid below which a prompt is novel; None: it is not known."""
@@ -277,16 +290,29 @@ class ClusterMap:
             for start, end, similarity in zip(starts, self._ends, similarities, strict=True)
         )
 
-    def assign(self, vectors: Floats) -> Assignment:
+    def assign(self, vectors: Floats, surface: Floats | None = None) -> Assignment:
         """Assign each row of `vectors`, (n, d) and of unit length, to its clusters.
 
         Weights are proportional to exp(cos/τ) over the `top` nearest centroids.
+
+        Args:
+            surface: (n, SURFACE_FEATURES), as `surface_of` returns them; a map that reads none ignores them.
+
+        Raises:
+            InvalidInput: the map reads surface features and there are none.
         """
         nearest = self._single.search.assign(vectors) if len(vectors) == 1 else self._assign_many(vectors)
         if not self.learned_clusters:
             return nearest
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        assignments = [nearest, *(clusters.assign(vectors) for clusters in self.learned_clusters)]
+        if self.reads_surface:
+            if surface is None:
+                raise InvalidInput("this map reads surface features of prompts, and none are given")
+            vectors = np.concatenate((vectors, surface), axis=1)
+        assignments = [
+            nearest,
+            *(clusters.assign(vectors[:, : clusters.dimension]) for clusters in self.learned_clusters),
+        ]
         return _join(assignments, (0, *self._ends[:-1]))
 
     @property
@@ -358,12 +384,17 @@ class ClusterMap:
         if len(self.names) != self.size:
             raise InvalidInput(f"{len(self.names)} names for {self.size} clusters")
         for clusters in self.learned_clusters:
-            if clusters.dimension != self.dimension:
+            if clusters.dimension not in (self.dimension, self.dimension + SURFACE_FEATURES):
                 raise InvalidInput(f"learned clusters of {clusters.dimension} dimensions, not {self.dimension}")
         if self.reference_models and len(self.reference_models.overlap) != self.size:
             raise InvalidInput(f"a history of {len(self.reference_models.overlap)} clusters for {self.size}")
         if self.fitted_prompts and len(self.fitted_prompts.shares) != self.size:
             raise InvalidInput(f"shares of {len(self.fitted_prompts.shares)} clusters for {self.size}")
+
+
+def assign_texts(texts: Sequence[str], embedder: Embedder, cluster_map: ClusterMap) -> Assignment:
+    """Assign n texts to the clusters of a map that was fitted with this embedder."""
+    return cluster_map.assign(embedder.embed(texts), cluster_map.surface_of(texts))
 
 
 class _SingleSearch:

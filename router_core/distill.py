@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -73,9 +73,9 @@ def distill(folder: Path, model: Path | None = None, progress: Progress = lambda
         InvalidArtifact: the weights are not all-MiniLM-L6-v2's.
     """
     model = model or model_folder()
-    _check_weights(model / "model.safetensors")
+    check_digest(model / "model.safetensors", WEIGHTS_SHA256, "all-MiniLM-L6-v2")
     folder.mkdir(parents=True)
-    np.save(folder / TABLE, weighted(_centred(_token_vectors(model, progress)), token_weights()))
+    np.save(folder / TABLE, weighted(centred(_token_vectors(model, progress)), token_weights()))
     shutil.copy(model / TOKENIZER, folder / TOKENIZER)
 
 
@@ -108,20 +108,26 @@ def weigh(unweighted: Path, folder: Path) -> None:
     shutil.copy(unweighted / TOKENIZER, folder / TOKENIZER)
 
 
-def _check_weights(weights: Path) -> None:
+def check_digest(weights: Path, expected: str, model: str) -> None:
+    """Raise InvalidArtifact if the file is not the weights of this model."""
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != WEIGHTS_SHA256:
-        raise InvalidArtifact(f"{weights.name} has sha256 {digest}, expected {WEIGHTS_SHA256}: not all-MiniLM-L6-v2")
+    if digest != expected:
+        raise InvalidArtifact(f"{weights.name} has sha256 {digest}, expected {expected}: not {model}")
 
 
 def _token_vectors(model: Path, progress: Progress) -> Floats:
     """Return (V, d): the mean of the hidden states of [CLS] token [SEP], for each token of the vocabulary."""
     vocabulary = json.loads((model / TOKENIZER).read_text("utf-8"))["model"]["vocab"]
-    encoder = BertEncoder(model)
-    sequences = np.empty((len(vocabulary), 3), dtype=np.int64)
-    sequences[:] = vocabulary["[CLS]"], 0, vocabulary["[SEP]"]
-    sequences[:, 1] = np.arange(len(vocabulary))
+    tokens = np.arange(len(vocabulary))
+    return token_vectors(BertEncoder.load(model), tokens, (vocabulary["[CLS]"], vocabulary["[SEP]"]), progress)
+
+
+def token_vectors(encoder: BertEncoder, tokens: Indices, around: tuple[int, int], progress: Progress) -> Floats:
+    """Return (V, d): the mean hidden state of each of (V,) tokens alone, between the two special tokens `around`."""
+    sequences = np.empty((len(tokens), 3), dtype=np.int64)
+    sequences[:] = around[0], 0, around[1]
+    sequences[:, 1] = tokens
 
     def mean_states(batch: Indices) -> Floats:
         return np.asarray(encoder(batch).mean(axis=1), dtype=np.float32)
@@ -136,7 +142,7 @@ def _token_vectors(model: Path, progress: Progress) -> Floats:
     return np.concatenate(vectors)
 
 
-def _centred(vectors: Floats) -> Floats:
+def centred(vectors: Floats) -> Floats:
     vectors = vectors - vectors.mean(axis=0)
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), dtype=np.float32)
 
@@ -180,15 +186,29 @@ class Layer:
 
 
 class BertEncoder:
-    """The encoder of one folder with a config.json and a model.safetensors. Threads may share it."""
+    """Threads may share one."""
 
-    def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        self._heads = int(config["num_attention_heads"])
-        self._epsilon = float(config["layer_norm_eps"])
-        self._tensors = read_safetensors(folder / "model.safetensors")
-        self._layers = [self._layer(f"encoder.layer.{n}") for n in range(int(config["num_hidden_layers"]))]
+    def __init__(self, tensors: Mapping[str, Floats], *, layers: int, heads: int, epsilon: float) -> None:
+        """
+        Args:
+            tensors: float32, under the names that Hugging Face's BertModel gives them.
+        """
+        self._heads = heads
+        self._epsilon = epsilon
+        self._tensors = tensors
+        self._layers = [self._layer(f"encoder.layer.{n}") for n in range(layers)]
         self._embedding_norm = self._norm("embeddings.LayerNorm")
+
+    @classmethod
+    def load(cls, folder: Path) -> BertEncoder:
+        """Open a folder with a config.json and a model.safetensors."""
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        return cls(
+            read_safetensors(folder / "model.safetensors"),
+            layers=int(config["num_hidden_layers"]),
+            heads=int(config["num_attention_heads"]),
+            epsilon=float(config["layer_norm_eps"]),
+        )
 
     def __call__(self, sequences: Indices) -> Floats:
         """Return (n, length, d) hidden states of (n, length) token ids without padding."""

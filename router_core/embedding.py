@@ -8,17 +8,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_core import distill, kernels
+from router_core import distill, kernels, multilingual
 from router_core.errors import Interrupted, InvalidArtifact
 from router_core.text import closest_name
 from router_core.types import Embedder, Floats
@@ -58,8 +59,87 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
 
+# Bytes that a UnigramTokenizer splits before it is opened anew, which holds the process up for up to 50 ms. If no word
+# comes twice, the library remembers about 70 MB until then.
+BYTES_PER_CACHE = 8 << 20
+
+
+class UnigramTokenizer:
+    """A tokenizer of the pieces that `multilingual.distill` wrote, safe to use from several threads."""
+
+    def __init__(self, description: Path) -> None:
+        """
+        Raises:
+            InvalidArtifact: the file is damaged or missing, or the package that reads it is.
+        """
+        multilingual.require_packages(multilingual.SPLITTER)
+        self._description = description
+        self._tokenizer = self._open()
+        self._split = 0
+
+    def ids(self, text: bytes) -> NDArray[np.uint32]:
+        """Return the (n,) ids of UTF-8 `text`; 0 stands for what no piece covers."""
+        self._split += len(text)
+        if self._split > BYTES_PER_CACHE:
+            # The library remembers the words that it has split and drops none of them.
+            self._split, self._tokenizer = 0, self._open()
+        words = text.split()
+        if not words:
+            return np.empty(0, dtype=np.uint32)
+        return np.array(self._tokenizer.encode_bytes(_WORD_START + _WORD_START.join(words)), dtype=np.uint32)
+
+    def _open(self) -> Any:
+        from tokie import Tokenizer as Splitter
+        from tokie import TokieError
+
+        try:
+            return Splitter.from_file(str(self._description))
+        except (OSError, ValueError, TokieError) as error:
+            folder = self._description.parent
+            raise InvalidArtifact(
+                f"{self._description} cannot be read: {error}; delete {folder}, it is made again"
+            ) from None
+
+
+_WORD_START = multilingual.WORD_START.encode()
+
+
+class TokenSplitter(Protocol):
+    def ids(self, text: bytes) -> NDArray[np.uint32]: ...
+
+
+@dataclass(frozen=True)
+class StaticKind:
+    """One of the static embedders."""
+
+    module: str
+    """Its `distill` writes the folder of the table."""
+    embedder_id: Callable[[], str]
+    tokenizer: Callable[[Path], TokenSplitter]
+    """Opens the tokenizer of such a folder."""
+    teacher: str
+    time_to_make: str
+
+
+STATIC_KINDS: Mapping[str, StaticKind] = {
+    "static": StaticKind(
+        "router_core.distill",
+        distill.embedder_id,
+        lambda folder: Tokenizer(folder / distill.TOKENIZER),
+        "all-MiniLM-L6-v2",
+        "20 s",
+    ),
+    "multilingual": StaticKind(
+        "router_core.multilingual",
+        multilingual.embedder_id,
+        lambda folder: UnigramTokenizer(folder / multilingual.TOKENIZER),
+        "multilingual-e5-small",
+        "three minutes of CPU",
+    ),
+}
+
 DISTILL_COMMAND = (
-    "import functools, pathlib, sys; from router_core.distill import distill; "
+    "import functools, importlib, pathlib, sys; distill = importlib.import_module(sys.argv[2]).distill; "
     "distill(pathlib.Path(sys.argv[1]), progress=functools.partial(print, flush=True))"
 )
 
@@ -71,13 +151,16 @@ POLL_INTERVAL_S = 0.1
 
 SCRATCH_PREFIX = ".distilling-"
 
+# Those that need no name of a model.
+EMBEDDERS = (*STATIC_KINDS, "transformer")
+
 MODEL_FILES = ("modules.json", "config.json")
 
 
 class StaticEmbedder:
     """Embeds a text as the weighted mean of its token vectors. Processes share one memory-mapped table."""
 
-    def __init__(self, table: Floats, tokenizer: Tokenizer, embedder_id: str) -> None:
+    def __init__(self, table: Floats, tokenizer: TokenSplitter, embedder_id: str) -> None:
         """
         Args:
             table: (V, d) float32, one weighted row per vocabulary token.
@@ -91,10 +174,10 @@ class StaticEmbedder:
         self._tokenizer = tokenizer
 
     @classmethod
-    def load(cls, folder: Path) -> StaticEmbedder:
-        """Open a folder that `distill` wrote. This does not load torch."""
+    def load(cls, folder: Path, kind: StaticKind = STATIC_KINDS["static"]) -> StaticEmbedder:
+        """Open a folder that the kind's `distill` wrote. This does not load torch."""
         table = np.load(folder / distill.TABLE, mmap_mode="r", allow_pickle=False)
-        return cls(table, Tokenizer(folder / distill.TOKENIZER), distill.embedder_id())
+        return cls(table, kind.tokenizer(folder), kind.embedder_id())
 
     def embed(self, texts: Sequence[str]) -> Floats:
         """Return (n, d) float32, rows of unit length; a text without any token gives a zero row."""
@@ -154,30 +237,36 @@ def static_embedder(
     announce: Callable[[str], None] = lambda _message: None,
     progress: distill.Progress = lambda _done, _total: None,
     stop: threading.Event | None = None,
+    *,
+    name: str = "static",
 ) -> StaticEmbedder:
-    """Open the static embedder in `cache_dir`, making its table first if it is missing.
+    """Open a static embedder in `cache_dir`, making its table first if it is missing.
 
     It is distilled, or taken from a table of an earlier version, which had no weights yet.
 
     Args:
         cache_dir: one per machine is enough; every version of the table has a folder of its own.
-        announce: called once, before distilling begins, which takes seconds.
+        announce: called once, before distilling begins, which takes seconds or minutes.
         progress: called with the tokens distilled and their total, also while another process distils.
         stop: set it to give up.
+        name: one of STATIC_KINDS.
 
     Raises:
         InvalidArtifact: distilling failed; the message ends with what it printed last.
         Interrupted: `stop` was set.
     """
-    folder = cache_dir / distill.embedder_id()
+    kind = STATIC_KINDS[name]
+    folder = cache_dir / kind.embedder_id()
     unweighted = cache_dir / f"static-{distill.TABLE_VERSION}"
     if not (folder / distill.TABLE).exists():
         stop = stop or threading.Event()
+        # One lock for all kinds: its holder removes what is left of others.
         with _exclusive(cache_dir / f".{unweighted.name}.lock", progress, stop) as lock:
-            if not (folder / distill.TABLE).exists() and not _weighed(unweighted, folder):
-                announce("distilling the embedding table from all-MiniLM-L6-v2 (once, about 20 s)")
-                _distill_in_process(folder, partial(_publish, lock, progress), stop)
-    return StaticEmbedder.load(folder)
+            made = (folder / distill.TABLE).exists() or (name == "static" and _weighed(unweighted, folder))
+            if not made:
+                announce(f"distilling the embedding table from {kind.teacher} (once, about {kind.time_to_make})")
+                _distill_in_process(folder, partial(_publish, lock, progress), stop, kind.module)
+    return StaticEmbedder.load(folder, kind)
 
 
 def open_embedder(
@@ -190,21 +279,23 @@ def open_embedder(
     """Open an embedder by its kind. Nothing is downloaded.
 
     Args:
-        kind: `static`, `transformer`, the folder of a sentence-transformers model, or the name of a downloaded one.
+        kind: one of EMBEDDERS, the folder of a sentence-transformers model, or the name of a downloaded one.
 
     Raises:
         InvalidArtifact: there is no such model on this machine.
         Interrupted: `stop` was set before the table was distilled.
     """
     check_embedder(kind)
-    if kind == "static":
-        return static_embedder(cache_dir, announce, progress, stop)
+    if kind in STATIC_KINDS:
+        return static_embedder(cache_dir, announce, progress, stop, name=kind)
     return TransformerEmbedder(None if kind == "transformer" else kind)
 
 
 def check_embedder(name: str) -> None:
     """Raise InvalidArtifact if there is no embedder of this name. This does not import torch, which takes seconds."""
-    if name in ("static", "transformer"):
+    if name == "multilingual":
+        multilingual.require_packages(multilingual.SPLITTER)
+    if name in EMBEDDERS:
         return
     if Path(name).is_dir():
         if not any((Path(name) / file).exists() for file in MODEL_FILES):
@@ -218,11 +309,11 @@ def check_embedder(name: str) -> None:
                 return
         except ValueError:  # not a valid name
             continue
-    closest = closest_name(name, ("static", "transformer"))
+    closest = closest_name(name, EMBEDDERS)
     hint = f"did you mean {closest!r}?" if closest else f"download it first: `hf download {name}`"
     raise InvalidArtifact(
-        f"no model {name!r} is on this machine: give static, transformer, a folder, or a model of the hub that was"
-        f" downloaded; {hint}"
+        f"no model {name!r} is on this machine: give {', '.join(EMBEDDERS)}, a folder, or a model of the hub that"
+        f" was downloaded; {hint}"
     )
 
 
@@ -287,14 +378,19 @@ def _scratch(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _distill_in_process(folder: Path, progress: distill.Progress, stop: threading.Event | None = None) -> None:
+def _distill_in_process(
+    folder: Path,
+    progress: distill.Progress,
+    stop: threading.Event | None = None,
+    module: str = STATIC_KINDS["static"].module,
+) -> None:
     """Distil in a child process, so that a server never loads torch. The child ends if nothing reads its output."""
     stop = stop or threading.Event()
     with _scratch(folder) as scratch:
         distilled = scratch / folder.name
         error_log = scratch / "errors"
         with error_log.open("w") as errors:
-            command = [sys.executable, "-c", DISTILL_COMMAND, str(distilled)]
+            command = [sys.executable, "-c", DISTILL_COMMAND, str(distilled), module]
             with subprocess.Popen(  # noqa: S603
                 command,
                 stdout=subprocess.PIPE,

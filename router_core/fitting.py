@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from heapq import heappush, heapreplace
 from itertools import islice
 
@@ -22,6 +23,7 @@ from router_core.clustering import (
 )
 from router_core.errors import InvalidInput
 from router_core.learned_clusters import fit_learned_clusters
+from router_core.surface import surface_features
 from router_core.types import Doubles, Embedder, Floats, Indices
 
 # Prompts per cluster that k-means is given: of more, FAISS would use a random sample of this size.
@@ -164,6 +166,11 @@ class EmbeddedPrompts:
     """(n, d), rows of unit length."""
     embedder_id: str
 
+    @cached_property
+    def surface(self) -> Floats:
+        """(n, SURFACE_FEATURES)"""
+        return surface_features(self.texts)
+
 
 def no_progress(_step: str, _done: int, _total: int) -> None:
     """Report nothing."""
@@ -244,7 +251,7 @@ def fit_with_outcomes(
         scores: (n, R) in [0, 1] of the R `models`, NaN where unlabelled.
     """
     plain = fit_embedded(embedded, clusters, seed=seed, progress=progress)
-    learned = fit_learned_clusters(embedded.vectors, scores, seed=seed)
+    learned = fit_learned_clusters(embedded.vectors, embedded.surface, scores, seed=seed)
     return with_history(_with_learned_clusters(plain, learned, embedded), embedded, scores, models)
 
 
@@ -258,7 +265,7 @@ def with_history(
     Args:
         scores: (n, R) in [0, 1] of the R `models`, NaN where unlabelled.
     """
-    assignment = cluster_map.assign(embedded.vectors)
+    assignment = cluster_map.assign(embedded.vectors, embedded.surface)
     fitted_prompts = FittedPrompts.of(assignment, cluster_map.size)
     if cluster_map.size > MAX_CLUSTERS_FOR_OVERLAP:
         return cluster_map.with_known(fitted_prompts=fitted_prompts)
@@ -271,8 +278,10 @@ def _with_learned_clusters(
     plain: ClusterMap, learned: Sequence[LearnedClusters], embedded: EmbeddedPrompts
 ) -> ClusterMap:
     names = list(plain.names)
+    described = np.concatenate((embedded.vectors, embedded.surface), axis=1)
     for clusters in learned:
-        names += cluster_names(embedded.texts, clusters.assign(embedded.vectors).ids[:, 0], clusters.size)
+        nearest = clusters.assign(described[:, : clusters.dimension]).ids[:, 0]
+        names += cluster_names(embedded.texts, nearest, clusters.size)
     return ClusterMap(
         plain.centroids,
         embedder_id=plain.embedder_id,

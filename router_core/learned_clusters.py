@@ -144,8 +144,12 @@ class ErrorClusters:
         return np.asarray(np.exp(-distances / max(float(distances.mean()), 1e-12)))
 
 
-def fit_learned_clusters(vectors: Floats, scores: Doubles, *, seed: int) -> tuple[LearnedClusters, ...]:
-    """Fit both kinds to n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled.
+def fit_learned_clusters(
+    vectors: Floats, surface: Floats, scores: Doubles, *, seed: int
+) -> tuple[LearnedClusters, ...]:
+    """Fit both kinds to n prompts, (n, d), their surface features, (n, f), and (n, R) scores of known models.
+
+    Scores are in [0, 1], NaN where unlabelled.
 
     They err in different places: each of the two, and the embedding's own clusters, then hold a third of every prompt.
     Returns nothing if there are fewer than MIN_MODELS models with MIN_LABELS labels.
@@ -154,7 +158,10 @@ def fit_learned_clusters(vectors: Floats, scores: Doubles, *, seed: int) -> tupl
     if enough.sum() < MIN_MODELS:
         return ()
     known = scores[:, enough]
-    return (fit_error_clusters(vectors, known, seed=seed), fit_learned_map(vectors, known, seed=seed + 1))
+    return (
+        fit_error_clusters(np.concatenate((vectors, surface), axis=1), known, seed=seed),
+        fit_learned_map(vectors, known, seed=seed + 1, surface=surface),
+    )
 
 
 def fit_error_clusters(vectors: Floats, scores: Doubles, *, seed: int) -> ErrorClusters:
@@ -207,12 +214,21 @@ class TrainingTargets:
         return TrainingTargets(self.vectors[rows], self.errors[rows], self.labelled[rows])
 
 
-def fit_learned_map(vectors: Floats, scores: Doubles, *, seed: int, clusters: int = TRAINED_CLUSTERS) -> LearnedMap:
+def fit_learned_map(
+    vectors: Floats, scores: Doubles, *, seed: int, clusters: int = TRAINED_CLUSTERS, surface: Floats | None = None
+) -> LearnedMap:
     """Train on n prompts, (n, d), and (n, R) scores in [0, 1] of known models, NaN where unlabelled.
 
     A tenth of the prompts that have a label is held out, to know when to stop.
+
+    Args:
+        surface: (n, f) features that the map reads too.
     """
     start = initial_map(vectors, clusters, seed=seed)
+    if surface is not None:
+        unread = np.zeros((surface.shape[1], start.size), dtype=np.float32)
+        start = LearnedMap(np.concatenate((start.slope, unread)), start.offset, start.top)
+        vectors = np.concatenate((vectors, surface), axis=1)
     targets = TrainingTargets.from_scores(vectors, scores)
     usable = np.flatnonzero(targets.labelled.any(axis=1))
     if usable.size < 2:

@@ -220,8 +220,8 @@ def third_party(*folders: str) -> dict[str, set[str]]:
 @pytest.mark.parametrize(
     ("folders", "extras"),
     [
-        (PACKAGES, ("demo", "evaluate", "otel", "parquet", "ray")),
-        (("tests",), ("demo", "dev", "evaluate", "fuzz", "otel")),
+        (PACKAGES, ("demo", "evaluate", "multilingual", "otel", "parquet", "ray")),
+        (("tests",), ("demo", "dev", "evaluate", "fuzz", "multilingual", "otel")),
     ],
 )
 def test_whatever_is_imported_is_declared(folders: tuple[str, ...], extras: tuple[str, ...]) -> None:

@@ -126,19 +126,18 @@ def _calibration(settings: Settings, traffic: Traffic, goal: Goal, url: str | No
     """Calibrate by the server's own rules: its text of a prompt, its estimate of tokens, its costs."""
     import numpy as np
 
-    from proxy.cli.deployed import embed_conversations, load_deployment
+    from proxy.cli.deployed import assign_conversations, load_deployment
     from proxy.routing.requirements import requirements_of
     from router_core.calibration import quality_interval, sweep_lambdas
     from router_core.scoring import ScoringParams
 
     cluster_map, embedder, pool = load_deployment(settings, url)
     with console.progress() as bars:
-        vectors = embed_conversations(traffic.prompts, embedder, bars)
+        assignment = assign_conversations(traffic.prompts, embedder, cluster_map, bars)
     tokens = [requirements_of({"messages": list(messages)}).prompt_tokens for messages in traffic.prompts]
     params = ScoringParams(
         latency_weight=settings.latency_weight, cost_unit=settings.cost_unit, reference=settings.reference_price
     )
-    assignment = cluster_map.assign(vectors)
     expected = sweep_lambdas(pool, assignment, np.array(tokens, dtype=np.float64), params)
     found = _find(expected, goal)
     interval = quality_interval(expected, found, pool, assignment)

@@ -23,7 +23,7 @@ from router_core.evaluation.study import Results
 from router_core.fitting import embed_prompts
 from router_core.pool import Candidate, Pool
 from router_core.profiles import Profile
-from router_core.types import Embedder, Floats, Price, price_field
+from router_core.types import Assignment, Embedder, Floats, Price, price_field
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -104,7 +104,7 @@ def evaluate_deployment(path: Path, settings: Settings, url: str | None) -> tupl
     cluster_map, embedder, pool = load_deployment(settings, url)
     outcomes, common = read_deployed(path, pool)
     with progress() as bars:
-        assignment = cluster_map.assign(embed_conversations(map(user_turn, outcomes.prompts), embedder, bars))
+        assignment = assign_conversations(map(user_turn, outcomes.prompts), embedder, cluster_map, bars)
     return evaluate_deployed(outcomes, pool, assignment, outcomes_name=path.name, embedder_id=embedder.id), common
 
 
@@ -114,4 +114,16 @@ def user_turn(text: str) -> Messages:
 
 def embed_conversations(prompts: Iterable[Messages], embedder: Embedder, bars: Progress) -> Floats:
     """Return (n, d) vectors of n conversations, each embedded by the text that a server would route it by."""
-    return embed_prompts([routing_text(messages) for messages in prompts], embedder, bars.update)
+    return embed_prompts(_texts_of(prompts), embedder, bars.update)
+
+
+def assign_conversations(
+    prompts: Iterable[Messages], embedder: Embedder, cluster_map: ClusterMap, bars: Progress
+) -> Assignment:
+    """Assign n conversations to clusters, each by the text that a server would route it by."""
+    texts = _texts_of(prompts)
+    return cluster_map.assign(embed_prompts(texts, embedder, bars.update), cluster_map.surface_of(texts))
+
+
+def _texts_of(prompts: Iterable[Messages]) -> list[str]:
+    return [routing_text(messages) for messages in prompts]

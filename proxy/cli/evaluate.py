@@ -60,7 +60,9 @@ def evaluate(
     unseen: Annotated[float | None, typer.Option("--unseen", min=0.0, max=1.0, help=UNSEEN_HELP)] = None,
     embedder: Annotated[
         str | None,
-        typer.Option("--embedder", help="static, transformer, or a model's name; by default the configured."),
+        typer.Option(
+            "--embedder", help="static, multilingual, transformer, or a model's name; by default the configured."
+        ),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all figures.")] = None,
     svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write the curve as a picture.")] = None,

@@ -35,7 +35,7 @@ def fit(
     clusters: Annotated[int, typer.Option("--clusters", min=2, max=4096, help="K, how many clusters.")] = 64,
     seed: Annotated[int, typer.Option("--seed", help="Same prompts, same seed: same map.")] = 0,
     embedder: Annotated[
-        str, typer.Option("--embedder", help="static, transformer, a model's folder or name.")
+        str, typer.Option("--embedder", help="static, multilingual, transformer, a model's folder or name.")
     ] = "static",
     data_dir: DataDirOption = None,
     ray: Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help=RAY_HELP)] = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -289,23 +289,58 @@ def export(
     console.echo_err(f"{out}: {len(lines)} prompts")
 
 
+TRAFFIC_HELP = """Prompts of your traffic, as for `uniroute fit` (`uniroute decisions export --prompts` writes them):
+warns of languages that no prompt of the set is in."""
+
+# A language of the traffic counts if it has this share of its prompts: of short texts some are taken for another.
+MIN_LANGUAGE_SHARE = 0.02
+
+
+def unlabelled_languages(languages: Collection[str], traffic: Iterable[str]) -> dict[str, float]:
+    """Return the languages of the traffic that are not in `languages`, with their shares, the largest first."""
+    from router_core.languages import language_of
+
+    found = Counter(map(language_of, traffic))
+    return {
+        language: count / found.total()
+        for language, count in found.most_common()
+        if language and language not in languages and count >= MIN_LANGUAGE_SHARE * found.total()
+    }
+
+
 @validation.command()
-def check(source: SetArgument = "builtin", data_dir: DataDirOption = None, *, as_json: JsonOption = False) -> None:
-    """Check a set: report its first broken line, or the clusters of the map with few labels."""
+def check(
+    source: SetArgument = "builtin",
+    traffic: Annotated[list[Path] | None, typer.Option("--traffic", metavar="FILE", help=TRAFFIC_HELP)] = None,
+    data_dir: DataDirOption = None,
+    *,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a set: report its first broken line, or the clusters of the map with few labels, and its languages."""
     from proxy.server.startup import load_cluster_map
+    from router_core.clustering import assign_texts
     from router_core.validation.validation_set import coverage, thin_clusters
 
+    console.check_prompt_files(traffic or ())
     chosen = read_validation_set(source)
     settings = read_settings(None, data_dir=data_dir)
     cluster_map = load_cluster_map(settings)
     embedder = console.load_embedder(settings.embedder, settings.data_dir)
-    labels = coverage(cluster_map.assign(embedder.embed([prompt.text for prompt in chosen])), cluster_map.size)
+    labels = coverage(assign_texts([prompt.text for prompt in chosen], embedder, cluster_map), cluster_map.size)
+    languages = Counter(prompt.language for prompt in chosen)
+    unlabelled = unlabelled_languages(languages, console.read_prompts(traffic or ()))
     thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]
     if as_json:
         rows = [{"cluster": k, "name": name, "label_weight": round(weight, 3)} for k, name, weight in thin]
-        console.emit_json({"id": chosen.id, "prompts": len(chosen), "clusters": cluster_map.size, "thin": rows})
+        spread = {"languages": dict(languages.most_common()), "unlabelled_languages": unlabelled}
+        console.emit_json(
+            {"id": chosen.id, "prompts": len(chosen), "clusters": cluster_map.size, "thin": rows} | spread
+        )
         return
     console.echo(f"{len(chosen)} prompts, every line is good")
+    console.echo(f"languages: {', '.join(f'{language} {count}' for language, count in languages.most_common())}")
+    for language, share in unlabelled.items():
+        console.echo_err(f"warning: {share:.0%} of the traffic is in {language!r}, which no prompt of the set is in")
     console.echo(f"{cluster_map.size - len(thin)} of {cluster_map.size} clusters have label weight 2 or more")
     if thin:
         console.table(("thin cluster", "name", "label weight"), [(k, n, f"{weight:.2f}") for k, n, weight in thin])

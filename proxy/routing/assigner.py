@@ -10,8 +10,8 @@ from hashlib import blake2b
 import numpy as np
 
 from proxy.concurrency import LRU, in_own_thread
-from router_core.clustering import ClusterMap
-from router_core.embedding import StaticEmbedder
+from router_core.clustering import ClusterMap, assign_texts
+from router_core.embedding import STATIC_KINDS, StaticEmbedder
 from router_core.types import Assignment, Embedder
 
 STATIC_DEADLINE_S = 0.05
@@ -71,7 +71,9 @@ class ClusterAssigner:
         if not isinstance(self.embedder, StaticEmbedder):
             return None
         vector = self.embedder.embed_if_short(text, cluster_map.query)
-        return None if vector is None else _read_only(cluster_map.assign(vector))
+        if vector is None:
+            return None
+        return _read_only(cluster_map.assign(vector, cluster_map.surface_of([text])))
 
     async def _assign_in_thread(self, text: str, cluster_map: ClusterMap) -> Assignment:
         if self._queued >= MAX_QUEUED:
@@ -103,7 +105,7 @@ class ClusterAssigner:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _assign(self, text: str, cluster_map: ClusterMap) -> Assignment:
-        return _read_only(cluster_map.assign(self.embedder.embed([text])))
+        return _read_only(assign_texts([text], self.embedder, cluster_map))
 
 
 def _read_only(assignment: Assignment) -> Assignment:
@@ -133,4 +135,4 @@ def _unpacked(packed: bytes) -> Assignment:
 
 
 def deadline_of(embedder_kind: str) -> float:
-    return STATIC_DEADLINE_S if embedder_kind == "static" else TRANSFORMER_DEADLINE_S
+    return STATIC_DEADLINE_S if embedder_kind in STATIC_KINDS else TRANSFORMER_DEADLINE_S

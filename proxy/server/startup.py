@@ -118,7 +118,7 @@ def load_cluster_map(settings: Settings) -> ClusterMap:
     Raises:
         RouterCoreError, OSError: the map cannot be read.
     """
-    chosen = builtin_map() if settings.map == "builtin" else load_map(Path(settings.map))
+    chosen = builtin_map(settings.embedder) if settings.map == "builtin" else load_map(Path(settings.map))
     return chosen.with_hard_assignment() if ESTIMATORS[settings.recipe].hard else chosen
 
 

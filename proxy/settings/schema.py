@@ -266,9 +266,10 @@ class Settings(FrozenModel):
     embedder: str = Field(
         default="static",
         description=(
-            "`static`, `transformer`, the folder of a sentence-transformers model, or the name of one in the Hugging "
-            "Face cache (`hf download NAME`; the server downloads nothing). It must be the embedder that the map was "
-            "fitted with."
+            "`static`, `multilingual` (needs `uniroute[multilingual]`), `transformer`, the folder of a "
+            "sentence-transformers model, or the name of one in the Hugging Face cache (`hf download NAME`; the server "
+            "downloads nothing). It must be the embedder that the map was fitted with; the built-in map comes for the "
+            "first two."
         ),
     )
     recipe: Literal["pooled", "shrunk", "raw", "laplace"] = Field(

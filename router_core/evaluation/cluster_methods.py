@@ -126,7 +126,7 @@ class Deployment:
         self.cluster_map: ClusterMap = fit_with_outcomes(
             embedded, history.scores, history.models, clusters, seed=history.seed % 2**16
         )
-        self.assignment: Assignment = self.cluster_map.assign(history.vectors)
+        self.assignment: Assignment = self.cluster_map.assign(embedded.vectors, embedded.surface)
 
     def choose(self, count: int) -> Indices:
         """Choose (count,) train prompts to ask a new model, as `uniroute models add` does."""

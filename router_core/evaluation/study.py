@@ -278,7 +278,8 @@ class ServedTrial:
     def __init__(self, trial: Trial) -> None:
         self.deployment = Deployment(trial.history)
         self._trial = trial
-        self._assignment = self.deployment.cluster_map.assign(trial.test.vectors)
+        cluster_map = self.deployment.cluster_map
+        self._assignment = cluster_map.assign(trial.test.vectors, cluster_map.surface_of(trial.test.texts))
 
     def pool(self, sample: LabelledSample) -> Pool:
         return self.deployment.pool(sample, self._trial.prices)

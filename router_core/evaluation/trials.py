@@ -13,6 +13,7 @@ from router_core.evaluation.curves import Baselines, Curve
 from router_core.evaluation.outcomes import Outcomes
 from router_core.pricing import CENT_USD
 from router_core.scoring import TIE_TOLERANCE
+from router_core.text import truncate_middle
 from router_core.types import Doubles, Floats, Indices, Price
 
 
@@ -125,6 +126,8 @@ def count_test_prompts(prompts: int) -> int:
 class HeldOut:
     """t prompts that every one of the M new models has a score on."""
 
+    texts: Sequence[str]
+    """t, as they are embedded."""
     vectors: Floats
     """(t, d)"""
     scores: Doubles
@@ -199,7 +202,7 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
     test, train, new, known = split.test, split.train, split.new, split.known
     return Trial(
         history=History(
-            texts=[outcomes.prompts[row] for row in train],
+            texts=[truncate_middle(outcomes.prompts[row]) for row in train],
             vectors=vectors[train],
             scores=outcomes.scores[np.ix_(train, known)],
             models=tuple(outcomes.models[column] for column in known),
@@ -210,6 +213,7 @@ def draw_trial(outcomes: Outcomes, vectors: Floats, plan: Plan, number: int) -> 
         prices=tuple(outcomes.prices[column] for column in new),
         lengths_known=np.asarray((~np.isnan(outcomes.output_tokens[:, new])).any(axis=0)),
         test=HeldOut(
+            [truncate_middle(outcomes.prompts[row]) for row in test],
             vectors[test],
             outcomes.scores[np.ix_(test, new)],
             cents[np.ix_(test, new)],

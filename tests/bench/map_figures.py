@@ -29,7 +29,7 @@ def lines(folder: Path) -> Iterator[str]:
     cluster_map, embedder = builtin_map(), static_embedder(CACHE)
     shares = cluster_map.prompt_shares
     assert shares is not None
-    whole, sampled = (_prompts(folder / name) for name in ("llmrouter9.jsonl.gz", "routellm2.jsonl.gz"))
+    whole, sampled = (prompts_of(folder / name) for name in ("llmrouter9.jsonl.gz", "routellm2.jsonl.gz"))
     families = [prompt.text for seed in SEEDS for prompt in builtin_validation_set(seed)]
     rng = np.random.default_rng(0)
     yield f"shares of the map: {shares.min():.4f} to {shares.max():.4f}, {len(shares)} clusters"
@@ -44,7 +44,7 @@ def lines(folder: Path) -> Iterator[str]:
         )
 
 
-def _prompts(path: Path) -> list[str]:
+def prompts_of(path: Path) -> list[str]:
     return list(dict.fromkeys(truncate_middle(parse_row(where, line).prompt) for where, line in read_rows(path)))
 
 

@@ -104,6 +104,19 @@ def test_the_exported_validation_set_is_one_that_check_accepts(tmp_path: Path, e
     assert sum(family["prompts"] for family in listed["families"]) == listed["prompts"] >= 360
 
 
+def test_check_warns_of_languages_of_the_traffic_that_the_set_has_no_prompt_in(
+    tmp_path: Path, embedder_cache: Path
+) -> None:
+    environ = environment(tmp_path, embedder_cache)
+    (tmp_path / "traffic.txt").write_text("What is it?\nWat is de hoofdstad van het land?\n")
+    ended = run_command("validation", "check", "--traffic", tmp_path / "traffic.txt", environ=environ)
+    asked = ("validation", "check", "--traffic", tmp_path / "traffic.txt", "--json")
+    checked = json.loads(run_command(*asked, environ=environ).stdout)
+    assert "warning: 50% of the traffic is in 'nl'" in one_line(ended)
+    assert checked["unlabelled_languages"] == {"nl": 0.5}
+    assert checked["languages"]["zh"] > 0
+
+
 def test_a_broken_validation_line_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     good = {"id": "a", "family": "f", "prompt": "p", "grader": {"type": "exact", "answer": "1"}, "max_tokens": 9}

@@ -80,7 +80,7 @@ def by_hand(tensors: dict[str, np.ndarray], sequence: list[int]) -> np.ndarray:
 
 def test_hidden_states_are_those_of_the_formulas(folder: Path) -> None:
     sequences = np.array([[0, 1, 2], [3, 3, 5]])
-    found = BertEncoder(folder)(sequences)
+    found = BertEncoder.load(folder)(sequences)
     tensors = read_safetensors(folder / "model.safetensors")
     assert found.shape == (2, LENGTH, WIDTH)
     for states, sequence in zip(found, sequences.tolist(), strict=True):

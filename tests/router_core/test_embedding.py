@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from router_core import embedding
-from router_core.distill import TABLE, TOKENIZER, embedder_id, token_weights, weighted
+from router_core.distill import TABLE, TOKENIZER, embedder_id, model_folder, token_weights, weighted
 from router_core.embedding import StaticEmbedder, TransformerEmbedder, open_embedder, static_embedder
 from router_core.errors import InvalidArtifact
 from router_core.types import Floats
@@ -116,3 +116,11 @@ def test_the_transformer_has_the_same_protocol(tmp_path: Path) -> None:
     assert sort @ again > 0.6 > sort @ capital
     assert not blank.any()
     assert transformer.dimension == 384
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_folder_of_any_model_is_an_embedder_with_an_id_of_its_own(tmp_path: Path) -> None:
+    named, own = open_embedder(str(model_folder()), tmp_path), open_embedder("transformer", tmp_path)
+    assert isinstance(named, TransformerEmbedder)
+    assert named.id == f"transformer-{model_folder()}" != own.id
+    assert np.array_equal(named.embed(TEXTS), own.embed(TEXTS))

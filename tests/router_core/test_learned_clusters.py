@@ -24,6 +24,7 @@ from router_core.learned_clusters import (
     log_loss,
     train,
 )
+from router_core.surface import surface_features
 from router_core.types import Doubles, Floats
 from tests.router_core.evaluation.toys import a_known
 
@@ -190,10 +191,11 @@ def test_weights_sum_to_one_and_one_by_one_equals_all_at_once() -> None:
 
 def test_too_few_models_or_labels_give_no_learned_clusters() -> None:
     vectors, scores = prompts()
-    assert len(fit_learned_clusters(vectors, scores, seed=0)) == 2
-    assert fit_learned_clusters(vectors, scores[:, :2], seed=0) == ()
+    surface = surface_features([""] * len(vectors))
+    assert len(fit_learned_clusters(vectors, surface, scores, seed=0)) == 2
+    assert fit_learned_clusters(vectors, surface, scores[:, :2], seed=0) == ()
     scores[MIN_LABELS - 1 :, 0] = np.nan
-    assert fit_learned_clusters(vectors, scores, seed=0) == ()
+    assert fit_learned_clusters(vectors, surface, scores, seed=0) == ()
 
 
 def test_a_model_that_is_always_right_breaks_nothing() -> None:
@@ -206,8 +208,8 @@ def test_a_model_that_is_always_right_breaks_nothing() -> None:
 def test_a_prompt_belongs_to_the_clusters_of_every_kind_in_equal_shares_heaviest_first() -> None:
     vectors, scores = prompts()
     fitted = fit_with_outcomes(EmbeddedPrompts(["alpha beta"] * 600, vectors, "e"), scores, ("x", "y", "z"), 6)
-    dense = fitted.assign(vectors).dense(fitted.size)
-    weights = fitted.assign(vectors).weights
+    placed = fitted.assign(vectors, fitted.surface_of(["alpha beta"] * 600))
+    dense, weights = placed.dense(fitted.size), placed.weights
     assert fitted.size == 6 + sum(clusters.size for clusters in fitted.learned_clusters) == len(fitted.names)
     assert len(fitted.groups) == 3
     for view in fitted.groups:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from proxy.routing import assigner as assigning
-from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
+from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner, deadline_of
 from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import MAX_INLINE_BYTES, StaticEmbedder, static_embedder
+from router_core.fitting import EmbeddedPrompts, fit_with_outcomes
+from router_core.surface import surface_features
 from router_core.types import Assignment, Floats
 from tests.support.makers import CORNERS
 from tests.support.selections import Corners
@@ -56,6 +58,24 @@ async def test_a_prompt_has_the_same_clusters_whichever_way_they_are_found(embed
     for _ in range(3):  # with words that are new, with known ones, and remembered whole
         assert same(await assigner.assign(text, cluster_map), expected)
     assigner.close()
+
+
+async def test_a_map_that_reads_surface_features_gets_them_whichever_way_a_prompt_is_embedded(
+    embedder: StaticEmbedder,
+) -> None:
+    texts = [f"{row} + {row}" if row % 2 else f"what is the {row}" for row in range(300)]
+    scores = np.repeat(np.arange(300)[:, None] % 2 == 0, 3, axis=1).astype(np.float64)
+    embedded = EmbeddedPrompts(texts, embedder.embed(texts), embedder.id)
+    cluster_map, assigner = fit_with_outcomes(embedded, scores, ("x", "y", "z"), 4), ClusterAssigner(embedder, 30.0)
+
+    for text in (FAMILIAR, FAMILIAR * (MAX_INLINE_BYTES // 20)):
+        expected = cluster_map.assign(embedder.embed([text]), surface_features([text]))
+        assert same(await assigner.assign(text, cluster_map), expected)
+    assigner.close()
+
+
+def test_static_embedders_have_the_shorter_deadline() -> None:
+    assert deadline_of("multilingual") == deadline_of("static") < deadline_of("transformer")
 
 
 async def test_only_what_takes_long_changes_threads(embedder: StaticEmbedder) -> None:

@@ -1,4 +1,4 @@
-"""Short tasks in French, German, Portuguese, Italian, Japanese, Russian and Korean."""
+"""Short tasks in French, German, Portuguese, Italian, Japanese, Russian and Korean; in Arabic, Hindi and others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from random import Random
 
-from router_core.validation.families.helpers import LEVELS, LONG, Draft, Section
+from router_core.validation.families.helpers import LEVELS, LONG, Draft, Drafts, Section
 from router_core.validation.families.open_tables import fact_draft
 from router_core.validation.families.tables import Fact, parse_facts
 from router_core.validation.graders import NumericGrader
@@ -25,7 +25,7 @@ def _facts(lines: str) -> tuple[Fact, ...]:
     return parse_facts(lines.strip().splitlines())
 
 
-_TONGUES: Mapping[str, Tongue] = {
+TONGUES: Mapping[str, Tongue] = {
     "fr": Tongue(
         (
             "Combien font {a} plus {b} ?",
@@ -129,6 +129,61 @@ _TONGUES: Mapping[str, Tongue] = {
 }
 
 
+# A section of their own: those above keep the texts and ids that models were measured with.
+MORE_TONGUES: Mapping[str, Tongue] = {
+    "ar": Tongue(
+        (
+            "كم يساوي {a} زائد {b}؟",
+            "ثمن الدفتر {b} ريالات. كم ثمن {a} من هذه الدفاتر؟ أجب برقم فقط.",
+            "سار قطار بسرعة {a} كم في الساعة لمدة {b} ساعات، ثم قطع {c} كيلومترًا أخرى. كم كيلومترًا قطع في المجموع؟",
+        ),
+        _facts("""
+1 | ما هي عاصمة مصر؟ | القاهرة
+2 | ما هو الغاز الذي تتنفسه الكائنات الحية لتعيش؟ أجب بكلمة واحدة. | الأكسجين / أكسجين / الاكسجين
+2 | ما هو جمع كلمة «كتاب»؟ | كتب
+3 | من هو مؤلف كتاب «المقدمة»؟ | خلدون
+"""),
+    ),
+    "hi": Tongue(
+        (
+            "{a} और {b} का योग कितना है?",
+            "एक कॉपी का दाम {b} रुपये है। ऐसी {a} कॉपियों का दाम कितना होगा? केवल संख्या लिखिए।",
+            "एक रेलगाड़ी {b} घंटे तक {a} किमी प्रति घंटे की गति से चली, फिर {c} किलोमीटर और चली। कुल कितने किलोमीटर चली?",
+        ),
+        _facts("""
+1 | भारत की राजधानी क्या है? | दिल्ली
+2 | भारत का राष्ट्रगान किसने लिखा? | टैगोर / ठाकुर / टागोर
+2 | "दिन" का विलोम शब्द क्या है? एक शब्द में उत्तर दीजिए। | रात / रात्रि
+3 | भारत किस वर्ष स्वतंत्र हुआ? | 1947
+"""),
+    ),
+    "tr": Tongue(
+        (
+            "{a} artı {b} kaç eder?",
+            "Bir defter {b} lira. {a} defter kaç lira eder? Yalnızca sayıyla cevap ver.",
+            "Bir tren saatte {a} km hızla {b} saat, sonra {c} kilometre daha gitti. Toplam kaç kilometre gitti?",
+        ),
+        _facts("""
+1 | Türkiye'nin başkenti neresidir? | Ankara
+2 | "Sıcak" kelimesinin zıt anlamlısı nedir? Tek kelimeyle cevap ver. | soğuk
+3 | İstanbul hangi yılda fethedildi? | 1453
+"""),
+    ),
+    "pl": Tongue(
+        (
+            "Ile to jest {a} plus {b}?",
+            "Zeszyt kosztuje {b} złotych. Ile kosztuje {a} zeszytów? Odpowiedz samą liczbą.",
+            "Pociąg jechał {b} godzin z prędkością {a} km/h, a potem jeszcze {c} km. Ile kilometrów przejechał?",
+        ),
+        _facts("""
+1 | Jakie miasto jest stolicą Polski? | Warszawa
+2 | Kto napisał „Pana Tadeusza”? | Mickiewicz
+3 | W którym roku odbyła się bitwa pod Grunwaldem? | 1410
+"""),
+    ),
+}
+
+
 def _sum(rng: Random, tongue: Tongue, language: str, level: int) -> Draft:
     a, b, c = rng.randint(21, 97), rng.randint(3, 9), rng.randint(11, 98)
     second = c if level == 1 else b
@@ -137,17 +192,23 @@ def _sum(rng: Random, tongue: Tongue, language: str, level: int) -> Draft:
     return Draft(text, NumericGrader(value), f"{value}", level, LONG, language)
 
 
-def _drafts(rng: Random) -> Iterator[Draft]:
-    """Draft the languages in turn; within each, alternate sums and facts, as long as there are facts."""
-    left = {language: rng.sample(tongue.facts, len(tongue.facts)) for language, tongue in _TONGUES.items()}
-    levels = cycle(LEVELS)
-    while True:
-        level = next(levels)
-        for language, tongue in _TONGUES.items():
-            yield _sum(rng, tongue, language, level)
-            if left[language]:
-                fact = left[language].pop()
-                yield fact_draft(fact, language=language)
+def _in(tongues: Mapping[str, Tongue]) -> Drafts:
+    """Draw the languages in turn; within each, alternate sums and facts, as long as there are facts."""
+
+    def drafts(rng: Random) -> Iterator[Draft]:
+        left = {language: rng.sample(tongue.facts, len(tongue.facts)) for language, tongue in tongues.items()}
+        levels = cycle(LEVELS)
+        while True:
+            level = next(levels)
+            for language, tongue in tongues.items():
+                yield _sum(rng, tongue, language, level)
+                if left[language]:
+                    fact = left[language].pop()
+                    yield fact_draft(fact, language=language)
+
+    return drafts
 
 
-SECTIONS = (Section("other_languages", 36, _drafts),)
+SECTIONS = (Section("other_languages", 36, _in(TONGUES)),)
+
+MORE_SECTIONS = (Section("more_languages", 24, _in(MORE_TONGUES), family="other_languages"),)

@@ -78,6 +78,7 @@ SECTIONS: tuple[Section, ...] = (
     *tool_results.SECTIONS,
     *tool_errors.SECTIONS,
     *tool_steps.SECTIONS,
+    *languages.MORE_SECTIONS,
 )
 
 _MAX_TRIES = 400

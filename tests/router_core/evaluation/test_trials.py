@@ -142,7 +142,7 @@ def test_a_model_without_lengths_is_marked() -> None:
 
 def test_baselines_are_new_models_and_of_equals_the_cheaper_is_best() -> None:
     scores = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]])
-    test = HeldOut(np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
+    test = HeldOut(["a", "b"], np.zeros((2, 1), dtype=np.float32), scores, np.array([[9.0, 4.0, 1.0]] * 2), np.zeros(2))
     baselines = test.baselines()
     assert (baselines.cheapest, baselines.best, baselines.most_expensive, baselines.best_quality) == (
         1.0,
@@ -246,7 +246,9 @@ CHEAP_CENTS, EXPENSIVE_CENTS = 1.0, 3.0
 
 
 def held_out(scores: Doubles, cents: Doubles) -> HeldOut:
-    return HeldOut(np.zeros((len(scores), 1), dtype=np.float32), scores, cents, np.zeros(len(scores)))
+    return HeldOut(
+        [""] * len(scores), np.zeros((len(scores), 1), dtype=np.float32), scores, cents, np.zeros(len(scores))
+    )
 
 
 def of_two(*errors: tuple[float, float]) -> tuple[Doubles, Doubles]:
