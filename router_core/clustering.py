@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from router_core import kernels
 from router_core.errors import InvalidInput
 from router_core.surface import SURFACE_FEATURES, surface_features
+from router_core.text import truncate_middle
 from router_core.types import Assignment, Doubles, Embedder, Floats
 
 if TYPE_CHECKING:
@@ -395,6 +396,11 @@ class ClusterMap:
 def assign_texts(texts: Sequence[str], embedder: Embedder, cluster_map: ClusterMap) -> Assignment:
     """Assign n texts to the clusters of a map that was fitted with this embedder."""
     return cluster_map.assign(embedder.embed(texts), cluster_map.surface_of(texts))
+
+
+def assign_prompts(prompts: Sequence[str], embedder: Embedder, cluster_map: ClusterMap) -> Assignment:
+    """Assign n prompts of one turn as a server assigns them: of a long one, its two ends are embedded."""
+    return assign_texts([truncate_middle(prompt) for prompt in prompts], embedder, cluster_map)
 
 
 class _SingleSearch:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from router_core.artifact import builtin_map
-from router_core.clustering import ClusterMap, assign_texts
+from router_core.clustering import ClusterMap, assign_prompts
 from router_core.decision import RoutingDecision, ScoreDetails, Scores
 from router_core.embedding import static_embedder
 from router_core.errors import InvalidInput, InvalidProfile, MapMismatch, NoEligibleModel
@@ -81,7 +81,7 @@ class Router:
         names = tuple(sorted(set(self.model_profile if candidate_models is None else candidate_models)))
         if not names:
             raise NoEligibleModel("there is no model to choose from; assign model_profile", {})
-        assignment = assign_texts([text], self.embedder, self.cluster_map)
+        assignment = assign_prompts([text], self.embedder, self.cluster_map)
         errors, labels = self._expected(names, assignment)
         costs = np.array([self._cost(name) for name in names])
         scores = errors + lambda_ * costs

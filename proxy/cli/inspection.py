@@ -318,7 +318,7 @@ def check(
 ) -> None:
     """Check a set: report its first broken line, or the clusters of the map with few labels, and its languages."""
     from proxy.server.startup import load_cluster_map
-    from router_core.clustering import assign_texts
+    from router_core.clustering import assign_prompts
     from router_core.validation.validation_set import coverage, thin_clusters
 
     console.check_prompt_files(traffic or ())
@@ -326,7 +326,7 @@ def check(
     settings = read_settings(None, data_dir=data_dir)
     cluster_map = load_cluster_map(settings)
     embedder = console.load_embedder(settings.embedder, settings.data_dir)
-    labels = coverage(assign_texts([prompt.text for prompt in chosen], embedder, cluster_map), cluster_map.size)
+    labels = coverage(assign_prompts([prompt.text for prompt in chosen], embedder, cluster_map), cluster_map.size)
     languages = Counter(prompt.language for prompt in chosen)
     unlabelled = unlabelled_languages(languages, console.read_prompts(traffic or ()))
     thin = [(k, cluster_map.names[k], float(labels[k])) for k in thin_clusters(labels)]

@@ -16,7 +16,7 @@ import numpy as np
 
 from proxy.concurrency import cancel_and_wait, end_process, run_uncancelled
 from proxy.profiling.model_client import TRUNCATED, ModelAnswer, ModelCallError, RetryingClient, cost_of, max_cost_usd
-from router_core.clustering import ClusterMap, assign_texts
+from router_core.clustering import ClusterMap, assign_prompts
 from router_core.errors import InvalidOutcomes
 from router_core.evaluation.outcomes import OutcomeRow, parse_row, read_rows
 from router_core.profiles import Profile, measure
@@ -270,7 +270,7 @@ class ValidationPrompts:
 
     def _assign(self, cluster_map: ClusterMap) -> AssignedPrompts:
         validation_set = self._read()
-        assignment = assign_texts([prompt.text for prompt in validation_set], self._embedder, cluster_map)
+        assignment = assign_prompts([prompt.text for prompt in validation_set], self._embedder, cluster_map)
         return AssignedPrompts(validation_set.prompts, assignment, cluster_map.size)
 
     def _read(self) -> ValidationSet:
@@ -288,7 +288,7 @@ UNKNOWN = float("nan")
 def profile_from_outcomes(path: Path, model: str, cluster_map: ClusterMap, embedder: Embedder) -> Profile:
     """Read a profile from an outcomes file, or raise InvalidOutcomes if a line is broken or no line scores `model`."""
     rows = rows_of(path, model)
-    assignment = assign_texts([row.prompt for row in rows], embedder, cluster_map)
+    assignment = assign_prompts([row.prompt for row in rows], embedder, cluster_map)
     return measure(
         cluster_map.id,
         cluster_map.size,

@@ -1,14 +1,16 @@
 import pickle
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
 import pytest
 
-from router_core.clustering import ClusterMap, kmeans
+from router_core.clustering import ClusterMap, assign_prompts, kmeans
 from router_core.errors import InvalidInput
+from router_core.text import MAX_END_CHARS
 from router_core.types import Assignment, Floats
-from tests.router_core.makers import a_map
+from tests.router_core.makers import FirstLetterEmbedder, a_map
 
 
 def unit_rows(n: int, d: int = 6, seed: int = 0) -> Floats:
@@ -176,3 +178,20 @@ def test_an_assignment_says_how_near_each_prompt_is_to_its_nearest_centroid(coun
     cosines = a_map(top=2).assign(vectors).cosines
     assert cosines is not None
     assert cosines == pytest.approx(vectors.max(axis=1), abs=1e-6)
+
+
+class LengthEmbedder(FirstLetterEmbedder):
+    """Embed as FirstLetterEmbedder, and keep how long the texts were."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def embed(self, texts: Sequence[str]) -> Floats:
+        self.lengths += map(len, texts)
+        return super().embed(texts)
+
+
+def test_a_long_prompt_is_assigned_by_its_two_ends_as_a_server_assigns_it() -> None:
+    embedder = LengthEmbedder()
+    assign_prompts(["a" * 100_000, "b"], embedder, a_map())
+    assert embedder.lengths == [2 * MAX_END_CHARS + 1, 1]
