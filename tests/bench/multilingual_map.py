@@ -17,7 +17,7 @@ import numpy as np
 from router_core.artifact import save_map
 from router_core.embedding import static_embedder
 from router_core.fitting import EmbeddedPrompts, fit_embedded
-from router_core.validation.families.registry import builtin_validation_set
+from router_core.validation.families.registry import FITTING_SECTIONS, generate
 from tests.bench.map_figures import DRAWN, SEEDS, prompts_of
 from tests.conftest import CACHE
 
@@ -30,7 +30,7 @@ def fit(folder: Path, out: Path) -> Iterator[str]:
     families = [
         prompt
         for seed in LANGUAGE_SEEDS
-        for prompt in builtin_validation_set(seed)
+        for prompt in generate(FITTING_SECTIONS, seed)
         if seed in SEEDS or prompt.language != "en"
     ]
     texts = list(dict.fromkeys((*whole, *drawn, *(prompt.text for prompt in families))))

@@ -16,7 +16,7 @@ EARLY = NotProfiled(
 
 def a_job(model: str, state: str, **more: Any) -> Job:
     fields: dict[str, Any] = {"done": 0, "total": 60, "failed": 0, "unlabelled": 0, "spent_usd": 0.0, "eta_s": None}
-    return Job(id="j", model=model, state=state, **{**fields, "error": None, **more})
+    return Job(id=f"job-of-{model}", model=model, state=state, **{**fields, "error": None, **more})
 
 
 def progress_error(*jobs: Job, **settings: Any) -> NotProfiled:

@@ -27,9 +27,9 @@ async def measured_on_corners(store: Store, folder: Path, record: ModelRecord, p
         return await profile_in_use(bench)
 
 
-async def profile_in_use(bench: Bench, timeout_s: float = 8.0) -> Profile:
+async def profile_in_use(bench: Bench) -> Profile:
     """Return the profile once there is one on the map of this process."""
-    await until(lambda: bench.record.name in bench.state.current.profiles, timeout_s)
+    await until(lambda: bench.record.name in bench.state.current.profiles)
     return bench.state.current.profiles[bench.record.name]
 
 

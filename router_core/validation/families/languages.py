@@ -129,7 +129,7 @@ TONGUES: Mapping[str, Tongue] = {
 }
 
 
-# A section of their own: those above keep the texts and ids that models were measured with.
+# A section of their own, with which maps are fitted.
 MORE_TONGUES: Mapping[str, Tongue] = {
     "ar": Tongue(
         (
