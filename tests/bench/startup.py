@@ -65,7 +65,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="uniroute-bench-") as name, ScriptedUpstream() as upstream:
         folder, rows = Path(name), []
         if options.first:
-            first = [a_start(ours(folder / f"first-{run}", upstream.url, ROWS)) for run in range(options.runs)]
+            first = [
+                a_start(ours(folder / f"first-{run}", upstream.url, ROWS, default_model="model-0"))
+                for run in range(options.runs)
+            ]
             rows.append(row("first, 1 worker", first))
         static_embedder(folder / "table")
         for workers in options.workers:
