@@ -17,6 +17,7 @@ from dataclasses import field
 from typing import Any
 
 from proxy.routing.chat_request import ChatRequest
+from proxy.routing.requirements import TOOL_FIELDS
 from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory, read_trajectory
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
@@ -68,7 +69,7 @@ async def load_affinity(
     history = NO_HISTORY if plain else inspect_history(body["messages"])
     session = None if settings.sticky_sessions == "off" else _session_key(scope, request)
     trajectory = NO_TRAJECTORY
-    if settings.trajectory == "auto" and not plain and not _OFFERS_TOOLS.isdisjoint(body):
+    if settings.trajectory == "auto" and not plain and not TOOL_FIELDS.isdisjoint(body):
         trajectory = read_trajectory(body["messages"])
     makers = _makers(scope, body["messages"], trajectory) if trajectory.stuck else ()
     if session is None and not history.fingerprints and not any(makers):
@@ -86,9 +87,6 @@ async def load_affinity(
         trajectory,
         _stuck_models(trajectory, makers, found),
     )
-
-
-_OFFERS_TOOLS = frozenset({"tools", "functions"})
 
 
 def _makers(scope: str, messages: Sequence[Any], trajectory: Trajectory) -> tuple[str | None, ...]:

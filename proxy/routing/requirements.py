@@ -177,6 +177,11 @@ def effort_bound(body: Mapping[str, Any]) -> int | None:
     return min((tokens for tokens in stated if tokens is not None), default=None)
 
 
+def _count(value: Any) -> int | None:
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_TOKENS
+    return value if usable else None
+
+
 def _tokens_of_effort(value: Any) -> int | None:
     if value == "disable":
         return 0
@@ -235,7 +240,7 @@ _ALLOWED_TOKENS: Mapping[str, Callable[[Any], int | None]] = {
     "reasoning_effort": _tokens_of_effort,
     "reasoning": _tokens_of_reasoning,
     "thinking": _tokens_of_thinking,
-    "thinking_budget": lambda value: _count(value),
+    "thinking_budget": _count,
     "enable_thinking": lambda value: 0 if value is False else None,
 }
 
@@ -275,7 +280,7 @@ def _summarize_body(body: Mapping[str, Any]) -> ContentSummary:
 
 
 def _detect(body: Mapping[str, Any], contents: ContentSummary) -> dict[str, str]:
-    if contents.plain_messages and _TOOLS.isdisjoint(body):
+    if contents.plain_messages and TOOL_FIELDS.isdisjoint(body):
         asked: dict[str, str] = {}
     else:
         asked = _tools(body) | contents.needs
@@ -303,7 +308,7 @@ def _tools(body: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(message, dict) and _items(message.get("tool_calls"))
     ]
     asked: dict[str, str] = {}
-    if not called and _TOOLS.isdisjoint(body):
+    if not called and TOOL_FIELDS.isdisjoint(body):
         return asked
     offered = next((name for name in ("tools", "functions") if _items(body.get(name))), None)
     if offered:
@@ -338,17 +343,12 @@ def _is_thinking(value: Any) -> bool:
 WISHES = frozenset({"reasoning", "parallel_tools"})
 
 # Without either of these, and without calls, a request has nothing to do with tools.
-_TOOLS = frozenset({"tools", "functions"})
+TOOL_FIELDS = frozenset({"tools", "functions"})
 
 # Fields that may need an ability of the model, beside tools and what the messages hold.
 _SPECIAL = frozenset({"audio", "modalities", "response_format", "reasoning_effort", "reasoning", "thinking"})
 
 _REASONING = (("reasoning_effort", _is_effort), ("reasoning", _is_reasoning), ("thinking", _is_thinking))
-
-
-def _count(value: Any) -> int | None:
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_TOKENS
-    return value if usable else None
 
 
 def _items(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import orjson
 
+from proxy.routing.agents import CLAUDE_CODE, CLINE, CODEX, OPENCODE, QWEN
 from router_core.types import frozen
 
 # The newest turns of a model that are looked at, and the messages among which they are looked for.
@@ -40,7 +41,6 @@ USUAL = 0.25
 REPEATED, REVERTED = 0.5, 0.5
 
 ANY_CLIENT = "any"
-CLAUDE_CODE, CODEX, OPENCODE, QWEN, CLINE = "Claude Code", "Codex", "OpenCode", "Qwen Code", "Cline and its kin"
 OPENHANDS, AGENTS_SDK, MCP = "OpenHands", "OpenAI Agents SDK", "MCP"
 
 Place = Literal["status", "head", "refusal", "tests", "end", "last"]

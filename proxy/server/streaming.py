@@ -421,7 +421,7 @@ class SSEKeepAlive:
         if self._sending is not None:
             await self._sending
         if not self._exchange.started:
-            await self._exchange.begin(200, {**HEADERS, **self._record.headers()})
+            await self._send_head()
 
     def stop(self) -> None:
         self.silence.stop()
@@ -439,5 +439,8 @@ class SSEKeepAlive:
         self.silence.start()
 
     async def _begin_with(self, data: bytes) -> None:
-        await self._exchange.begin(200, {**HEADERS, **self._record.headers()})
+        await self._send_head()
         await self._exchange.write(data)
+
+    async def _send_head(self) -> None:
+        await self._exchange.begin(200, {**HEADERS, **self._record.headers()})

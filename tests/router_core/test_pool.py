@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from router_core.clustering import ClusterMap
+from router_core.decision import ScoredCandidate
 from router_core.eligibility import eligible
 from router_core.estimators import SHRUNK, Efforts, Estimator
 from router_core.pool import CachedEstimator
@@ -93,12 +94,12 @@ def test_a_pool_with_other_errors_ranks_by_these() -> None:
 def test_a_decision_shows_what_tools_add_to_each_expected_error() -> None:
     profiles = {"chats": of_tools(0.2, 1.0), "calls": of_tools(0.3, 0.0)}
     pool = a_pool(*(replace(a_candidate(name, (0.0,) * 3), profile=profile) for name, profile in profiles.items()))
-    with_tools, without = Requirements(tools=True), Requirements()
-    shown = {
-        needs.tools: {row.model: row for row in rank(eligible(pool, needs), an_assignment(0), needs, params).candidates}
-        for needs in (with_tools, without)
-        for params in (ScoringParams(),)
-    }
+
+    def shown_for(needs: Requirements) -> dict[str, ScoredCandidate]:
+        decision = rank(eligible(pool, needs), an_assignment(0), needs, ScoringParams())
+        return {row.model: row for row in decision.candidates}
+
+    shown = {tools: shown_for(Requirements(tools=tools)) for tools in (True, False)}
     assert {row.by_tools for row in shown[False].values()} == {0.0}
     assert shown[True]["chats"].by_tools > 0 > shown[True]["calls"].by_tools
     for name, row in shown[True].items():
