@@ -306,6 +306,33 @@ class SilenceTimer:
         self._tick = self._wheel._add(self, max(0.0, ends - monotonic()))
 
 
+class StallTolerantTimer:
+    """Call back once the event loop has run for so many seconds, unless it is cancelled before.
+
+    The time is counted in slices, each of which ends only after the loop has looked for what has arrived. While this
+    process is kept busy a slice takes longer, and that is no silence of whoever is waited for.
+    """
+
+    __slots__ = ("_callback", "_loop", "_slice", "_slice_s", "_slices_left")
+
+    def __init__(self, seconds: float, slice_s: float, callback: Callable[[], object]) -> None:
+        self._callback = callback
+        self._loop = asyncio.get_running_loop()
+        self._slice_s = slice_s
+        self._slices_left = max(1, round(seconds / slice_s))
+        self._slice = self._loop.call_later(slice_s, self._end_slice)
+
+    def cancel(self) -> None:
+        self._slice.cancel()
+
+    def _end_slice(self) -> None:
+        self._slices_left -= 1
+        if self._slices_left:
+            self._slice = self._loop.call_later(self._slice_s, self._end_slice)
+        else:
+            self._callback()
+
+
 class FairQueue:
     """Let `limit` callers in at once, and the others in the order in which they came.
 

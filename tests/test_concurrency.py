@@ -5,6 +5,7 @@ import contextlib
 import gc
 import signal
 import threading
+import time
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -18,6 +19,7 @@ from proxy.concurrency import (
     DeadlineWheel,
     FairQueue,
     SilenceTimer,
+    StallTolerantTimer,
     await_cancellable,
     background,
     cancel_and_wait,
@@ -286,6 +288,25 @@ async def test_a_wait_is_never_ended_early() -> None:
         with pytest.raises(TimeoutError), wheel.within(seconds):
             await asyncio.Event().wait()
         assert loop.time() - started >= seconds - 0.001  # the loop counts milliseconds
+
+
+async def test_a_stall_of_this_process_counts_as_one_slice() -> None:
+    loop, struck = asyncio.get_running_loop(), asyncio.Event()
+    StallTolerantTimer(0.05, 0.01, struck.set)
+    time.sleep(0.1)  # noqa: ASYNC251
+    stalled_until = loop.time()
+    await struck.wait()
+    assert loop.time() - stalled_until >= 0.035  # four slices, of which the loop may take a millisecond each
+
+
+async def test_a_timer_that_is_cancelled_does_not_call_back() -> None:
+    struck = asyncio.Event()
+    for waited_s in (0.0, 0.015):
+        timer = StallTolerantTimer(0.03, 0.01, struck.set)
+        await asyncio.sleep(waited_s)
+        timer.cancel()
+    await asyncio.sleep(0.05)
+    assert not struck.is_set()
 
 
 class CountedWheel(DeadlineWheel):

@@ -9,12 +9,11 @@ from typing import Any
 
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError
 
-from proxy.concurrency import BackgroundTasks, cancel_and_wait
+from proxy.concurrency import BackgroundTasks, StallTolerantTimer, cancel_and_wait
 from proxy.storage.redis import Availability, Store, StoreUnavailable, encode_command
 from proxy.storage.redis_connections import PipelinedConnection
 
-# A silent Redis is waited for in slices, each of which ends only after the event loop has looked for an answer: while
-# this process itself is busy a slice takes longer, and that is no silence.
+# The limit of a round trip is counted in slices of this length.
 SLICE_S = 0.01
 
 RETRY_INTERVAL_S = 1.0
@@ -79,8 +78,7 @@ class CommandBatcher:
         self._batch: list[PendingCall] = []
         self._commands = b""
         self._sent_again = False
-        self._slices_left = 0
-        self._slice: asyncio.TimerHandle | None = None
+        self._timer: StallTolerantTimer | None = None
         self._opening: asyncio.Task[None] | None = None
 
     @property
@@ -136,8 +134,7 @@ class CommandBatcher:
         self._batch = [waiting.popleft() for _ in range(min(MAX_BATCH_SIZE, len(waiting)))]
         self._commands = b"".join([call.command for call in self._batch])
         self._sent_again = False
-        self._slices_left = max(1, round(self._timeout_s / SLICE_S))
-        self._slice = asyncio.get_running_loop().call_later(SLICE_S, self._end_slice)
+        self._timer = StallTolerantTimer(self._timeout_s, SLICE_S, self._end_silence)
         connection = self._connection
         if connection is not None and connection.is_open and not self._store.is_silent:
             connection.send(self._commands, len(self._batch), self._receive)
@@ -204,11 +201,7 @@ class CommandBatcher:
             if isinstance(reply, RedisError):
                 raise reply
 
-    def _end_slice(self) -> None:
-        self._slices_left -= 1
-        if self._slices_left:
-            self._slice = asyncio.get_running_loop().call_later(SLICE_S, self._end_slice)
-            return
+    def _end_silence(self) -> None:
         waited = f"{self._timeout_s * 1000:.0f} ms"
         self._give_up(
             StoreUnavailable(f"could not {self._what}: Redis at {self._store.name} did not answer within {waited}")
@@ -228,8 +221,8 @@ class CommandBatcher:
         self._tasks.start("uniroute-batch-listening", poll, restart=False)
 
     def _end_batch(self) -> list[PendingCall]:
-        if self._slice is not None:
-            self._slice.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         batch, self._batch = self._batch, []
         return batch
 

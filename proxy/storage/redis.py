@@ -26,7 +26,7 @@ from redis.exceptions import ConnectionError as ConnectionFailed
 from redis.exceptions import NoScriptError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as NoAnswer
 
-from proxy.concurrency import BackgroundTasks, run_uncancelled
+from proxy.concurrency import BackgroundTasks, StallTolerantTimer, run_uncancelled
 from proxy.settings.model_config import SettingsError
 from proxy.settings.redis_address import RedisAddress
 from proxy.settings.schema import Settings
@@ -200,8 +200,8 @@ PING_INTERVAL_S = 0.25
 # All of an operation, with whatever redis-py retries: an admin call that meets a silent server answers within a second.
 OPERATION_TIMEOUT_S = 0.75
 
-# Where this process was kept busy, time to read what has arrived meanwhile.
-READ_GRACE_S = 0.05
+# Its limit is counted in slices of this length.
+SLICE_S = 0.05
 
 # A server of one thread answers no faster over more. Further operations wait for one, within OPERATION_TIMEOUT_S.
 MAX_CONNECTIONS = 16
@@ -238,9 +238,8 @@ class Store:
             timeout=None,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
-            socket_timeout=OPERATION_TIMEOUT_S,
-            socket_connect_timeout=OPERATION_TIMEOUT_S,
             max_connections=MAX_CONNECTIONS,
+            # redis-py's own time limits, of 5 s, are for what runs outside an operation: an operation has one itself.
             # For a pooled connection that went stale; our writes may be repeated.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
         )
@@ -430,20 +429,22 @@ def _reason(error: Exception) -> str:
     """Complete "Redis at …"."""
     if isinstance(error, UnsuitableServer):
         return str(error)
+    if isinstance(error, TimeoutError):
+        return f"did not answer within {OPERATION_TIMEOUT_S:g} s"
     said = f"says {str(error) or type(error).__name__}"
     return f"{said}: it {IS_REPLICA}" if isinstance(error, ReadOnlyError) else said
 
 
 @asynccontextmanager
 async def _timeout(seconds: float) -> AsyncIterator[None]:
-    """Limit the time as asyncio.timeout does; but if this process was kept busy, first read what has arrived."""
+    """Limit the time as asyncio.timeout does, but do not count that in which this process was kept busy."""
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(None) as limit:
-        ending = loop.call_later(seconds, lambda: limit.reschedule(loop.time() + READ_GRACE_S))
+        timer = StallTolerantTimer(seconds, SLICE_S, lambda: limit.reschedule(loop.time()))
         try:
             yield
         finally:
-            ending.cancel()
+            timer.cancel()
 
 
 async def _stopped(embedded: EmbeddedValkey, starting: asyncio.Task[None]) -> None:

@@ -591,7 +591,8 @@ class SnapshotWatcher:
     async def _listen(self, client: Redis) -> None:
         """Refresh at every message, until the messages come from another server."""
         async with client.pubsub() as pubsub:
-            await pubsub.subscribe(CHANGED, PRICING)
+            async with self._store.operation("listen for changes"):
+                await pubsub.subscribe(CHANGED, PRICING)
             received = True
             while not await self._store.primary_moved():
                 await self.refresh(whole=received)
