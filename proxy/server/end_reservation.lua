@@ -1,6 +1,7 @@
 -- Replace what was reserved for a request by what it took, until its usage record arrives. Needs limits.lua.
 -- KEYS: the key's state. ARGV: key id, reservation, tokens, picodollars; the last two '' if not known.
 -- Running it again changes nothing.
+limits_in_memory()
 local key_id, reservation, tokens, picousd = unpack(ARGV)
 local root = limits_root(key_id)
 local held_tokens, held_picousd, day, ended = limits_held(root, reservation)

@@ -1,5 +1,9 @@
 -- Functions that the scripts of the limits share. `reservations.py` describes the keys. Needs bucket.lua.
 -- Constant: PREFIX.
+-- Reservations and the levels of buckets are forgotten within minutes anyway. They go to replicas, and not into the
+-- append-only file: a request would wait for the disk before it is sent. What was spent goes into the file.
+local function limits_in_memory() redis.set_repl(redis.REPL_REPLICA) end
+local function limits_durable() redis.set_repl(redis.REPL_ALL) end
 local function limits_root(key_id) return PREFIX .. '{' .. key_id .. '}:' end
 local function limits_now()
   local time = redis.call('TIME')

@@ -8,7 +8,8 @@ uniroute:limits:{<key id>}:held         reservation → tokens:picodollars:day, 
 uniroute:limits:{<key id>}:open         reservation, by when it expires
 uniroute:limits:{<key id>}:day:<day>    picodollars spent, also :month:<month>; as text, for Lua's numbers end at 2^53
 
-Buckets and reservations go by Redis' own clock, so that replicas with different clocks agree.
+Buckets and reservations go by Redis' own clock, so that replicas with different clocks agree. They are not written to
+the append-only file; what was spent is.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@
 -- picodollars of the day, of the month (0 if neither is limited), reserved, ended; and Redis' time.
 -- A refused request uses nothing. A request that costs nothing is within any budget.
 -- A reservation that was granted is granted again.
+limits_in_memory()
 local key_id, reservation, lives = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local picousd = ARGV[5]
 local amounts = {requests = 1, tokens = tonumber(ARGV[4])}

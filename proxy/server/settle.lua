@@ -10,6 +10,7 @@ local function settle(key_id, reservation, tokens, picousd, day, month)
   if held_day then day, month = held_day, string.sub(held_day, 1, 7) end
   if picousd == '' then picousd = held_picousd or '0' end
   local uncounted
+  limits_durable()
   if picousd ~= '0' then
     local periods = {{'day:' .. day, DAY_KEPT_S}, {'month:' .. month, MONTH_KEPT_S}}
     for _, period in ipairs(periods) do
@@ -18,6 +19,7 @@ local function settle(key_id, reservation, tokens, picousd, day, month)
       redis.call('EXPIRE', root .. period[1], period[2])
     end
   end
+  limits_in_memory()
   if reservation ~= '' then limits_release(root, reservation) end
   if held_day then limits_correct(root, held_tokens, tokens) end
   if uncounted then error(uncounted) end

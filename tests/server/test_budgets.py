@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import uuid
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +27,7 @@ from hypothesis.stateful import (
 from proxy.server.reservations import END, PREFIX, RESERVE, SETTLE, state_key
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
+from tests.support.waiting import wait_until
 
 LIMIT = 1_000 * 10**9
 AMOUNTS = st.integers(0, 400 * 10**9)
@@ -164,6 +169,71 @@ def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_writers_clock
 
     assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(PICO)
     assert client.get(f"{PREFIX}{{k}}:month:{today(client)[:7]}") == str(PICO)
+
+
+def test_a_request_waits_for_no_disk_before_its_usage_record(client: Any) -> None:
+    before = file_size(client)
+    reserve(client, "r")
+    client.eval(END, 1, state_key("k"), "k", "r", "10", str(PICO))
+    assert file_size(client) == before
+
+    settle(client, "r", PICO)
+    assert file_size(client) > before
+
+
+@pytest.fixture
+def own_valkey(tmp_path: Path) -> Iterator[EmbeddedValkey]:
+    server = EmbeddedValkey(tmp_path)
+    server.ensure()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_restarted_store_has_what_was_spent_and_forgets_what_was_reserved(
+    own_valkey: EmbeddedValkey, *, rewritten: bool
+) -> None:
+    """A rewrite of its file keeps the reservations of that moment. They are released, or expire, as they did before."""
+    with redis.Redis(unix_socket_path=str(own_valkey.socket_path), decode_responses=True) as client:
+        for name in ("settled", "under way", "dead"):
+            reserve(client, name)
+        if rewritten:
+            client.bgrewriteaof()
+            assert wait_until(lambda: not persistence(client)["aof_rewrite_in_progress"])
+        settle(client, "settled", PICO)
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+        assert wait_until(lambda: not own_valkey._is_alive())
+        own_valkey.ensure()
+
+        kept = 3 * PICO if rewritten else 0
+        assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(PICO)
+        assert int(client.hget(state_key("k"), "reserved") or 0) == kept
+
+        settle(client, "under way", 2 * PICO)
+        for name in client.zrange(f"{PREFIX}{{k}}:open", 0, -1):
+            client.zadd(f"{PREFIX}{{k}}:open", {name: 0})
+        reserve(client, "new")
+        assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(3 * PICO)
+        assert client.hget(state_key("k"), "reserved") == str(PICO)
+
+
+def reserve(client: Any, name: str) -> None:
+    """Reserve a dollar."""
+    arguments = ["k", name, 600, 10, PICO, "", 1000, "", ""]
+    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments)).startswith("granted")
+
+
+def settle(client: Any, name: str, picousd: int) -> None:
+    client.eval(SETTLE, 1, state_key("k"), "k", name, "10", str(picousd), today(client), today(client)[:7])
+
+
+def persistence(client: Any) -> dict[str, Any]:
+    found: dict[str, Any] = client.info("persistence")
+    return found
+
+
+def file_size(client: Any) -> int:
+    return int(persistence(client)["aof_current_size"])
 
 
 def test_counters_of_a_period_expire_after_it(client: Any) -> None:
