@@ -216,25 +216,17 @@ def start_server(settings: Settings, config: Path | None, *, detect: bool) -> It
 
     check_data_dir(settings)
     log = settings.data_dir / "launch.log"
-    with listen("127.0.0.1", 0) as free:
-        url = address(free)
+    bound = listen("127.0.0.1", 0)
+    url = address(bound)
     options = [*(("--config", str(config)) if config else ()), *(("--detect",) if detect else ())]
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "proxy.cli",
-        "serve",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        url.rpartition(":")[2],
-    ]
+    # The socket itself: a port that was only chosen could be taken by another program meanwhile.
+    command = [sys.executable, "-P", "-m", "proxy.cli", "serve", "--fd", str(bound.fileno()), "--end-with-stdin"]
     console.echo_err(f"starting a server at {url}; its log is {log}")
-    with log.open("wb") as output:
+    with bound, log.open("wb") as output:
         # A session of its own: Ctrl-C is for the client, which may go on after it.
         server = subprocess.Popen(  # noqa: S603  our own interpreter and module
-            [*command, "--end-with-stdin", *options],
+            [*command, *options],
+            pass_fds=(bound.fileno(),),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

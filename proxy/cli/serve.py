@@ -42,6 +42,9 @@ def serve(
     detect: Annotated[
         bool, typer.Option("--detect", help="Also offer models of providers whose key is set, and of an Ollama.")
     ] = False,
+    fd: Annotated[
+        int | None, typer.Option("--fd", min=0, help="Descriptor of a bound socket to serve on, in place of a port.")
+    ] = None,
     end_with_stdin: Annotated[
         bool, typer.Option("--end-with-stdin", help="Also end when standard input does, as with the death of a parent.")
     ] = False,
@@ -51,13 +54,16 @@ def serve(
 
     from proxy.cli.client import announce_ready
     from proxy.server.log_handler import is_json
-    from proxy.server.run import address, exit_on_signals, listen, logging_config, run_server
+    from proxy.server.run import address, exit_on_signals, inherited_socket, listen, logging_config, run_server
     from proxy.server.startup import validate_files
 
     exit_on_signals()
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, name="uniroute-stdin", daemon=True).start()
     dictConfig(logging_config(_log_format(os.environ)))
+    given = None if fd is None else inherited_socket(fd)
+    if given is not None:
+        host, port = given.getsockname()[:2]
     settings = read_settings(config, host=host, port=port, workers=workers, data_dir=data_dir)
     dictConfig(logging_config(settings.log_format))
     # A log of JSON has no other lines among it.
@@ -66,7 +72,7 @@ def serve(
         settings = _detect(settings)
     validate_files(settings)
     check_client_keys(settings)
-    bound = listen(settings.host, settings.port)
+    bound = given or listen(settings.host, settings.port)
     say(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
     print_models(settings, os.environ, say)
     with announce_ready(address(bound), say):

@@ -115,6 +115,22 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+def inherited_socket(descriptor: int) -> socket.socket:
+    """Return the bound TCP socket that the parent process handed over. Raises SettingsError if it is none."""
+    try:
+        bound = socket.socket(fileno=descriptor)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--fd: {descriptor} is not an open socket ({error})") from None
+    if bound.family not in (socket.AF_INET, socket.AF_INET6) or bound.type != socket.SOCK_STREAM:
+        bound.detach()
+        raise SettingsError(f"--fd: {descriptor} is not a TCP socket")
+    if not bound.getsockname()[1]:
+        bound.detach()
+        raise SettingsError(f"--fd: {descriptor} is a socket that is not bound to a port")
+    bound.set_inheritable(True)
+    return bound
+
+
 def address(bound: socket.socket) -> str:
     """Return the URL by which a client on this machine calls it."""
     host, port = bound.getsockname()[:2]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from proxy.server.run import inherited_socket
+from proxy.settings.model_config import SettingsError
 from tests.support.command import ADMIN_KEY, ServeCommand, environment, run_command
 from tests.support.processes import children_of, fork_servers, is_running, store_answers
 from tests.support.proxy_process import uniform_profile
@@ -212,3 +215,24 @@ def test_detected_models_are_offered_by_reference_to_their_key(tmp_path: Path, e
         listed = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert {"deepseek/deepseek-v4-flash", "deepseek/deepseek-v4-pro"} <= {model["id"] for model in listed}
     assert "canary" not in server.log
+
+
+def test_a_descriptor_that_is_no_bound_tcp_socket_is_refused_and_stays_open() -> None:
+    unbound, datagrams = socket.socket(), socket.socket(type=socket.SOCK_DGRAM)
+    local, other = socket.socketpair()
+    with unbound, datagrams, local, other:
+        datagrams.bind(("127.0.0.1", 0))
+        for refused, why in ((unbound, "not bound"), (datagrams, "not a TCP socket"), (local, "not a TCP socket")):
+            with pytest.raises(SettingsError, match=why):
+                inherited_socket(refused.fileno())
+            assert refused.getsockname() is not None
+    with pytest.raises(SettingsError, match="not an open socket"):
+        inherited_socket(unbound.fileno() + 2**20)
+
+
+def test_serving_on_a_descriptor_that_is_not_open_is_a_bad_argument(
+    served: tuple[ServeCommand, dict[str, str]],
+) -> None:
+    ended = run_command("serve", "--fd", "999", environ=served[1])
+    assert ended.returncode == 2
+    assert "--fd: 999 is not an open socket" in ended.stderr
