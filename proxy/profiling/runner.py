@@ -30,10 +30,10 @@ from proxy.profiling.model_client import (
     ModelClient,
     RetryingClient,
     RetryPolicy,
-    configured_token_limit,
     cost_of,
     max_cost_usd,
 )
+from proxy.routing.token_limits import stated_limit
 from proxy.settings.effort import usual_tokens
 from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
@@ -75,7 +75,7 @@ class ProfiledModel:
 
     def limit(self, tokens: int) -> int:
         """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
-        bounds = (tokens, configured_token_limit(self.client.record), self.max_output_tokens)
+        bounds = (tokens, stated_limit(self.client.record.litellm_params), self.max_output_tokens)
         return min(bound for bound in bounds if bound is not None)
 
 
@@ -154,7 +154,7 @@ class PromptRunner:
         """Return the score; None (unlabelled) if our limit cut off the answer or its reasoning, or grading failed."""
         truncated = answer.finish_reason == TRUNCATED
         # Users would get the same truncated answer, so it is graded.
-        by_configuration = truncated and limit == configured_token_limit(self._model.client.record)
+        by_configuration = truncated and limit == stated_limit(self._model.client.record.litellm_params)
         if (truncated or _truncated_reasoning(answer)) and not by_configuration:
             self.consecutive_failures = 0
             return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.agents import is_example, own_words, texts_of
-from proxy.routing.token_limits import MAX_TOKENS, output_limit, requested_answers
+from proxy.routing.token_limits import MAX_TOKENS, requested_answers, stated_limit
 from proxy.settings.effort import EFFORTS, MIN_BUDGET, Effort, most_tokens, params_of
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
@@ -157,7 +157,7 @@ def requirements_of(
     needs = _detect(body, contents)
     return Requirements(
         prompt_tokens=_tokens(contents),
-        max_output_tokens=output_limit(body),
+        max_output_tokens=stated_limit(body),
         limit_is_cap=limit_is_cap,
         answers=requested_answers(body),
         max_input_cost_per_token=caps[0],
@@ -215,7 +215,7 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
     if others:  # of OpenRouter's object: how reasoning is shown
         changed["reasoning"] = {**others, "max_tokens" if isinstance(effort, int) else "effort": effort}
     elif isinstance(effort, int):
-        limit, choice = output_limit(body), body.get("tool_choice")
+        limit, choice = stated_limit(body), body.get("tool_choice")
         fits = limit is None or limit > MIN_BUDGET
         if not fits or choice == "required" or isinstance(choice, Mapping):
             changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded

@@ -13,7 +13,10 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.settings.litellm_params import plain_name
+from router_core.eligibility import output_limit
+from router_core.pool import Pool
 from router_core.text import BYTES_PER_TOKEN, text_bytes
+from router_core.types import Requirements
 
 # OpenAI's names for the token limit of one answer, its reasoning included.
 LIMITS = ("max_completion_tokens", "max_tokens")
@@ -98,8 +101,11 @@ class TokenLimits:
         return self.answers * (limit + self.predicted)
 
 
-def output_limit(body: Mapping[str, Any]) -> int | None:
-    """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated."""
+def stated_limit(body: Mapping[str, Any]) -> int | None:
+    """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated.
+
+    The parameters of a model state it in the same way as a body.
+    """
     largest = 0
     for name in LIMITS:
         if (stated := body.get(name)) is not None and (limit := _positive(stated)) is not None and limit > largest:
@@ -146,6 +152,15 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int or (isinstance(value, float) and value.is_integer())
 
 
+def smaller_limit(pool: Pool, name: str, requirements: Requirements) -> int | None:
+    """Return the token limit that a model is sent in place of a larger one of the request; None: it is unchanged."""
+    requested = requirements.max_output_tokens
+    if requested is None:
+        return None
+    sent = output_limit(pool, pool.index[name], requirements)
+    return None if sent == requested else sent
+
+
 def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """Return the same body with another token limit of one answer, under those names by which it states one."""
     return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
@@ -154,7 +169,7 @@ def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
 def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
     """Read every limit that some upstream could read in a body. Never fails."""
     if body.keys() <= _NOT_SEARCHED:
-        return TokenLimits(output_limit(body), predicted=_predicted(body.get("prediction")))
+        return TokenLimits(stated_limit(body), predicted=_predicted(body.get("prediction")))
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
@@ -166,7 +181,7 @@ def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
         elif name in _OTHER_COUNTS:
             counts.append(amount)
     return TokenLimits(
-        limit=output_limit(body),
+        limit=stated_limit(body),
         other_limit=_whole(max(others)),
         unlimited=min(*others, *budgets) < 0,
         answers=_whole(max(counts)),

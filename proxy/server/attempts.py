@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.requirements import with_effort, without_effort
-from proxy.routing.token_limits import with_limit
+from proxy.routing.token_limits import smaller_limit, with_limit
 from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
@@ -240,16 +240,16 @@ class AttemptRunner:
         if translation is None or translation.api not in native_apis(model):
             return None
         headers = {**self._headers, **dict(self._ctx.native_headers)}
-        limit = self._smaller_limit(model.name)
+        limit = self._note_smaller_limit(model)
         self._record.native_document = translation.document
         return NativeRequest(translation.api, translation.document, headers, limit)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""
         request, translation = self._ctx.request, self._ctx.translation
-        body, raw, sent = request.body, request.raw, self._smaller_limit(model.name)
-        if sent is not None:
-            body, raw = with_limit(body, sent), None
+        body, raw, limit = request.body, request.raw, self._note_smaller_limit(model)
+        if limit is not None:
+            body, raw = with_limit(body, limit), None
         effort = model.effort
         if translation is not None:
             body, left_out = adapt(body if effort is None else without_effort(body), model)
@@ -258,17 +258,10 @@ class AttemptRunner:
             body, raw = with_effort(body, effort), None
         return body, raw
 
-    def _smaller_limit(self, name: str) -> int | None:
-        """Return the token limit that the model needs in place of a larger one of the caller's, and note it."""
-        selection = self._record.selection
-        requested = selection.requirements.max_output_tokens
-        if requested is None or (name == selection.model and selection.max_tokens is None):
-            return None
-        sent = selection.output_limit_for(self._ctx.snapshot.pool, name)
-        if sent == requested:
-            return None
-        self._record.clamped = sent
-        return sent
+    def _note_smaller_limit(self, model: ModelRecord) -> int | None:
+        limit = smaller_limit(self._ctx.snapshot.pool, model.name, self._record.selection.requirements)
+        self._record.clamped = limit
+        return limit
 
     def _first_to_recover(self, names: list[str]) -> str:
         cooling_down, models = self._ctx.app.health.cooling_down(), self._ctx.snapshot.models
