@@ -40,7 +40,7 @@ from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import StoreUnavailable, retry_until_available
-from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
+from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, unstored_price
 from proxy.storage.variants import joint_fingerprint
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
@@ -531,5 +531,5 @@ class JobRunner:
         state = self._state.current
         record = state.models.get(name) or ModelRecord(name, {"model": name}, ModelInfo(), "config", 0.0)
         listed = bundled_price_map().find(str(record.litellm_params["model"]))
-        price = state.prices.get(name) or price_of(record.info, None, listed)
+        price = state.prices.get(name) or unstored_price(record.info, listed)
         return RetryingClient(self._model_client, record, self._retry_policy), price.price if price else None
