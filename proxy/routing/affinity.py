@@ -80,7 +80,7 @@ async def load_affinity(
     found = await sessions.lookup(fingerprints, session, [each for each in makers if each])
     return Affinity(
         scope,
-        None if request.housekeeping else session,
+        session if request.housekeeping is None else None,
         history.has_reasoning,
         found.producer,
         found.last,

@@ -17,6 +17,7 @@ from proxy.errors import (
     ServiceUnavailable,
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
+from proxy.routing.agents import COMPACTION
 from proxy.routing.chat_request import NO_OPTIONS, ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
 from proxy.routing.requirements import WISHES, effort_bound, requirement_sources, requirements_of
@@ -81,7 +82,7 @@ class SelectionContext:
         self.params = terms.params
         self._terms_of_request = terms
         # What a compaction leaves out is lost for the rest of the run: a cheap one would be dear.
-        self.is_housekeeping = request.housekeeping and not request.compaction and terms.frees_housekeeping
+        self.is_housekeeping = request.housekeeping not in (None, COMPACTION) and terms.frees_housekeeping
         self.requirements = self._requirements()
 
     @cached_property
