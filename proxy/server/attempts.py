@@ -433,11 +433,14 @@ class AttemptStream:
         self._wake()
 
     def _look_for_content(self, block: list[JSONPayload]) -> None:
-        for chunk in block:
-            if type(chunk) is not TextRun and (usage := usage_of(chunk.body)):
-                self._record.set_usage(usage)
+        """Buffer up to the first content, and record what usage is reported: an answer without content goes nowhere."""
         start = _index_of_content(block)
-        self._buffer(block[:start])
+        for place, chunk in enumerate(block):
+            usage = None if type(chunk) is TextRun else usage_of(chunk.body)
+            if usage:
+                self._record.set_usage(usage)
+            if place < start:
+                self._buffer(chunk, is_essential=self.is_native or bool(usage) or is_finished(chunk.body))
         if start < len(block):
             self._has_content = True
             self._buffered += block[start:]
@@ -445,20 +448,18 @@ class AttemptStream:
             self._attempt.first_content()
             self._stop()
 
-    def _buffer(self, block: list[JSONPayload]) -> None:
-        """Keep chunks that came before the first content, within the limits."""
-        for chunk in block:
-            is_essential = self.is_native or usage_of(chunk.body) or is_finished(chunk.body)
-            limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
-            if self.is_native and len(self._buffered) < limit:
-                # Events of other APIs build on those before them. Large ones count in the memory for responses.
-                self._buffered.append(chunk)
-                continue
-            if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
-                continue
+    def _buffer(self, chunk: JSONPayload, *, is_essential: bool) -> None:
+        """Keep a chunk that came before the first content, within the limits."""
+        limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
+        if len(self._buffered) >= limit:
+            return
+        # Events of other APIs build on those before them. Large ones count in the memory for responses.
+        if not self.is_native:
+            if self._buffered_bytes >= MAX_BUFFERED_BYTES:
+                return
             self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
-            if self._buffered_bytes < MAX_BUFFERED_BYTES:
-                self._buffered.append(chunk)
+        if self._buffered_bytes < MAX_BUFFERED_BYTES:
+            self._buffered.append(chunk)
 
     async def _wait(self) -> None:
         """Wait until the source has brought what is waited for, if it has not done so at once."""
