@@ -19,7 +19,7 @@ from proxy.upstream.chunk_reader import ChunkSource, is_finished
 from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
+from proxy.upstream.payload import JSONPayload, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
@@ -210,9 +210,7 @@ class AttemptRunner:
         attempt.succeeded()
         if record.trace is not None:
             record.trace.observe(answer)
-        record.add_output(content_bytes(answer.body))
-        record.set_usage(answer.body)
-        record.affinity.observe_completion(answer.body, model.name)
+        record.observe_completion(answer.body)
         return answer
 
     async def _ask_stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> AttemptStream:

@@ -23,11 +23,9 @@ from proxy.server.disconnects import cancelled_ending
 from proxy.server.exchange import Exchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
-from proxy.storage.usage import usage_of
 from proxy.upstream.payload import (
     JSONPayload,
     NativePayload,
-    content_bytes,
     empty_chunk,
     is_null_usage_chunk,
     is_usage_chunk,
@@ -186,20 +184,15 @@ class ChatEventWriter:
     def encode(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
-        size = 0
         for chunk in block:
             if type(chunk) is TextRun:  # text alone: no usage, no fingerprint, no end
-                size += chunk.size
+                record.add_output(chunk.size)
                 pieces.append(chunk.events(model))
                 continue
             body = chunk.body
-            record.affinity.observe(body, model)
-            size += content_bytes(body)
+            _, usage = record.observe(body)
             sent: JSONPayload | None = chunk
-            if usage := usage_of(body):
-                # A usage report covers all output up to and with this chunk, which is therefore counted first.
-                record.add_output(size)
-                size = 0
+            if usage:
                 sent = self._with_usage(chunk, usage)
             elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
                 sent = None
@@ -207,7 +200,6 @@ class ChatEventWriter:
                 pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if block:
             self._last = block[-1]
-        record.add_output(size)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def end(self) -> bytes:
@@ -223,9 +215,8 @@ class ChatEventWriter:
         return format_event({"error": _error_of(failure)[1]})
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
-        """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
+        """Keep a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
         self._usage = usage
-        self._record.set_usage(usage)
         if not chunk.body.get("usage"):
             return chunk
         only_usage = is_usage_chunk(chunk.body)
@@ -268,7 +259,8 @@ class TranslatedEventWriter:
                 written = stream.write_run(chunk)
                 pieces += [stream.write(each.body) for each in chunk.chunks()] if written is None else [written]
                 continue
-            self._bounds.add_bytes(record_chunk(self._record, chunk.body) + logprobs_bytes(chunk.body) + CHUNK_BYTES)
+            size, _ = self._record.observe(chunk.body)
+            self._bounds.add_bytes(size + logprobs_bytes(chunk.body) + CHUNK_BYTES)
             pieces.append(stream.write(chunk.body))
         events = b"".join(pieces)
         self._last = events or self._last
@@ -315,7 +307,7 @@ class NativeEventWriter:
         pieces: list[bytes] = []
         for event in block:
             assert isinstance(event, NativePayload)
-            record_chunk(self._record, event.body)
+            self._record.observe(event.body)
             self._note(event)
             data = event.with_model(self._record.model)
             if event.event_type in _LAST_EVENTS:
@@ -375,16 +367,6 @@ def _last_event(events: bytes) -> tuple[bytes, list[bytes], Mapping[str, Any]]:
     data = b"\n".join(line[6:] for line in lines if line.startswith(b"data: "))
     others = [line + b"\n" for line in lines if not line.startswith(b"data: ")]
     return events[:start], others, decode_json(data) if data.startswith(b"{") else {}
-
-
-def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> int:
-    """Add a chunk's size, usage and fingerprints to the request's record. Return the bytes of its text."""
-    record.affinity.observe(chunk, record.model)
-    size = content_bytes(chunk)
-    record.add_output(size)
-    if usage := usage_of(chunk):
-        record.set_usage(usage)
-    return size
 
 
 def logprobs_bytes(chunk: Mapping[str, Any]) -> int:
