@@ -297,7 +297,13 @@ SendBlock = Callable[[list[JSONPayload]], bytes]
 
 
 class AttemptStream:
-    """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end."""
+    """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end.
+
+    The source pushes blocks to `receive` from callbacks of the event loop. They are buffered up to the first content;
+    then the source is held until `relay`, which passes each block to `send_block` in the callback that brings it. A
+    wait ends by `_wake`: there is content, the stream has ended, a block could not be taken, or the client reads too
+    slowly.
+    """
 
     def __init__(
         self,

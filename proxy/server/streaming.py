@@ -42,7 +42,7 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 
-Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
+StoreAnswer = Callable[[Mapping[str, Any] | None], Awaitable[None]]
 
 
 class StreamedAnswer:
@@ -51,13 +51,15 @@ class StreamedAnswer:
     The upstream's connection is closed in every case.
 
     Args:
-        keep: is given the whole answer before its last bytes are sent, if later requests may ask for it.
+        store_answer: is given the whole answer before its last bytes are sent, if later requests may ask for it.
     """
 
-    def __init__(self, ctx: RequestContext, exchange: Exchange, record: RequestRecord, keep: Keep) -> None:
+    def __init__(
+        self, ctx: RequestContext, exchange: Exchange, record: RequestRecord, store_answer: StoreAnswer
+    ) -> None:
         self._exchange = exchange
         self._record = record
-        self._keep = keep
+        self._store_answer = store_answer
         self._deadlines = ctx.app.deadlines
         self._translation = ctx.translation
         self._has_metadata = ctx.request.options.metadata
@@ -107,13 +109,14 @@ class StreamedAnswer:
             end = self._events.end()
             if self._has_metadata:
                 end = self._events.with_metadata(end)
-            await self._keep(self._events.answer)
+            await self._store_answer(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
         await record.wait_until_settled()
         await exchange.end(end)
 
     async def _relay(self, stream: AttemptStream) -> None:
         """Send all events but those that end the answer."""
+        # Only now is it known whether the upstream that answers writes the client's events itself.
         if stream.is_native and self._translation is not None:
             self._events = self._keep_alive.events = NativeEventWriter(self._record, self._translation)
         exchange, events, silence = self._exchange, self._events, self._keep_alive.silence

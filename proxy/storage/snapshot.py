@@ -183,7 +183,7 @@ class RoutingSnapshot:
     """The default λ that was set while the server runs."""
     selection_terms: dict[tuple[str, str | None], Any] = field(default_factory=dict, repr=False, compare=False)
     """Kept for `routing`, by the name of a model and the id of a key."""
-    efforts_above: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    kept_bounds: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
     """Kept by `beyond`."""
 
     def default_lambda(self, settings: Settings) -> float:
@@ -227,9 +227,9 @@ class RoutingSnapshot:
         """Return what one job measures: a model, or its efforts."""
         return tuple(self.models[each] for each in self.efforts.get(name, (name,)))
 
-    def beyond(self, tokens: int) -> frozenset[str]:
+    def efforts_beyond(self, tokens: int) -> frozenset[str]:
         """Return the efforts that think more than so many tokens allow; of each model one is left, the smallest."""
-        found = self.efforts_above.get(tokens)
+        found = self.kept_bounds.get(tokens)
         if found is None:
             above = [
                 name
@@ -237,9 +237,9 @@ class RoutingSnapshot:
                 for place, name in enumerate(names)
                 if place and (effort := self.models[name].effort) is not None and least_tokens(effort) > tokens
             ]
-            if len(self.efforts_above) >= MAX_KEPT_BOUNDS:
-                self.efforts_above.clear()
-            found = self.efforts_above[tokens] = frozenset(above)
+            if len(self.kept_bounds) >= MAX_KEPT_BOUNDS:
+                self.kept_bounds.clear()
+            found = self.kept_bounds[tokens] = frozenset(above)
         return found
 
     def model_state(self, name: str) -> str:
