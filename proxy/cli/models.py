@@ -494,9 +494,12 @@ async def sync_once(settings: Settings, url: str | None = None) -> SyncReport:
 
 def _priced_models(stored: StoredState, configured: Mapping[str, ModelRecord]) -> PricedModels:
     from proxy.storage.price_map import bundled_price_map
-    from proxy.storage.snapshot import prices_of
+    from proxy.storage.snapshot import prices_of, unstored_price
 
     records = {**stored.models, **configured}
     price_map = bundled_price_map()
-    known = {name: price_map.find(str(record.litellm_params["model"])) for name, record in records.items()}
-    return PricedModels(records, prices_of(records, stored, known))
+    unstored = {
+        name: unstored_price(record.info, price_map.find(str(record.litellm_params["model"])))
+        for name, record in records.items()
+    }
+    return PricedModels(records, prices_of(records, stored, unstored))

@@ -223,12 +223,6 @@ class RetryingClient:
         )
 
 
-def configured_token_limit(record: ModelRecord) -> int | None:
-    """Return the token limit of the model's own parameters: users get answers cut there too."""
-    limits = (record.litellm_params.get(name) for name in ("max_tokens", "max_completion_tokens"))
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
 def cost_of(answer: ModelAnswer, price: Price, at_most: float) -> float:
     """Return the USD of one answer; `at_most` if the provider did not count."""
     usd = cost_usd(answer.counts, price)

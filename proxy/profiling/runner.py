@@ -30,17 +30,17 @@ from proxy.profiling.model_client import (
     ModelClient,
     RetryingClient,
     RetryPolicy,
-    configured_token_limit,
     cost_of,
     max_cost_usd,
 )
+from proxy.routing.token_limits import stated_limit
 from proxy.settings.effort import usual_tokens
 from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import Settings
 from proxy.storage.price_map import bundled_price_map
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import StoreUnavailable, retry_until_available
-from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, price_of
+from proxy.storage.snapshot import SnapshotWatcher, capabilities_of, unstored_price
 from proxy.storage.variants import joint_fingerprint
 from router_core.errors import InvalidInput
 from router_core.profiles import Profile, measure
@@ -75,7 +75,7 @@ class ProfiledModel:
 
     def limit(self, tokens: int) -> int:
         """Return the token limit to send. A lower limit that is configured applies to users too, and so is measured."""
-        bounds = (tokens, configured_token_limit(self.client.record), self.max_output_tokens)
+        bounds = (tokens, stated_limit(self.client.record.litellm_params), self.max_output_tokens)
         return min(bound for bound in bounds if bound is not None)
 
 
@@ -154,7 +154,7 @@ class PromptRunner:
         """Return the score; None (unlabelled) if our limit cut off the answer or its reasoning, or grading failed."""
         truncated = answer.finish_reason == TRUNCATED
         # Users would get the same truncated answer, so it is graded.
-        by_configuration = truncated and limit == configured_token_limit(self._model.client.record)
+        by_configuration = truncated and limit == stated_limit(self._model.client.record.litellm_params)
         if (truncated or _truncated_reasoning(answer)) and not by_configuration:
             self.consecutive_failures = 0
             return None
@@ -531,5 +531,5 @@ class JobRunner:
         state = self._state.current
         record = state.models.get(name) or ModelRecord(name, {"model": name}, ModelInfo(), "config", 0.0)
         listed = bundled_price_map().find(str(record.litellm_params["model"]))
-        price = state.prices.get(name) or price_of(record.info, None, listed)
+        price = state.prices.get(name) or unstored_price(record.info, listed)
         return RetryingClient(self._model_client, record, self._retry_policy), price.price if price else None

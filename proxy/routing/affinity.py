@@ -43,7 +43,7 @@ class Affinity:
     trajectory: Trajectory = NO_TRAJECTORY
     """How the run of the agent goes."""
     stuck: tuple[tuple[str, float], ...] = ()
-    """Models that made the turns which say so, each with its share of what is stuck."""
+    """The models that made turns in which the run was stuck, each with its share of `trajectory.stuck`."""
 
     def cached_prompt(self, settings: Settings) -> tuple[str, int] | None:
         """Return the model that has read this session a moment ago, and how many tokens of it."""
@@ -80,7 +80,7 @@ async def load_affinity(
     found = await sessions.lookup(fingerprints, session, [each for each in makers if each])
     return Affinity(
         scope,
-        None if request.housekeeping else session,
+        session if request.housekeeping is None else None,
         history.has_reasoning,
         found.producer,
         found.last,
@@ -149,29 +149,30 @@ class AffinityRecorder:
             index = choice.get("index")
             for name in ("message", "delta"):
                 if isinstance(part := choice.get(name), Mapping) and has_fingerprints(part):
-                    self._add(index if isinstance(index, int) else place, part)
+                    self._add_to_turn(index if isinstance(index, int) else place, part)
             finished = finished or bool(choice.get("finish_reason"))
         if finished and self._turns:
-            self._record(model)
+            self._record_turns(model)
 
     def observe_completion(self, body: Mapping[str, Any], model: str) -> None:
         self.observe(body, model)
         if self._turns:
-            self._record(model)
+            self._record_turns(model)
 
     def commit(self, model: str, tokens: int | None) -> None:
         """Record the session's newest answer. `tokens`: prompt and answer together; None: not reported."""
         if self._affinity.session is not None:
             self._sessions.record([self._affinity.session], model, tokens)
 
-    def _add(self, index: int, part: Mapping[str, Any]) -> None:
+    def _add_to_turn(self, index: int, part: Mapping[str, Any]) -> None:
         """Keep the fingerprints of the first choices that have any."""
         if index not in self._turns and len(self._turns) < MAX_CHOICES:
             self._turns[index] = TurnFingerprints()
         if (turn := self._turns.get(index)) is not None:
             turn.add(part)
 
-    def _record(self, model: str) -> None:
+    def _record_turns(self, model: str) -> None:
+        """Record who made the calls and the reasoning of this answer."""
         turns = [turn for turn in self._turns.values() if not turn.is_empty]
         self._turns = {}
         if not turns:
@@ -216,7 +217,7 @@ def inspect_history(messages: Any) -> ConversationHistory:
             in_tool_loop = in_tool_loop or (newest and _is_result(message))
             continue
         in_newest_loop, newest = newest and in_tool_loop, False
-        turn = _turn(message, calls=in_newest_loop)
+        turn = _turn_of(message, calls=in_newest_loop)
         if turn is None:
             continue
         question = latest_user_text(messages, place)
@@ -238,7 +239,7 @@ def _is_result(message: Mapping[str, Any]) -> bool:
     )
 
 
-def _turn(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
+def _turn_of(message: Mapping[str, Any], *, calls: bool) -> TurnFingerprints | None:
     """Take the fingerprints of an earlier turn; None if it has none, which is quick to tell of most turns."""
     content = message.get("content")
     if not (calls or isinstance(content, list) or _has_reasoning(message)):
@@ -456,7 +457,7 @@ def latest_user_text(messages: Sequence[Any], before: int | None = None) -> Text
     for place in range(len(messages) if before is None else before, 0, -1):
         message = messages[place - 1]
         if isinstance(message, (dict, Mapping)) and message.get("role") == "user":
-            return _question(message.get("content"))
+            return _sample_of(message.get("content"))
     return TextSample()
 
 
@@ -471,7 +472,7 @@ def looks_random(call_id: str, name: str = "") -> bool:
     return any(len(re.findall(r"[0-9]+|[A-Za-z]+", word)) > 2 for word in long_words)
 
 
-def _question(content: Any) -> TextSample:
+def _sample_of(content: Any) -> TextSample:
     if isinstance(content, str):
         return TextSample(content)
     question = TextSample()

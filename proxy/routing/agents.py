@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from proxy.routing.token_limits import LIMITS
+from proxy.routing.token_limits import LIMIT_FIELDS
 from router_core.types import frozen
 
 _TEXT_PARTS = ("text", "input_text")
@@ -310,7 +310,7 @@ def find_housekeeping(body: Mapping[str, Any]) -> HousekeepingRequest | None:
                 return found
         if len(messages) == 1:
             probe = _PROBES.get(text) if type(text) is str else None
-            return probe if probe is not None and any(body.get(name) == 1 for name in LIMITS) else None
+            return probe if probe is not None and any(body.get(name) == 1 for name in LIMIT_FIELDS) else None
     if first.get("role") in ("system", "developer") and not body.get("tools"):
         text = first.get("content")
         for each in (text,) if type(text) is str else texts_of(text):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.routing.agents import COMPACTION, find_housekeeping
+from proxy.routing.agents import find_housekeeping
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
@@ -39,10 +39,8 @@ class ChatRequest:
     """What the parser has counted of `body`. None: it has not."""
     translated: bool = False
     """The client speaks another API: its token limit is a cap, and what a model may lack is left out for it."""
-    housekeeping: bool = False
-    """The client asks for itself, for a title or a summary."""
-    compaction: bool = False
-    """It asks for the summary that takes the place of the conversation."""
+    housekeeping: str | None = None
+    """What the client asks for itself, as `HousekeepingRequest.task` names it; None: it asks for its user."""
 
 
 def parse_chat(raw: bytes, headers: Sequence[tuple[str, str]]) -> ChatRequest:
@@ -94,8 +92,7 @@ def read_chat(
         raw=None if has_own_fields else raw,
         contents=contents,
         translated=translated,
-        housekeeping=found is not None,
-        compaction=found is not None and found.task == COMPACTION,
+        housekeeping=None if found is None else found.task,
     )
 
 

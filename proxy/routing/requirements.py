@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.routing.agents import is_example, own_words, texts_of
-from proxy.routing.token_limits import MAX_TOKENS, output_limit, requested_answers
-from proxy.settings.effort import EFFORTS, MIN_BUDGET, Effort, most_tokens, params_of
+from proxy.routing.token_limits import MAX_TOKENS, requested_answers, stated_limit
+from proxy.settings.effort import EFFORTS, SAMPLING, Effort, budget_within, most_tokens, params_of
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 
@@ -157,7 +157,7 @@ def requirements_of(
     needs = _detect(body, contents)
     return Requirements(
         prompt_tokens=_tokens(contents),
-        max_output_tokens=output_limit(body),
+        max_output_tokens=stated_limit(body),
         limit_is_cap=limit_is_cap,
         answers=requested_answers(body),
         max_input_cost_per_token=caps[0],
@@ -215,14 +215,12 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
     if others:  # of OpenRouter's object: how reasoning is shown
         changed["reasoning"] = {**others, "max_tokens" if isinstance(effort, int) else "effort": effort}
     elif isinstance(effort, int):
-        limit, choice = output_limit(body), body.get("tool_choice")
-        fits = limit is None or limit > MIN_BUDGET
-        if not fits or choice == "required" or isinstance(choice, Mapping):
+        budget, choice = budget_within(effort, stated_limit(body)), body.get("tool_choice")
+        if budget is None or choice == "required" or isinstance(choice, Mapping):
             changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded
             return changed
-        budget = effort if limit is None or effort < limit else max(MIN_BUDGET, limit // 2)
         changed |= params_of(budget)
-        for name in _NOT_WHILE_THINKING:
+        for name in SAMPLING:
             changed.pop(name, None)
     else:
         changed |= params_of(effort)
@@ -231,9 +229,6 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
 
 # Members of OpenRouter's `reasoning` that say how much is to be thought.
 _AMOUNTS = ("effort", "max_tokens", "enabled")
-
-# What Anthropic refuses beside a budget of thinking.
-_NOT_WHILE_THINKING = ("temperature", "top_k", "top_p")
 
 # How each field says how much is to be thought.
 _ALLOWED_TOKENS: Mapping[str, Callable[[Any], int | None]] = {

@@ -17,13 +17,13 @@ from proxy.routing.selection_context import (
     no_candidate_error,
     over_cost_error,
 )
+from proxy.routing.token_limits import smaller_limit
 from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory
 from proxy.settings.effort import Effort
 from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
-from router_core.eligibility import Eligibility, eligible, output_limit
+from router_core.eligibility import Eligibility, eligible
 from router_core.errors import NoEligibleModel, RouterCoreError
-from router_core.pool import Pool
 from router_core.scoring import ScoringParams, rank, rank_by_cost, rank_by_mean
 from router_core.types import Assignment, Requirements, frozen
 
@@ -72,10 +72,6 @@ class Selection:
     made_at: float = field(default_factory=time.monotonic, compare=False)
     """Monotonic seconds."""
 
-    def output_limit_for(self, pool: Pool, name: str) -> int | None:
-        """Return the output token limit that this model is sent; None: the request states none."""
-        return output_limit(pool, pool.index[name], self.requirements)
-
 
 async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool = False) -> Selection:
     """Select the models that may answer a request.
@@ -94,10 +90,8 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
         selection = apply_affinity(ctx, await select_scored(ctx, assigner))
     if ctx.snapshot.efforts and (effort := ctx.snapshot.models[selection.model].effort) is not None:
         selection = replace(selection, effort=effort)
-    if ctx.requirements.max_output_tokens is None:
-        return selection
-    sent = selection.output_limit_for(ctx.snapshot.pool, selection.model)
-    return selection if sent == ctx.requirements.max_output_tokens else replace(selection, max_tokens=sent)
+    sent = smaller_limit(ctx.snapshot.pool, selection.model, ctx.requirements)
+    return selection if sent is None else replace(selection, max_tokens=sent)
 
 
 async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool) -> Selection:

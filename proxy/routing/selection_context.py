@@ -17,6 +17,7 @@ from proxy.errors import (
     ServiceUnavailable,
 )
 from proxy.routing.affinity import NO_AFFINITY, Affinity
+from proxy.routing.agents import COMPACTION
 from proxy.routing.chat_request import NO_OPTIONS, ChatRequest, RoutingOptions
 from proxy.routing.cost_weight import ALIASES, RoutingMode, cost_weight, key_allows_mode
 from proxy.routing.requirements import WISHES, effort_bound, requirement_sources, requirements_of
@@ -69,7 +70,7 @@ class SelectionContext:
         self.affinity = affinity
         bound = effort_bound(request.body) if snapshot.efforts else None
         # Efforts above the one that the caller states.
-        self.beyond_effort: Collection[str] = () if bound is None else snapshot.beyond(bound)
+        self.beyond_effort: Collection[str] = () if bound is None else snapshot.efforts_beyond(bound)
         # What a model has begun waits for that model alone, and is not taken on by another while it rests.
         producer = None if affinity.producer is None else self.within_effort(affinity.producer)
         self.cooling_down = _without(producer, _of_efforts_too(cooling_down, snapshot))
@@ -79,18 +80,18 @@ class SelectionContext:
         self.preset = terms.preset
         self.allowed = terms.allowed
         self.params = terms.params
-        self._terms_of_request = terms
+        self._request_terms = terms
         # What a compaction leaves out is lost for the rest of the run: a cheap one would be dear.
-        self.is_housekeeping = request.housekeeping and not request.compaction and terms.frees_housekeeping
+        self.is_housekeeping = request.housekeeping not in (None, COMPACTION) and terms.frees_housekeeping
         self.requirements = self._requirements()
 
     @cached_property
     def for_any_model(self) -> SelectionContext | None:
-        """The same request for any model, if it names one that answers by its efforts."""
-        if not self._terms_of_request.is_one_model:
+        """The same request as if it named no model; None: it names none whose efforts answer in its place."""
+        if not self._request_terms.names_one_model:
             return None
         wider = copy(self)
-        wider.allowed = self._terms_of_request.beside
+        wider.allowed = self._request_terms.allowed_for_any_model
         return wider
 
     def within_effort(self, name: str) -> str:
@@ -121,7 +122,7 @@ class SelectionContext:
         options = request.options
         mode = routing_mode(request.model, settings, snapshot, key)
         preset = preset_of(request.model, settings, snapshot) if settings.presets else None
-        allowed = beside = restrict_candidates(options, snapshot, key, preset)
+        allowed = allowed_for_any_model = restrict_candidates(options, snapshot, key, preset)
         efforts = snapshot.measured_efforts.get(request.model) if mode is not RoutingMode.PINNED else None
         if efforts is not None:
             allowed = set(efforts) if allowed is None else set(efforts).intersection(allowed)
@@ -136,7 +137,13 @@ class SelectionContext:
         )
         frees_housekeeping = self._frees_housekeeping(mode, preset)
         return SelectionTerms(
-            mode, preset, allowed, params, frees_housekeeping, is_one_model=efforts is not None, beside=beside
+            mode,
+            preset,
+            allowed,
+            params,
+            frees_housekeeping,
+            names_one_model=efforts is not None,
+            allowed_for_any_model=allowed_for_any_model,
         )
 
     def _frees_housekeeping(self, mode: RoutingMode, preset: Preset | None) -> bool:
@@ -181,10 +188,10 @@ class SelectionTerms:
     params: ScoringParams
     frees_housekeeping: bool
     """Whether housekeeping goes to the cheapest model, whatever λ is."""
-    is_one_model: bool = False
-    """Whether a model is named that answers by its efforts, which are all that is allowed."""
-    beside: Collection[str] | None = None
-    """The names that would be allowed otherwise; None: all."""
+    names_one_model: bool = False
+    """Whether a model is named whose efforts answer in its place: `allowed` holds them alone."""
+    allowed_for_any_model: Collection[str] | None = None
+    """The names that would be allowed if the request named no model; None: all."""
 
 
 def routing_mode(name: str, settings: Settings, snapshot: RoutingSnapshot, key: ClientKey | None) -> RoutingMode:

@@ -13,19 +13,22 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.settings.litellm_params import plain_name
+from router_core.eligibility import output_limit
+from router_core.pool import Pool
 from router_core.text import BYTES_PER_TOKEN, text_bytes
+from router_core.types import Requirements
 
 # OpenAI's names for the token limit of one answer, its reasoning included.
-LIMITS = ("max_completion_tokens", "max_tokens")
+LIMIT_FIELDS = ("max_completion_tokens", "max_tokens")
 # Larger numbers are read as this one.
 MAX_TOKENS = 10**9
 # Names for how many answers are asked for.
-COUNTS = ("n", "best_of")
+COUNT_FIELDS = ("n", "best_of")
 # OpenAI's bound of `n`. Without one, a request could cost any multiple of what is reserved for it.
 MAX_ANSWERS = 128
 
 # Most requests state none of these, which is quick to tell.
-_STATED = frozenset((*LIMITS, *COUNTS))
+_STATED = frozenset((*LIMIT_FIELDS, *COUNT_FIELDS))
 
 # Names by which other upstreams read the same. They are compared without case, underscores and hyphens.
 _OTHER_LIMITS = frozenset(
@@ -58,7 +61,7 @@ _CONTENT = frozenset(
     json_schema response_schema grammar
 """.split()
 )
-_NOT_SEARCHED = _CONTENT.union(LIMITS)
+_NOT_SEARCHED = _CONTENT.union(LIMIT_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,13 @@ class TokenLimits:
         return self.answers * (limit + self.predicted)
 
 
-def output_limit(body: Mapping[str, Any]) -> int | None:
-    """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated."""
+def stated_limit(body: Mapping[str, Any]) -> int | None:
+    """Return the token limit of one answer under OpenAI's names, the larger if they differ; None: not stated.
+
+    The parameters of a model state it in the same way as a body.
+    """
     largest = 0
-    for name in LIMITS:
+    for name in LIMIT_FIELDS:
         if (stated := body.get(name)) is not None and (limit := _positive(stated)) is not None and limit > largest:
             largest = limit
     return largest or None
@@ -110,7 +116,7 @@ def output_limit(body: Mapping[str, Any]) -> int | None:
 def requested_answers(body: Mapping[str, Any]) -> int:
     """Return how many answers OpenAI's fields ask for."""
     largest = 1
-    for name in COUNTS:
+    for name in COUNT_FIELDS:
         if (stated := body.get(name)) is not None:
             largest = max(largest, _positive(stated) or 1)
     return min(largest, MAX_ANSWERS)
@@ -125,7 +131,7 @@ def check_token_limits(body: Mapping[str, Any]) -> None:
     if _STATED.isdisjoint(body):
         return
     before: tuple[str, Any] | None = None
-    for name in LIMITS:
+    for name in LIMIT_FIELDS:
         value = body.get(name)
         if value is None:
             continue
@@ -135,7 +141,7 @@ def check_token_limits(body: Mapping[str, Any]) -> None:
             both = f"`{before[0]}` ({str(before[1])[:20]}) and `{name}` ({str(value)[:20]})"
             raise BadRequest(f"{both} are two names of one limit: send one of them", param=name)
         before = name, value
-    for name in COUNTS:
+    for name in COUNT_FIELDS:
         count = body.get(name)
         if count is not None and not (type(count) is int and 1 <= count <= MAX_ANSWERS):
             message = f"`{name}` must be a whole number from 1 to {MAX_ANSWERS}; got {count!r}"
@@ -146,15 +152,24 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int or (isinstance(value, float) and value.is_integer())
 
 
+def smaller_limit(pool: Pool, name: str, requirements: Requirements) -> int | None:
+    """Return the token limit that a model is sent in place of a larger one of the request; None: it is unchanged."""
+    requested = requirements.max_output_tokens
+    if requested is None:
+        return None
+    sent = output_limit(pool, pool.index[name], requirements)
+    return None if sent == requested else sent
+
+
 def with_limit(body: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """Return the same body with another token limit of one answer, under those names by which it states one."""
-    return {name: limit if name in LIMITS and value is not None else value for name, value in body.items()}
+    return {name: limit if name in LIMIT_FIELDS and value is not None else value for name, value in body.items()}
 
 
 def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
     """Read every limit that some upstream could read in a body. Never fails."""
     if body.keys() <= _NOT_SEARCHED:
-        return TokenLimits(output_limit(body), predicted=_predicted(body.get("prediction")))
+        return TokenLimits(stated_limit(body), predicted=_predicted(body.get("prediction")))
     others: list[float] = [0]
     counts: list[float] = [requested_answers(body)]
     budgets: list[float] = [0]
@@ -166,7 +181,7 @@ def token_limits_of(body: Mapping[str, Any]) -> TokenLimits:
         elif name in _OTHER_COUNTS:
             counts.append(amount)
     return TokenLimits(
-        limit=output_limit(body),
+        limit=stated_limit(body),
         other_limit=_whole(max(others)),
         unlimited=min(*others, *budgets) < 0,
         answers=_whole(max(counts)),

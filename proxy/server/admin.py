@@ -53,7 +53,7 @@ from proxy.storage.profile_history import entries_to_json, read_history
 from proxy.storage.records import InvalidRecord, ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, EffortOfModel, ModelExists
-from proxy.upstream.endpoint import check_secrets_stay
+from proxy.upstream.direct_target import check_secrets_stay
 from proxy.upstream.sse import encode_json
 
 

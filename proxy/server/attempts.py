@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import ModelAtCapacity, UpstreamError
 from proxy.routing.requirements import with_effort, without_effort
-from proxy.routing.token_limits import with_limit
+from proxy.routing.token_limits import smaller_limit, with_limit
 from proxy.server.api.adaptation import adapt
 from proxy.server.dependencies import ModelPlan, RequestContext
 from proxy.server.request_log import RequestRecord
@@ -19,7 +19,7 @@ from proxy.upstream.chunk_reader import ChunkSource, is_finished
 from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
-from proxy.upstream.payload import JSONPayload, content_bytes, has_content, is_empty_completion
+from proxy.upstream.payload import JSONPayload, has_content, is_empty_completion
 from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
@@ -210,9 +210,7 @@ class AttemptRunner:
         attempt.succeeded()
         if record.trace is not None:
             record.trace.observe(answer)
-        record.add_output(content_bytes(answer.body))
-        record.set_usage(answer.body)
-        record.affinity.observe_completion(answer.body, model.name)
+        record.observe_completion(answer.body)
         return answer
 
     async def _ask_stream(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> AttemptStream:
@@ -240,16 +238,16 @@ class AttemptRunner:
         if translation is None or translation.api not in native_apis(model):
             return None
         headers = {**self._headers, **dict(self._ctx.native_headers)}
-        limit = self._smaller_limit(model.name)
+        limit = self._note_smaller_limit(model)
         self._record.native_document = translation.document
         return NativeRequest(translation.api, translation.document, headers, limit)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""
         request, translation = self._ctx.request, self._ctx.translation
-        body, raw, sent = request.body, request.raw, self._smaller_limit(model.name)
-        if sent is not None:
-            body, raw = with_limit(body, sent), None
+        body, raw, limit = request.body, request.raw, self._note_smaller_limit(model)
+        if limit is not None:
+            body, raw = with_limit(body, limit), None
         effort = model.effort
         if translation is not None:
             body, left_out = adapt(body if effort is None else without_effort(body), model)
@@ -258,17 +256,10 @@ class AttemptRunner:
             body, raw = with_effort(body, effort), None
         return body, raw
 
-    def _smaller_limit(self, name: str) -> int | None:
-        """Return the token limit that the model needs in place of a larger one of the caller's, and note it."""
-        selection = self._record.selection
-        requested = selection.requirements.max_output_tokens
-        if requested is None or (name == selection.model and selection.max_tokens is None):
-            return None
-        sent = selection.output_limit_for(self._ctx.snapshot.pool, name)
-        if sent == requested:
-            return None
-        self._record.clamped = sent
-        return sent
+    def _note_smaller_limit(self, model: ModelRecord) -> int | None:
+        limit = smaller_limit(self._ctx.snapshot.pool, model.name, self._record.selection.requirements)
+        self._record.clamped = limit
+        return limit
 
     def _first_to_recover(self, names: list[str]) -> str:
         cooling_down, models = self._ctx.app.health.cooling_down(), self._ctx.snapshot.models
@@ -306,7 +297,13 @@ SendBlock = Callable[[list[JSONPayload]], bytes]
 
 
 class AttemptStream:
-    """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end."""
+    """Receive one model's stream: first `read_until_content`, then `relay` it, and `aclose` it at the end.
+
+    The source pushes blocks to `receive` from callbacks of the event loop. They are buffered up to the first content;
+    then the source is held until `relay`, which passes each block to `send_block` in the callback that brings it. A
+    wait ends by `_wake`: there is content, the stream has ended, a block could not be taken, or the client reads too
+    slowly.
+    """
 
     def __init__(
         self,
@@ -440,11 +437,14 @@ class AttemptStream:
         self._wake()
 
     def _look_for_content(self, block: list[JSONPayload]) -> None:
-        for chunk in block:
-            if type(chunk) is not TextRun and (usage := usage_of(chunk.body)):
-                self._record.set_usage(usage)
+        """Buffer up to the first content, and record what usage is reported: an answer without content goes nowhere."""
         start = _index_of_content(block)
-        self._buffer(block[:start])
+        for place, chunk in enumerate(block):
+            usage = None if type(chunk) is TextRun else usage_of(chunk.body)
+            if usage:
+                self._record.set_usage(usage)
+            if place < start:
+                self._buffer(chunk, is_essential=self.is_native or bool(usage) or is_finished(chunk.body))
         if start < len(block):
             self._has_content = True
             self._buffered += block[start:]
@@ -452,20 +452,18 @@ class AttemptStream:
             self._attempt.first_content()
             self._stop()
 
-    def _buffer(self, block: list[JSONPayload]) -> None:
-        """Keep chunks that came before the first content, within the limits."""
-        for chunk in block:
-            is_essential = self.is_native or usage_of(chunk.body) or is_finished(chunk.body)
-            limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
-            if self.is_native and len(self._buffered) < limit:
-                # Events of other APIs build on those before them. Large ones count in the memory for responses.
-                self._buffered.append(chunk)
-                continue
-            if len(self._buffered) >= limit or self._buffered_bytes >= MAX_BUFFERED_BYTES:
-                continue
+    def _buffer(self, chunk: JSONPayload, *, is_essential: bool) -> None:
+        """Keep a chunk that came before the first content, within the limits."""
+        limit = 2 * MAX_BUFFERED_CHUNKS if is_essential else MAX_BUFFERED_CHUNKS
+        if len(self._buffered) >= limit:
+            return
+        # Events of other APIs build on those before them. Large ones count in the memory for responses.
+        if not self.is_native:
+            if self._buffered_bytes >= MAX_BUFFERED_BYTES:
+                return
             self._buffered_bytes += len(chunk.raw if chunk.raw is not None else encode_json(chunk.body))
-            if self._buffered_bytes < MAX_BUFFERED_BYTES:
-                self._buffered.append(chunk)
+        if self._buffered_bytes < MAX_BUFFERED_BYTES:
+            self._buffered.append(chunk)
 
     async def _wait(self) -> None:
         """Wait until the source has brought what is waited for, if it has not done so at once."""

@@ -216,7 +216,7 @@ async def _answer_whole(ctx: RequestContext, runner: AttemptRunner, record: Requ
     record.finish("complete")
     if ctx.request.options.metadata:
         content = with_member(content, METADATA, record.metadata())
-    await keep_answer(ctx, answer)
+    await store_answer(ctx, answer)
     await record.wait_until_settled()
     return WholeAnswer(content, completion.held, record.headers())
 
@@ -231,7 +231,7 @@ def _in_clients_api(ctx: RequestContext, completion: JSONPayload, model: str) ->
     return encode_json(answer), answer
 
 
-async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> None:
+async def store_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> None:
     """Store a whole answer that later requests may ask for."""
     if answer is None or ctx.translation is None or not ctx.translation.stored:
         return
@@ -242,7 +242,7 @@ async def keep_answer(ctx: RequestContext, answer: Mapping[str, Any] | None) -> 
 async def _answer_stream(ctx: RequestContext, exchange: Exchange, runner: AttemptRunner, record: RequestRecord) -> None:
     """Send a stream. A failure before the answer has begun can have a status of its own."""
     try:
-        await StreamedAnswer(ctx, exchange, record, partial(keep_answer, ctx)).send(runner.open_stream())
+        await StreamedAnswer(ctx, exchange, record, partial(store_answer, ctx)).send(runner.open_stream())
     except BaseException as failure:
         if not exchange.started:
             await finish_failed(record, failure)

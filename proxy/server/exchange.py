@@ -57,7 +57,7 @@ class Exchange(ABC):
     Once the client has left, what is sent is dropped.
     """
 
-    __slots__ = ("disconnect", "headers", "ids", "in_messages", "path", "received_at", "status", "trace")
+    __slots__ = ("disconnect", "expects_messages", "headers", "ids", "path", "received_at", "status", "trace")
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Exchange(ABC):
         self.received_at = received_at
         self.disconnect = disconnect
         # The client expects the shapes of Anthropic's API.
-        self.in_messages = speaks_messages(path, headers)
+        self.expects_messages = speaks_messages(path, headers)
         # Of the answer; None until its head is sent.
         self.status: int | None = None
         # What is told of the request's way; None: it is not traced.
@@ -126,7 +126,7 @@ class Exchange(ABC):
     def id_headers(self) -> dict[str, str]:
         """Return the headers of every answer: the request's id, also under the name that Anthropic's clients read."""
         headers = self.ids.headers()
-        if self.in_messages:
+        if self.expects_messages:
             headers["request-id"] = self.ids.request_id
         return headers
 

@@ -95,7 +95,7 @@ class ModelEndpoints:
     ) -> None:
         """Send an error, in the shape of the client's API."""
         self._count(status)
-        if exchange.in_messages and (error := body.get("error")) is not None:
+        if exchange.expects_messages and (error := body.get("error")) is not None:
             body = anthropic_error(error, status, exchange.ids.request_id)
             status = anthropic_status(status)
         await exchange.send(status, {"content-type": JSON, **(headers or {})}, encode_json(body))

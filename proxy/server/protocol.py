@@ -58,19 +58,19 @@ UNSUPPORTED_TRANSFER_ENCODING = ProtocolRejection(
 
 
 def rejection_bytes(
-    why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]], *, in_messages: bool = False
+    why: ProtocolRejection, headers: Iterable[tuple[bytes, bytes]], *, expects_messages: bool = False
 ) -> bytes:
     """Return a whole response, the last of its connection, with the `headers` of every response.
 
     Args:
-        in_messages: the client speaks Anthropic's API.
+        expects_messages: the client expects the shapes of Anthropic's API.
     """
     request_id = f"req-{random_id()}"
     error = error_body(why.message, "invalid_request_error", why.code)
-    body = encode_json(anthropic_error(error["error"], why.status, request_id) if in_messages else error)
+    body = encode_json(anthropic_error(error["error"], why.status, request_id) if expects_messages else error)
     own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     own += [(b"connection", b"close"), (b"x-request-id", request_id.encode())]
-    own += [(b"request-id", request_id.encode())] if in_messages else []
+    own += [(b"request-id", request_id.encode())] if expects_messages else []
     lines = [b"%s: %s\r\n" % pair for pair in (*headers, *own)]
     return b"".join((STATUS_LINE[why.status], *lines, b"\r\n", body))
 
@@ -560,8 +560,8 @@ class LimitedHTTPProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # ends the wait for the rest of this body
             self.cycle.message_event.set()
             self.disconnect.set()
-        in_messages = speaks_messages(self.url.partition(b"?")[0].decode("latin-1"), RequestHeaders(self.headers))
-        self.transport.write(rejection_bytes(why, self.server_state.default_headers, in_messages=in_messages))
+        expects_messages = speaks_messages(self.url.partition(b"?")[0].decode("latin-1"), RequestHeaders(self.headers))
+        self.transport.write(rejection_bytes(why, self.server_state.default_headers, expects_messages=expects_messages))
         self._rejected = True
         self.flow.resume_reading()
         if self.transport.can_write_eof():

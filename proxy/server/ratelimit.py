@@ -114,17 +114,6 @@ class RateLimiter:
             raise budget_error(verdict, limits, status, request)
         raise rate_limit_error(verdict, limits, status, request)
 
-    @property
-    def silent(self) -> bool:
-        """Return True while Redis does not answer and is not asked."""
-        return not self._scripts.available
-
-    def release(self, reservation: Reservation) -> None:
-        """Release the reservation of a request that was never sent, and so has no usage record."""
-        reservation.settle(0, 0)
-        if reservation.id is not None:
-            self._release_soon(reservation.key_id, reservation.id)
-
     async def close(self) -> None:
         """Stop. Reservations that could not be released expire."""
         await self._scripts.close()
@@ -208,6 +197,7 @@ class RateLimiter:
             )
 
     def _release_soon(self, key_id: str, reservation: str) -> None:
+        """Release what Redis may have granted to a request that is not served, and so has no usage record."""
         if len(self._orphans) < MAX_ORPHANS:
             self._orphans[reservation] = key_id
         if self._releasing is None or self._releasing.done():

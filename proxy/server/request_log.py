@@ -32,6 +32,7 @@ from proxy.storage.usage import (
     plausible_usage,
     usage_of,
 )
+from proxy.upstream.payload import content_bytes
 from router_core.decision import RoutingDecision
 from router_core.types import Doubles, Indices, frozen
 
@@ -125,6 +126,22 @@ class RequestRecord:
             self._first_content_at = time.monotonic()
             if self.trace is not None:
                 self.trace.event("uniroute.first_content")
+
+    def observe(self, chunk: Mapping[str, Any]) -> tuple[int, Any]:
+        """Record what a chunk adds to the answer, and return the bytes of its text, and the usage that it reports."""
+        self.affinity.observe(chunk, self.model)
+        size = content_bytes(chunk)
+        # A report covers all output up to and with its own chunk.
+        self._output_bytes += size
+        if usage := usage_of(chunk):
+            self.set_usage(usage)
+        return size, usage
+
+    def observe_completion(self, body: Mapping[str, Any]) -> None:
+        """Record a whole answer."""
+        self.affinity.observe_completion(body, self.model)
+        self._output_bytes += content_bytes(body)
+        self.set_usage(body)
 
     def set_usage(self, reported: object) -> None:
         """Read the usage that a completion or a chunk reports (or `usage` itself); the last report counts.

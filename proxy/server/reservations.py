@@ -24,7 +24,7 @@ import numpy as np
 from proxy.errors import NoEligibleModelError
 from proxy.routing.requirements import estimate_document_tokens, estimate_tokens
 from proxy.routing.selection import Selection
-from proxy.routing.token_limits import TokenLimits, token_limits_of
+from proxy.routing.token_limits import TokenLimits, smaller_limit, token_limits_of
 from proxy.server.api.translation import Translation
 from proxy.settings.litellm_params import merge_model_params
 from proxy.settings.schema import Settings
@@ -201,9 +201,8 @@ class UsageEstimate:
         if record.has_body_params:
             sent = merge_model_params(record.litellm_params, self.body)
             prompt, limits = prompt + estimate_tokens(_added(sent, self.body)), token_limits_of(sent)
-        sent_limit = self.selection.output_limit_for(self.snapshot.pool, name)
-        if sent_limit != needs.max_output_tokens:
-            limits = replace(limits, limit=sent_limit)
+        if (smaller := smaller_limit(self.snapshot.pool, name, needs)) is not None:
+            limits = replace(limits, limit=smaller)
         return prompt, limits
 
     def _reasons_beyond_limit(self, name: str) -> bool:

@@ -23,11 +23,9 @@ from proxy.server.disconnects import cancelled_ending
 from proxy.server.exchange import Exchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
-from proxy.storage.usage import usage_of
 from proxy.upstream.payload import (
     JSONPayload,
     NativePayload,
-    content_bytes,
     empty_chunk,
     is_null_usage_chunk,
     is_usage_chunk,
@@ -44,7 +42,7 @@ HEADERS = {
     "x-accel-buffering": "no",
 }
 
-Keep = Callable[[Mapping[str, Any] | None], Awaitable[None]]
+StoreAnswer = Callable[[Mapping[str, Any] | None], Awaitable[None]]
 
 
 class StreamedAnswer:
@@ -53,13 +51,15 @@ class StreamedAnswer:
     The upstream's connection is closed in every case.
 
     Args:
-        keep: is given the whole answer before its last bytes are sent, if later requests may ask for it.
+        store_answer: is given the whole answer before its last bytes are sent, if later requests may ask for it.
     """
 
-    def __init__(self, ctx: RequestContext, exchange: Exchange, record: RequestRecord, keep: Keep) -> None:
+    def __init__(
+        self, ctx: RequestContext, exchange: Exchange, record: RequestRecord, store_answer: StoreAnswer
+    ) -> None:
         self._exchange = exchange
         self._record = record
-        self._keep = keep
+        self._store_answer = store_answer
         self._deadlines = ctx.app.deadlines
         self._translation = ctx.translation
         self._has_metadata = ctx.request.options.metadata
@@ -109,13 +109,14 @@ class StreamedAnswer:
             end = self._events.end()
             if self._has_metadata:
                 end = self._events.with_metadata(end)
-            await self._keep(self._events.answer)
+            await self._store_answer(self._events.answer)
         # The client's next request comes after this end, and must be checked against limits that include this one.
         await record.wait_until_settled()
         await exchange.end(end)
 
     async def _relay(self, stream: AttemptStream) -> None:
         """Send all events but those that end the answer."""
+        # Only now is it known whether the upstream that answers writes the client's events itself.
         if stream.is_native and self._translation is not None:
             self._events = self._keep_alive.events = NativeEventWriter(self._record, self._translation)
         exchange, events, silence = self._exchange, self._events, self._keep_alive.silence
@@ -186,20 +187,15 @@ class ChatEventWriter:
     def encode(self, block: list[JSONPayload]) -> bytes:
         record, model = self._record, self._record.model
         pieces: list[bytes] = []
-        size = 0
         for chunk in block:
             if type(chunk) is TextRun:  # text alone: no usage, no fingerprint, no end
-                size += chunk.size
+                record.add_output(chunk.size)
                 pieces.append(chunk.events(model))
                 continue
             body = chunk.body
-            record.affinity.observe(body, model)
-            size += content_bytes(body)
+            _, usage = record.observe(body)
             sent: JSONPayload | None = chunk
-            if usage := usage_of(body):
-                # A usage report covers all output up to and with this chunk, which is therefore counted first.
-                record.add_output(size)
-                size = 0
+            if usage:
                 sent = self._with_usage(chunk, usage)
             elif "usage" in body and not self._include_usage and is_null_usage_chunk(body):
                 sent = None
@@ -207,7 +203,6 @@ class ChatEventWriter:
                 pieces += (b"data: ", sent.with_model(model), b"\n\n")
         if block:
             self._last = block[-1]
-        record.add_output(size)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def end(self) -> bytes:
@@ -223,9 +218,8 @@ class ChatEventWriter:
         return format_event({"error": _error_of(failure)[1]})
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
-        """Record a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
+        """Keep a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
         self._usage = usage
-        self._record.set_usage(usage)
         if not chunk.body.get("usage"):
             return chunk
         only_usage = is_usage_chunk(chunk.body)
@@ -268,7 +262,8 @@ class TranslatedEventWriter:
                 written = stream.write_run(chunk)
                 pieces += [stream.write(each.body) for each in chunk.chunks()] if written is None else [written]
                 continue
-            self._bounds.add_bytes(record_chunk(self._record, chunk.body) + logprobs_bytes(chunk.body) + CHUNK_BYTES)
+            size, _ = self._record.observe(chunk.body)
+            self._bounds.add_bytes(size + logprobs_bytes(chunk.body) + CHUNK_BYTES)
             pieces.append(stream.write(chunk.body))
         events = b"".join(pieces)
         self._last = events or self._last
@@ -315,7 +310,7 @@ class NativeEventWriter:
         pieces: list[bytes] = []
         for event in block:
             assert isinstance(event, NativePayload)
-            record_chunk(self._record, event.body)
+            self._record.observe(event.body)
             self._note(event)
             data = event.with_model(self._record.model)
             if event.event_type in _LAST_EVENTS:
@@ -375,16 +370,6 @@ def _last_event(events: bytes) -> tuple[bytes, list[bytes], Mapping[str, Any]]:
     data = b"\n".join(line[6:] for line in lines if line.startswith(b"data: "))
     others = [line + b"\n" for line in lines if not line.startswith(b"data: ")]
     return events[:start], others, decode_json(data) if data.startswith(b"{") else {}
-
-
-def record_chunk(record: RequestRecord, chunk: Mapping[str, Any]) -> int:
-    """Add a chunk's size, usage and fingerprints to the request's record. Return the bytes of its text."""
-    record.affinity.observe(chunk, record.model)
-    size = content_bytes(chunk)
-    record.add_output(size)
-    if usage := usage_of(chunk):
-        record.set_usage(usage)
-    return size
 
 
 def logprobs_bytes(chunk: Mapping[str, Any]) -> int:

@@ -18,6 +18,9 @@ MIN_BUDGET = 1024
 
 MAX_BUDGET = 1_000_000
 
+# What Anthropic refuses beside thinking.
+SAMPLING = ("temperature", "top_p", "top_k")
+
 MAX_LISTED = 8
 
 # The budget from which on a request for so many tokens of thinking is one for this effort.
@@ -53,6 +56,13 @@ def most_tokens(effort: Effort) -> int:
 def usual_tokens(effort: Effort) -> int:
     """Return how many tokens of thinking an effort usually comes to, at most."""
     return effort if isinstance(effort, int) else USUAL_TOKENS.get(effort, 0)
+
+
+def budget_within(budget: int, limit: int | None) -> int | None:
+    """Return the budget that leaves room in the limit of the whole answer, as Anthropic demands; None: none does."""
+    if limit is None or budget < limit:
+        return budget
+    return max(MIN_BUDGET, limit // 2) if limit > MIN_BUDGET else None
 
 
 def params_of(effort: Effort) -> dict[str, Any]:

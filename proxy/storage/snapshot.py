@@ -183,7 +183,7 @@ class RoutingSnapshot:
     """The default λ that was set while the server runs."""
     selection_terms: dict[tuple[str, str | None], Any] = field(default_factory=dict, repr=False, compare=False)
     """Kept for `routing`, by the name of a model and the id of a key."""
-    efforts_above: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
+    kept_bounds: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
     """Kept by `beyond`."""
 
     def default_lambda(self, settings: Settings) -> float:
@@ -227,9 +227,9 @@ class RoutingSnapshot:
         """Return what one job measures: a model, or its efforts."""
         return tuple(self.models[each] for each in self.efforts.get(name, (name,)))
 
-    def beyond(self, tokens: int) -> frozenset[str]:
+    def efforts_beyond(self, tokens: int) -> frozenset[str]:
         """Return the efforts that think more than so many tokens allow; of each model one is left, the smallest."""
-        found = self.efforts_above.get(tokens)
+        found = self.kept_bounds.get(tokens)
         if found is None:
             above = [
                 name
@@ -237,9 +237,9 @@ class RoutingSnapshot:
                 for place, name in enumerate(names)
                 if place and (effort := self.models[name].effort) is not None and least_tokens(effort) > tokens
             ]
-            if len(self.efforts_above) >= MAX_KEPT_BOUNDS:
-                self.efforts_above.clear()
-            found = self.efforts_above[tokens] = frozenset(above)
+            if len(self.kept_bounds) >= MAX_KEPT_BOUNDS:
+                self.kept_bounds.clear()
+            found = self.kept_bounds[tokens] = frozenset(above)
         return found
 
     def model_state(self, name: str) -> str:
@@ -258,8 +258,7 @@ class RoutingSnapshot:
 class ModelFacts(NamedTuple):
     """What the configuration and LiteLLM's map say of a model."""
 
-    price: CurrentPrice | None
-    """While none is stored."""
+    unstored_price: CurrentPrice | None
     capabilities: Capabilities
     embeds: bool
 
@@ -300,7 +299,7 @@ class SnapshotInputs:
 
     def _facts(self, record: ModelRecord) -> ModelFacts:
         listed, info = self.price_map.find(str(record.litellm_params["model"])), record.info
-        return ModelFacts(price_of(info, None, listed), capabilities_of(info, listed), embeds(info, listed))
+        return ModelFacts(unstored_price(info, listed), capabilities_of(info, listed), embeds(info, listed))
 
     @cached_property
     def variants(self) -> Variants:
@@ -313,8 +312,7 @@ def build_state(stored: StoredState, inputs: SnapshotInputs, *, keys_latched: bo
     efforts = _efforts(registered, inputs)
     models = {**registered, **{each.name: each for records in efforts.values() for each in records}}
     facts = inputs.facts_of(models)
-    known_prices = {name: stored.prices.get(models[name].registered_name) or each.price for name, each in facts.items()}
-    prices = {name: price for name, price in known_prices.items() if price is not None}
+    prices = prices_of(models, stored, {name: each.unstored_price for name, each in facts.items()})
     profiles = {
         name: profile for name, profile in _in_use(models, stored, inputs.cluster_map).items() if not facts[name].embeds
     }
@@ -402,20 +400,15 @@ def _by_digest(keys: Collection[ClientKey]) -> dict[str, ClientKey]:
 
 
 def prices_of(
-    models: Mapping[str, ModelRecord], stored: StoredState, listed: Mapping[str, PriceMapEntry | None]
+    models: Mapping[str, ModelRecord], stored: StoredState, unstored: Mapping[str, CurrentPrice | None]
 ) -> dict[str, CurrentPrice]:
-    """Return the current price of each model that has one."""
-    found = {
-        name: price_of(record.info, stored.prices.get(record.registered_name), listed[name])
-        for name, record in models.items()
-    }
+    """Return the current price of each model that has one: the stored price comes first."""
+    found = {name: stored.prices.get(record.registered_name) or unstored[name] for name, record in models.items()}
     return {name: price for name, price in found.items() if price is not None}
 
 
-def price_of(info: ModelInfo, stored: CurrentPrice | None, listed: PriceMapEntry | None) -> CurrentPrice | None:
-    """Return the stored price, else the configured one, else litellm's, else None: unknown is never zero."""
-    if stored is not None:
-        return stored
+def unstored_price(info: ModelInfo, listed: PriceMapEntry | None) -> CurrentPrice | None:
+    """Return the price while none is stored: the configured one, else litellm's, else None: unknown is never zero."""
     if info.free:
         return CurrentPrice(FREE, "model_info")
     stated = info.prices

@@ -203,7 +203,7 @@ class UpstreamClient:
 
     def set_models(self, models: Mapping[str, ModelRecord]) -> None:
         """Replace the models. Forget what is known of those that are gone or changed."""
-        self._openai.endpoints.retain(models)
+        self._openai.targets.retain(models)
         self._litellm.retain(models)
         self._stream_options.retain(models)
         self._direct = {name: (record, is_direct(record)) for name, record in models.items()}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from proxy.errors import UpstreamError
-from proxy.upstream.endpoint import encode
+from proxy.upstream.direct_target import encode
 from proxy.upstream.errors import find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, replace_model
 from proxy.upstream.response_memory import JSONBody, ResponseBounds

@@ -36,8 +36,8 @@ from proxy.upstream.chunk_reader import (
     is_finished,
     requested_choices,
 )
+from proxy.upstream.direct_target import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
-from proxy.upstream.endpoint import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.errors import redact, unreachable
 from proxy.upstream.httpx_transport import PooledTransport
 from proxy.upstream.litellm_transport import (

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, Effort
+from proxy.settings.effort import EFFORTS, MIN_BUDGET, SAMPLING, USUAL_TOKENS, Effort, budget_within
 from proxy.settings.litellm_params import is_provider_param
 from proxy.settings.model_config import NativeAPI
 from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
@@ -25,8 +25,6 @@ _LIMIT_NAMES: Mapping[NativeAPI, str] = {"messages": "max_tokens", "responses": 
 
 # What a budget says of the effort, for models that take no budget.
 _MIN_BUDGETS = {"xhigh": 32000, "high": 10000, "medium": 4000}
-
-_SAMPLING = ("temperature", "top_p", "top_k")
 
 # Claude Code's first block of `system`, for Anthropic's accounting.
 _BILLING_PREFIX = "x-anthropic-billing-header:"
@@ -132,7 +130,7 @@ def _with_effort(api: NativeAPI, document: Mapping[str, Any], effort: Effort) ->
     if thinking["type"] == "disabled":
         thinking.pop("display", None)
     else:  # and to sample as the client might ask it to
-        body = {name: value for name, value in body.items() if name not in _SAMPLING}
+        body = {name: value for name, value in body.items() if name not in SAMPLING}
     body["thinking"] = thinking
     _set_member(body, "output_config", config)
     return body
@@ -170,7 +168,7 @@ def _messages_body(body: Body, record: ModelRecord, support: Support) -> Body:
         body["messages"] = list(_readable_turns(messages, support))
     _adapt_thinking(body, support)
     if support.entry is not None and not support.entry.sampling:
-        for name in _SAMPLING:
+        for name in SAMPLING:
             body.pop(name, None)
     return body
 
@@ -238,9 +236,10 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     if _continues_without_thinking(body.get("messages")):
         return None
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
-    if not isinstance(budget, int) or not isinstance(limit, int) or budget < limit:
+    if not isinstance(budget, int) or not isinstance(limit, int):
         return thinking
-    return {**thinking, "budget_tokens": max(MIN_BUDGET, limit // 2)} if limit > MIN_BUDGET else None
+    within = budget_within(budget, limit)
+    return None if within is None else {**thinking, "budget_tokens": within}
 
 
 def _continues_without_thinking(messages: Any) -> bool:

@@ -15,8 +15,8 @@ from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, ChunkReceiver, requested_choices
 from proxy.upstream.completion_reader import CompletionReader, check_completion
+from proxy.upstream.direct_target import DirectTarget, DirectTargets, encode
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
-from proxy.upstream.endpoint import Endpoint, Endpoints, encode
 from proxy.upstream.errors import connection_lost, error_from_response, not_http, redact, redirect_refused, unreachable
 from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
 from proxy.upstream.payload import JSONPayload, NativePayload, parse
@@ -71,19 +71,19 @@ class OpenAIClient:
         pool: ConnectionPool,
         memory: ResponseMemory,
     ) -> None:
-        self.endpoints = Endpoints(settings, environ, outbound)
+        self.targets = DirectTargets(settings, environ, outbound)
         self._memory = memory
         self._connect_timeout_s = settings.connect_timeout_s
         self._pool = pool
 
     async def complete(self, request: UpstreamRequest) -> JSONPayload:
         """Return the whole completion. Raises UpstreamError."""
-        endpoint = self.endpoints.get(request.record, request.resolved)
-        response = await self._post(endpoint, request, stream=False)
+        target = self.targets.get(request.record, request.resolved)
+        response = await self._post(target, request, stream=False)
         try:
-            return await read_completion(response, endpoint.name, self._memory, request.choices)
+            return await read_completion(response, target.name, self._memory, request.choices)
         except UpstreamError as error:
-            raise redact(endpoint.secrets, error) from error.__cause__
+            raise redact(target.secrets, error) from error.__cause__
 
     async def stream(self, request: UpstreamRequest) -> UpstreamChunks:
         """Open a stream of chunks.
@@ -91,77 +91,77 @@ class OpenAIClient:
         Raises:
             UpstreamError: here if the upstream refused, later if the stream breaks or ends too early.
         """
-        endpoint = self.endpoints.get(request.record, request.resolved)
-        response = await self._post(endpoint, request, stream=True)
+        target = self.targets.get(request.record, request.resolved)
+        response = await self._post(target, request, stream=True)
         reader = ChunkReader(memory=self._memory, choices=request.choices, headers=response.headers)
-        return UpstreamChunks(response, reader, endpoint.secrets)
+        return UpstreamChunks(response, reader, target.secrets)
 
     async def complete_native(self, request: UpstreamRequest) -> NativePayload:
         """Return the whole answer of another API than chat completions. Raises UpstreamError."""
         assert request.api != "chat"
-        endpoint = self.endpoints.get(request.record, request.resolved, request.api)
-        response = await self._post(endpoint, request, stream=False)
+        target = self.targets.get(request.record, request.resolved, request.api)
+        response = await self._post(target, request, stream=False)
         with ResponseBounds(self._memory) as bounds:
-            reader = NativeAnswerReader(request.api, endpoint.name, bounds, response.headers)
+            reader = NativeAnswerReader(request.api, target.name, bounds, response.headers)
             try:
-                await _read_body(response, endpoint.name, reader)
+                await _read_body(response, target.name, reader)
                 return await reader.answer_in_thread()
             except UpstreamError as error:
-                raise redact(endpoint.secrets, error) from error.__cause__
+                raise redact(target.secrets, error) from error.__cause__
 
     async def stream_native(self, request: UpstreamRequest) -> UpstreamChunks:
         """Open a stream of NativePayload. Raises as `stream` does."""
         assert request.api != "chat"
-        endpoint = self.endpoints.get(request.record, request.resolved, request.api)
-        response = await self._post(endpoint, request, stream=True)
+        target = self.targets.get(request.record, request.resolved, request.api)
+        response = await self._post(target, request, stream=True)
         reader = NativeReader(request.api, memory=self._memory, headers=response.headers)
-        return UpstreamChunks(response, reader, endpoint.secrets)
+        return UpstreamChunks(response, reader, target.secrets)
 
     async def embed(self, request: UpstreamRequest, asked: EmbeddingsRequest) -> JSONPayload:
         """Return the embeddings of the request's body. Raises UpstreamError."""
-        endpoint = self.endpoints.get(request.record, request.resolved, "embeddings")
-        response = await self._post(endpoint, request, stream=False)
+        target = self.targets.get(request.record, request.resolved, "embeddings")
+        response = await self._post(target, request, stream=False)
         with ResponseBounds(self._memory, MAX_VECTOR_VALUES) as bounds:
-            reader = EmbeddingsReader(endpoint.name, bounds, response.headers)
+            reader = EmbeddingsReader(target.name, bounds, response.headers)
             try:
-                await _read_body(response, endpoint.name, reader)
+                await _read_body(response, target.name, reader)
                 return reader.embeddings(asked.encoding)
             except UpstreamError as error:
-                raise redact(endpoint.secrets, error) from error.__cause__
+                raise redact(target.secrets, error) from error.__cause__
 
-    async def _post(self, endpoint: Endpoint, request: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
+    async def _post(self, target: DirectTarget, request: UpstreamRequest, *, stream: bool) -> UpstreamResponse:
         """Send the request and return a successful response. Raises UpstreamError."""
         if request.api == "chat":
-            body = endpoint.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
+            body = target.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
         else:
-            body = encode({**request.body, "model": endpoint.model, "stream": stream})
-        origin = endpoint.head.origin
+            body = encode({**request.body, "model": target.model, "stream": stream})
+        origin = target.head.origin
         try:
             connection = self._pool.acquire_idle(origin) or await self._pool.acquire(
                 origin, request.connect_timeout_s or self._connect_timeout_s
             )
             response = UpstreamResponse(self._pool, origin, connection)
             try:
-                await connection.send(endpoint.render_head(request.headers), body)
+                await connection.send(target.render_head(request.headers), body)
                 await response.receive_head()
             except BaseException:
                 response.close()
                 raise
         except (ProxyError, OutboundError, *READ_ERRORS) as error:
-            raise redact(endpoint.secrets, _error_from_exception(error, endpoint)) from error
+            raise redact(target.secrets, _error_from_exception(error, target)) from error
         if response.status != 200:
-            await self._raise_for_status(response, endpoint)
+            await self._raise_for_status(response, target)
         return response
 
-    async def _raise_for_status(self, response: UpstreamResponse, endpoint: Endpoint) -> None:
+    async def _raise_for_status(self, response: UpstreamResponse, target: DirectTarget) -> None:
         """Raise UpstreamError for a status that is no success."""
         if 200 <= response.status < 300:
             return
         try:
             if response.status < 400:
-                raise redirect_refused(endpoint.name)
-            body = await _read_prefix(response, endpoint.name)
-            raise redact(endpoint.secrets, error_from_response(response.status, body, response.headers, endpoint.name))
+                raise redirect_refused(target.name)
+            body = await _read_prefix(response, target.name)
+            raise redact(target.secrets, error_from_response(response.status, body, response.headers, target.name))
         finally:
             response.close()
 
@@ -316,8 +316,8 @@ async def _read_prefix(response: UpstreamResponse, name: str) -> bytes:
     return body[:MAX_ERROR_BYTES]
 
 
-def _error_from_exception(error: Exception, endpoint: Endpoint) -> UpstreamError:
-    model, origin = endpoint.name, endpoint.head.origin
+def _error_from_exception(error: Exception, target: DirectTarget) -> UpstreamError:
+    model, origin = target.name, target.head.origin
     if isinstance(error, TimeoutError):
         return UpstreamError(f"{model} did not answer in time", timed_out=True)
     if isinstance(error, RemoteProtocolError):

@@ -28,7 +28,7 @@ from proxy.server.request_log import RequestRecord
 from proxy.server.reservations import UsageEstimate, limit_to_reserved, reservation_request
 from proxy.server.run import LOGGING
 from proxy.storage.client_keys import ClientKey
-from proxy.upstream.payload import content_bytes, has_content
+from proxy.upstream.payload import has_content
 from tests.bench.accounting_fixtures import REQUEST, SHORT, USAGE, AccountingParts, emptied_pipe, open_parts, started
 from tests.support.limited_keys import a_key
 
@@ -180,10 +180,7 @@ def _chunks(parts: AccountingParts, chunk: dict[str, Any]) -> Work:
         record = parts.record()
         for _ in range(times):
             has_content(chunk)
-            record.affinity.observe(chunk, record.model)
-            record.add_output(content_bytes(chunk))
-            if chunk.get("usage"):
-                record.set_usage(chunk["usage"])
+            record.observe(chunk)
 
     return work
 

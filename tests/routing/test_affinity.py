@@ -36,7 +36,7 @@ async def affinity_of(
     session: str | None = None,
     mode: str = "auto",
     agent: str | None = None,
-    housekeeping: bool = False,
+    housekeeping: str | None = None,
 ) -> Affinity:
     options = RoutingOptions(session=session, agent=agent)
     request = ChatRequest({"messages": list(messages)}, "auto", False, False, options, housekeeping=housekeeping)
@@ -160,8 +160,8 @@ async def test_each_agent_of_a_session_has_a_conversation_of_its_own(memory: Ses
 
 async def test_housekeeping_is_no_turn_of_its_session(memory: SessionStore) -> None:
     await answered(memory, ASK, session="mine", model="large")
-    await answered(memory, ASK, session="mine", model="small", housekeeping=True)
-    found = await affinity_of(memory, ASK, session="mine", housekeeping=True)
+    await answered(memory, ASK, session="mine", model="small", housekeeping="title")
+    found = await affinity_of(memory, ASK, session="mine", housekeeping="title")
 
     assert found.session is None
     assert found.last_turn is not None

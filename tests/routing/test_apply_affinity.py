@@ -73,7 +73,7 @@ async def chosen(
     settings: dict[str, Any] | None = None,
     body: dict[str, Any] | None = None,
     explain: bool = False,
-    housekeeping: bool = False,
+    housekeeping: str | None = None,
     cooling_down: Mapping[str, float] = EMPTY,
     not_ready: Collection[str] = (),
     **options: Any,
@@ -240,15 +240,15 @@ def test_yamls_on_and_off_are_read_as_written(written: Any, read: str) -> None:
 
 async def test_housekeeping_follows_no_session_and_is_where_the_cache_makes_it_cheapest() -> None:
     on = {"sticky_sessions": "on"}
-    stuck = await chosen(session(None, model="plain"), settings=on, housekeeping=True)
-    cached = await chosen(session(900), housekeeping=True)
+    stuck = await chosen(session(None, model="plain"), settings=on, housekeeping="title")
+    cached = await chosen(session(900), housekeeping="title")
 
     assert (stuck.model, stuck.reason) == ("cold", "housekeeping")
     assert (cached.model, cached.reason) == ("warm", "housekeeping")
 
 
 async def test_housekeeping_that_carries_reasoning_goes_to_its_producer() -> None:
-    choice = await chosen(REASONING, housekeeping=True)
+    choice = await chosen(REASONING, housekeeping="title")
 
     assert (choice.model, choice.reason, choice.candidates) == ("plain", "sticky", ("plain",))
 

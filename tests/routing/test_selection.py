@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import Forbidden, ModelNotFound, ServiceUnavailable
+from proxy.routing.agents import COMPACTION
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.selection import selection_to_json
 from proxy.storage.client_keys import ClientKey
@@ -143,7 +144,7 @@ async def test_a_key_states_lambda_where_the_request_does_not() -> None:
 
 async def test_housekeeping_goes_to_the_cheapest_model_whatever_the_default_is() -> None:
     best = {"lambda": 0}
-    asked, kept = await chosen(settings=best), await chosen(settings=best, housekeeping=True)
+    asked, kept = await chosen(settings=best), await chosen(settings=best, housekeeping="title")
 
     assert (asked.model, asked.reason) == ("dear", "scored")
     assert (kept.model, kept.reason, kept.candidates) == ("cheap", "housekeeping", ("cheap", "dear"))
@@ -151,13 +152,13 @@ async def test_housekeeping_goes_to_the_cheapest_model_whatever_the_default_is()
 
 
 async def test_a_compaction_is_routed_as_any_request() -> None:
-    choice = await chosen(settings={"lambda": 0}, housekeeping=True, compaction=True)
+    choice = await chosen(settings={"lambda": 0}, housekeeping=COMPACTION)
 
     assert (choice.model, choice.reason) == ("dear", "scored")
 
 
 async def test_the_text_of_housekeeping_is_not_assessed() -> None:
-    choice = await chosen(text="broken", housekeeping=True)
+    choice = await chosen(text="broken", housekeeping="title")
 
     assert (choice.reason, choice.degraded_reason) == ("housekeeping", None)
     assert selection_to_json(choice)["clusters"] == []
@@ -175,13 +176,13 @@ async def test_the_text_of_housekeeping_is_not_assessed() -> None:
     ],
 )
 async def test_housekeeping_keeps_a_lambda_that_is_stated(model: str, options: dict[str, Any], reason: str) -> None:
-    choice = await chosen(model, housekeeping=True, **options)
+    choice = await chosen(model, housekeeping="title", **options)
 
     assert (choice.model, choice.reason) == ("dear", reason)
 
 
 async def test_a_preset_without_lambda_sends_housekeeping_to_the_cheapest_of_its_models() -> None:
     settings = {"lambda": 0, "presets": {"all": {"models": ["cheap", "dear"]}}}
-    choice = await chosen("uniroute/all", housekeeping=True, settings=settings)
+    choice = await chosen("uniroute/all", housekeeping="title", settings=settings)
 
     assert (choice.model, choice.reason) == ("cheap", "housekeeping")

@@ -17,7 +17,7 @@ from proxy.storage.client_keys import ClientKey
 from proxy.storage.command_batcher import MAX_BATCH_SIZE
 from proxy.storage.redis import Store, encode_command, pipeline
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.limited_keys import CENT, a_key, a_request
+from tests.support.limited_keys import CENT, a_key, a_request, until_asked_again
 from tests.support.valkey import frozen
 from tests.support.waiting import until
 
@@ -124,7 +124,8 @@ async def test_redis_that_goes_away_amid_batches_leaves_no_reservation(tmp_path:
     with frozen(int(info["process_id"])):
         asked = [limiter.reserve(key, a_request(str(n), picousd=CENT)) for n in range(3 * MAX_BATCH_SIZE)]
         refused = await asyncio.gather(*asked, return_exceptions=True)
-    await until(lambda: not limiter.silent and not limiter._orphans)
+    await until_asked_again(limiter)
+    await until(lambda: not limiter._orphans)
 
     assert {type(answer) for answer in refused} == {ServiceUnavailable}
     assert await reserved(store, key) == CENT

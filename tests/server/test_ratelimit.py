@@ -11,22 +11,16 @@ import pytest
 from proxy.errors import BudgetExceeded, RateLimited
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter, duration, format_usd, next_start
-from proxy.server.reservations import PREFIX, SETTLE, Reservation, ReservationRequest, state_key
+from proxy.server.reservations import PREFIX, Reservation, ReservationRequest, state_key
 from proxy.server.responses import render_error
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
-from tests.support.limited_keys import CENT, a_key, a_request
+from tests.support.limited_keys import CENT, a_key, a_request, settle
 from tests.support.waiting import until
 
 # This machine may be busy.
 TIMEOUT_S = 1.0
-
-
-async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
-    """Settle as the usage record does."""
-    arguments = [reservation.key_id, reservation.id or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
-    await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
 
 
 async def reserved(store: Store, key: ClientKey) -> int:
@@ -190,15 +184,17 @@ async def test_a_request_that_costs_nothing_is_within_any_budget(store: Store, l
     assert (await limiter.reserve(key, a_request("2"))).id == "2"
 
 
-async def test_a_released_reservation_can_be_used_at_once_and_is_released_once(
+async def test_what_a_request_without_an_answer_reserved_can_be_used_at_once_and_is_released_once(
     store: Store, limiter: RateLimiter
 ) -> None:
     key = a_key(usd_per_day=0.05, tokens_per_minute=1000)
     reservation = await limiter.reserve(key, a_request("1", tokens=900, picousd=4 * CENT))
     kept = await limiter.reserve(key, a_request("2", tokens=50, picousd=CENT))
+    settlement = reservation.settle(0, 0)
+    assert settlement is not None
+    await settlement
     for _ in range(2):
-        limiter.release(reservation)
-        await until(lambda: not limiter._orphans)
+        await settle(store, reservation, tokens=0, picousd=0)
 
     assert await reserved(store, key) == CENT
     again = await limiter.reserve(key, a_request("3", tokens=900, picousd=4 * CENT))
@@ -256,7 +252,7 @@ async def test_a_client_that_disconnects_during_reserve_leaves_no_reservation(
             await asyncio.sleep(0)
         asking.cancel()
         if not isinstance((await asyncio.gather(asking, return_exceptions=True))[0], asyncio.CancelledError):
-            limiter.release(asking.result())
+            await settle(store, asking.result(), tokens=0, picousd=0)
     await limiter.reserve(a_key(requests_per_minute=1), a_request("asked after all of them"))
     await until(lambda: not limiter._orphans)
 

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.settings.model_config import ModelInfo
 from proxy.storage.price_map import InvalidPriceMap, PriceMapEntry, bundled_price_map, parse_price_map
-from proxy.storage.snapshot import capabilities_of, price_of
+from proxy.storage.snapshot import capabilities_of, unstored_price
 from router_core.types import CAPABILITY_NAMES, Capabilities, Price
 
 ONE = {
@@ -184,7 +184,7 @@ def test_entries_that_say_the_same_share_one_object() -> None:
 
 def test_a_partial_price_is_completed_from_the_map() -> None:
     known = parse_price_map(ONE).find("gpt-x")
-    price = price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, known)
+    price = unstored_price(ModelInfo(cache_read_input_token_cost=1e-7), known)
     assert price is not None
     assert price.price == Price(1e-6, 2e-6, cache_read_input_token_cost=1e-7)
-    assert price_of(ModelInfo(cache_read_input_token_cost=1e-7), None, None) is None
+    assert unstored_price(ModelInfo(cache_read_input_token_cost=1e-7), None) is None

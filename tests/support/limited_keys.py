@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import asyncio
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
 import redis
 
-from proxy.server.reservations import PREFIX, SETTLE, ReservationRequest, state_key
+from proxy.server.ratelimit import RateLimiter
+from proxy.server.reservations import PREFIX, SETTLE, Reservation, ReservationRequest, state_key
 from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
-from proxy.storage.redis import CHANGED, KEYS, VERSION
+from proxy.storage.redis import CHANGED, KEYS, VERSION, Store
 from router_core.pricing import PICO
+from tests.support.waiting import MAX_WAIT_S, POLL_S
 
 CENT = PICO // 100
 
@@ -20,6 +24,20 @@ def a_key(**limits: Any) -> ClientKey:
 
 def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> ReservationRequest:
     return ReservationRequest(name, tokens, picousd, 600)
+
+
+async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
+    """Settle as the usage record does."""
+    arguments = [reservation.key_id, reservation.id or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
+    await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
+
+
+async def until_asked_again(limiter: RateLimiter) -> None:
+    """Return once requests are checked by Redis, after a time in which it did not answer."""
+    key, deadline = a_key(requests_per_minute=10**9), time.monotonic() + MAX_WAIT_S
+    while (await limiter.reserve(key, a_request(uuid.uuid4().hex))).id is None:
+        assert time.monotonic() < deadline, "Redis is not asked again"
+        await asyncio.sleep(POLL_S)
 
 
 @dataclass(frozen=True)

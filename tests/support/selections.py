@@ -75,14 +75,11 @@ async def chosen(
     settings: dict[str, Any] | None = None,
     explain: bool = False,
     body: dict[str, Any] | None = None,
-    housekeeping: bool = False,
-    compaction: bool = False,
+    housekeeping: str | None = None,
     **options: Any,
 ) -> Selection:
     content = {"messages": [{"role": "user", "content": text}], **(body or {})}
-    request = ChatRequest(
-        content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping, compaction=compaction
-    )
+    request = ChatRequest(content, model, False, False, RoutingOptions(**options), housekeeping=housekeeping)
     found = Settings.model_validate({"data_dir": Path("/nowhere"), **(settings or {})})
     ctx = SelectionContext("dec-1", request, key, state or a_state(), found)
     return await select_model(ctx, assigner or ClusterAssigner(Corners(), 1.0), explain=explain)

@@ -13,7 +13,7 @@ from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import NativeRequest, UpstreamClient
-from proxy.upstream.endpoint import Endpoint, Endpoints, url_of
+from proxy.upstream.direct_target import DirectTarget, DirectTargets, url_of
 from proxy.upstream.native_api import native_apis, native_provider
 from tests.support.makers import a_record
 from tests.support.native_answers import MESSAGE, RESPONSE
@@ -34,10 +34,10 @@ def a_model(resolved: ResolvedProvider, info: dict[str, Any] | None = None, **pa
     )
 
 
-def endpoint_of(record: ModelRecord, api: UpstreamAPI, environ: Mapping[str, str] = ENVIRON) -> Endpoint:
+def target_of(record: ModelRecord, api: UpstreamAPI, environ: Mapping[str, str] = ENVIRON) -> DirectTarget:
     resolved = native_provider(record)
     assert resolved is not None
-    return Endpoints(Settings(), environ, Outbound(environ)).get(record, resolved, api)
+    return DirectTargets(Settings(), environ, Outbound(environ)).get(record, resolved, api)
 
 
 @pytest.mark.parametrize(
@@ -120,28 +120,28 @@ def test_the_address_of_an_api_lies_below_that_of_the_model(base: str, api: Upst
 
 
 def test_anthropic_gets_its_key_and_a_version() -> None:
-    endpoint = endpoint_of(a_model(CLAUDE), "messages")
+    target = target_of(a_model(CLAUDE), "messages")
 
-    assert endpoint.head.line == b"POST /v1/messages HTTP/1.1\r\n"
-    assert endpoint.head.headers["host"] == "api.anthropic.com"
-    assert endpoint.head.headers["x-api-key"] == ANTHROPIC_KEY
-    assert "authorization" not in endpoint.head.headers
-    assert endpoint.head.headers["anthropic-version"] == "2023-06-01"
+    assert target.head.line == b"POST /v1/messages HTTP/1.1\r\n"
+    assert target.head.headers["host"] == "api.anthropic.com"
+    assert target.head.headers["x-api-key"] == ANTHROPIC_KEY
+    assert "authorization" not in target.head.headers
+    assert target.head.headers["anthropic-version"] == "2023-06-01"
 
 
 def test_a_login_token_is_no_api_key() -> None:
-    headers = endpoint_of(a_model(CLAUDE, api_key="sk-ant-oat01-abc"), "messages").head.headers
+    headers = target_of(a_model(CLAUDE, api_key="sk-ant-oat01-abc"), "messages").head.headers
 
     assert (headers["authorization"], "x-api-key" in headers) == ("Bearer sk-ant-oat01-abc", False)
     assert headers["anthropic-beta"] == "oauth-2025-04-20"
 
 
 def test_openai_gets_its_key_and_organization() -> None:
-    endpoint = endpoint_of(a_model(GPT, organization="org-1"), "responses")
+    target = target_of(a_model(GPT, organization="org-1"), "responses")
 
-    assert endpoint.head.line == b"POST /v1/responses HTTP/1.1\r\n"
-    assert endpoint.head.headers["authorization"] == f"Bearer {OPENAI_KEY}"
-    assert endpoint.head.headers["openai-organization"] == "org-1"
+    assert target.head.line == b"POST /v1/responses HTTP/1.1\r\n"
+    assert target.head.headers["authorization"] == f"Bearer {OPENAI_KEY}"
+    assert target.head.headers["openai-organization"] == "org-1"
 
 
 @pytest.mark.parametrize("api", ["messages", "responses"])
@@ -152,7 +152,7 @@ def test_openai_gets_its_key_and_organization() -> None:
 def test_the_environments_key_is_sent_to_no_other_address(
     api: NativeAPI, resolved: ResolvedProvider, base: str
 ) -> None:
-    headers = endpoint_of(a_model(resolved, {"api": api}, api_base=base), api).head.headers
+    headers = target_of(a_model(resolved, {"api": api}, api_base=base), api).head.headers
 
     assert not any(key in text for key in (ANTHROPIC_KEY, OPENAI_KEY) for text in headers.values())
 
@@ -160,29 +160,29 @@ def test_the_environments_key_is_sent_to_no_other_address(
 def test_anthropics_key_is_not_sent_to_openai() -> None:
     record = a_model(CLAUDE, {"api": "messages"}, api_base="https://api.openai.com/v1")
 
-    assert ANTHROPIC_KEY not in str(endpoint_of(record, "messages").head.headers)
+    assert ANTHROPIC_KEY not in str(target_of(record, "messages").head.headers)
 
 
 def test_other_servers_find_the_models_key_in_either_header() -> None:
     record = a_model(CLAUDE, {"api": "messages"}, api_base=ELSEWHERE, api_key="os.environ/MODEL_API_KEY")
-    endpoint = endpoint_of(record, "messages")
+    target = target_of(record, "messages")
 
-    assert endpoint.head.headers["x-api-key"] == "key-of-the-model"
-    assert endpoint.head.headers["authorization"] == "Bearer key-of-the-model"
-    assert "key-of-the-model" in endpoint.secrets
+    assert target.head.headers["x-api-key"] == "key-of-the-model"
+    assert target.head.headers["authorization"] == "Bearer key-of-the-model"
+    assert "key-of-the-model" in target.secrets
 
 
 def test_the_environment_may_name_anthropics_address() -> None:
     environ = {**ENVIRON, "ANTHROPIC_BASE_URL": "http://gateway.example:8080"}
 
-    assert endpoint_of(a_model(CLAUDE), "messages", environ).head.headers["host"] == "gateway.example:8080"
+    assert target_of(a_model(CLAUDE), "messages", environ).head.headers["host"] == "gateway.example:8080"
 
 
 CLIENTS = {"traceparent": "00-1", "Anthropic-Version": "2024-01-01", "anthropic-beta": "a-1, b-2,a-1,\u00fc,x y"}
 
 
 def test_the_clients_version_and_betas_reach_anthropic_beside_the_models_own() -> None:
-    head = endpoint_of(a_model(CLAUDE, extra_headers={"anthropic-beta": "own-1,a-1"}), "messages").render_head(CLIENTS)
+    head = target_of(a_model(CLAUDE, extra_headers={"anthropic-beta": "own-1,a-1"}), "messages").render_head(CLIENTS)
 
     assert b"anthropic-version: 2024-01-01\r\n" in head
     assert b"anthropic-beta: own-1,a-1,b-2\r\n" in head
@@ -192,12 +192,12 @@ def test_the_clients_version_and_betas_reach_anthropic_beside_the_models_own() -
 def test_a_version_that_the_model_states_holds() -> None:
     record = a_model(CLAUDE, extra_headers={"Anthropic-Version": "2023-01-01"})
 
-    assert b"anthropic-version: 2023-01-01\r\n" in endpoint_of(record, "messages").render_head(CLIENTS)
+    assert b"anthropic-version: 2023-01-01\r\n" in target_of(record, "messages").render_head(CLIENTS)
 
 
 @pytest.mark.parametrize("version", ["", "latest", "2024-01-01\u0661"])
 def test_a_version_that_is_none_is_left_out(version: str) -> None:
-    head = endpoint_of(a_model(CLAUDE), "messages").render_head({"anthropic-version": version})
+    head = target_of(a_model(CLAUDE), "messages").render_head({"anthropic-version": version})
 
     assert head.count(b"anthropic-version:") == 1
     assert b"anthropic-version: 2023-06-01\r\n" in head
@@ -205,7 +205,7 @@ def test_a_version_that_is_none_is_left_out(version: str) -> None:
 
 @pytest.mark.parametrize("api", ["messages", "responses"])
 def test_no_other_server_gets_the_clients_version_and_betas(api: NativeAPI) -> None:
-    head = endpoint_of(a_model(GPT, {"api": api}, api_base=ELSEWHERE), api).render_head(CLIENTS)
+    head = target_of(a_model(GPT, {"api": api}, api_base=ELSEWHERE), api).render_head(CLIENTS)
 
     assert b"2024-01-01" not in head
     assert b"a-1" not in head

@@ -15,7 +15,7 @@ from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
-from proxy.upstream.endpoint import Endpoints, url_of
+from proxy.upstream.direct_target import DirectTargets, url_of
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -204,7 +204,7 @@ async def test_a_key_of_the_environment_is_sent_and_not_stored(tmp_path: Path) -
         assert server.last.headers["authorization"] == f"Bearer {CANARY}"
         assert (server.last.body["max_tokens"], "max_completion_tokens" in server.last.body) == (7, False)
     assert record.resolved is not None
-    target = Endpoints(Settings(), environ, Outbound({})).get(record, record.resolved)
+    target = DirectTargets(Settings(), environ, Outbound({})).get(record, record.resolved)
     kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
@@ -215,7 +215,7 @@ def test_a_record_that_names_another_variable_gets_no_key(variable: str) -> None
     """Whoever can write to the store may not read the environment."""
     record, resolved = a_record(), ResolvedProvider("relay", "m", "x", NEAR, variable, own_address=True)
     with pytest.raises(UpstreamError, match="no key"):
-        Endpoints(Settings(), {variable: CANARY}, Outbound({})).get(record, resolved)
+        DirectTargets(Settings(), {variable: CANARY}, Outbound({})).get(record, resolved)
 
 
 @pytest.mark.parametrize("forward", ["auto", "relay", "translate"])

@@ -13,7 +13,7 @@ from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ResolvedProvider
 from proxy.upstream.chunk_reader import ChunkReader
-from proxy.upstream.endpoint import Endpoints, build_body
+from proxy.upstream.direct_target import DirectTargets, build_body
 from proxy.upstream.payload import JSONPayload, parse, replace_model
 from proxy.upstream.sse import format_event
 from tests.support.makers import a_record
@@ -181,7 +181,7 @@ def test_of_two_names_for_one_limit_the_one_with_a_value_counts(body: Any, sent:
     resolved = ResolvedProvider(
         "relay", "m", "mistral", "http://x/v1", param_aliases={"max_completion_tokens": "max_tokens"}
     )
-    target = Endpoints(Settings(), {}, Outbound({})).get(a_record(model="mistral/m"), resolved)
+    target = DirectTargets(Settings(), {}, Outbound({})).get(a_record(model="mistral/m"), resolved)
     whole = {"model": "auto", "messages": ASK, **body}
 
     assert json.loads(target.build_body(whole, json.dumps(whole).encode(), stream=False)) == {
@@ -194,7 +194,7 @@ def test_of_two_names_for_one_limit_the_one_with_a_value_counts(body: Any, sent:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_models_parameters_do_not_decide_whether_it_streams(stream: bool) -> None:
     record = a_record(stream=not stream, temperature=0.5)
-    target = Endpoints(Settings(), {}, Outbound({})).get(
+    target = DirectTargets(Settings(), {}, Outbound({})).get(
         record, ResolvedProvider("relay", "m", "openai", "http://x/v1")
     )
     body = {"model": "auto", "messages": ASK, **({"stream": True} if stream else {})}

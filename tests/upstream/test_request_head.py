@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.upstream.endpoint import build_head
+from proxy.upstream.direct_target import build_head
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from proxy.server.api.messages_answer import (
 )
 from proxy.server.api.messages_errors import error_event
 from proxy.storage.usage import usage_of
-from proxy.upstream.endpoint import encode
+from proxy.upstream.direct_target import encode
 from proxy.upstream.payload import simple_text
 from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun

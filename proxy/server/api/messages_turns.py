@@ -17,7 +17,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.trajectory import has_failed
-from proxy.upstream.endpoint import encode
+from proxy.upstream.direct_target import encode
 
 # Claude Code's first system block, for Anthropic's accounting alone. It differs in every request.
 BILLING_LINE = "x-anthropic-billing-header:"

@@ -37,7 +37,7 @@ from proxy.upstream.sse import encode_json
 log = logging.getLogger("uniroute.upstream")
 
 # What an address below the model's own is for.
-EndpointAPI = UpstreamAPI | Literal["embeddings"]
+DirectAPI = UpstreamAPI | Literal["embeddings"]
 
 # Scheme, host and port.
 KeyOrigin = tuple[str, str, int | None]
@@ -380,7 +380,7 @@ _LOGIN_BETA = "oauth-2025-04-20"
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class DirectTarget:
     """How one model is called directly, with its secrets resolved."""
 
     name: str
@@ -390,7 +390,7 @@ class Endpoint:
     model_params: Mapping[str, Any] | None = field(repr=False)
     """The model's own parameters, if any of them goes into the body."""
     secrets: frozenset[str] = field(repr=False)
-    api: EndpointAPI = "chat"
+    api: DirectAPI = "chat"
     is_anthropics: bool = False
     """Whether it is Anthropic's own."""
 
@@ -440,40 +440,40 @@ class Endpoint:
 _HEADER_PARAMS = ("extra_headers", "headers")
 
 
-class Endpoints:
-    """Make the endpoint of each model at its first call, and again when its record has changed."""
+class DirectTargets:
+    """Make the target of each model at its first call, and again when its record has changed."""
 
     def __init__(self, settings: Settings, environ: Mapping[str, str], outbound: Outbound) -> None:
         self._settings = settings
         self._environ = environ
         self._outbound = outbound
-        self._endpoints: dict[tuple[str, EndpointAPI], tuple[ModelRecord, Endpoint]] = {}
+        self._targets: dict[tuple[str, DirectAPI], tuple[ModelRecord, DirectTarget]] = {}
 
-    def get(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI = "chat") -> Endpoint:
-        """Return the endpoint of a model for one of the APIs that it speaks.
+    def get(self, record: ModelRecord, resolved: ResolvedProvider, api: DirectAPI = "chat") -> DirectTarget:
+        """Return the target of a model for one of the APIs that it speaks.
 
         Raises:
             UpstreamError: a key is missing, or the address cannot be used.
         """
-        cached = self._endpoints.get((record.name, api))
+        cached = self._targets.get((record.name, api))
         if cached is not None and cached[0] is record:
             return cached[1]
         try:
-            endpoint = self._make_endpoint(record, resolved, api)
+            target = self._make(record, resolved, api)
         except SettingsError as error:
             log.error("model %s: %s", record.name, error)
             raise UpstreamError(f"{record.name}: this server has no key for it", retryable=True) from None
         except (OutboundError, ValueError) as error:
             log.error("model %s: %s", record.name, error)
             raise unreachable(error, record.name) from None
-        self._endpoints[record.name, api] = (record, endpoint)
-        return endpoint
+        self._targets[record.name, api] = (record, target)
+        return target
 
     def retain(self, models: Mapping[str, ModelRecord]) -> None:
-        """Keep only the endpoints of models that are registered and unchanged."""
-        self._endpoints = {key: cached for key, cached in self._endpoints.items() if models.get(key[0]) is cached[0]}
+        """Keep only the targets of models that are registered and unchanged."""
+        self._targets = {key: cached for key, cached in self._targets.items() if models.get(key[0]) is cached[0]}
 
-    def _make_endpoint(self, record: ModelRecord, resolved: ResolvedProvider, api: EndpointAPI) -> Endpoint:
+    def _make(self, record: ModelRecord, resolved: ResolvedProvider, api: DirectAPI) -> DirectTarget:
         params = record.litellm_params
         base = stated_address(params) or resolved.api_base
         base = self._resolve(base) if base else own_base(resolved.provider, self._environ)
@@ -491,7 +491,7 @@ class Endpoints:
         trust = self._trust(params) if url.startswith("https:") else DEFAULT_TRUST
         for each in own_headers.values():
             headers |= {name.lower(): text for name, text in each.items()}
-        return Endpoint(
+        return DirectTarget(
             name=record.name,
             head=build_head(url, headers, self._outbound.proxies.for_url(url), trust),
             model=resolved.model,
@@ -530,7 +530,7 @@ def _with_key_variable(resolved: ResolvedProvider, params: Mapping[str, Any]) ->
     return replace(resolved, key_variable=_KEY_VARIABLES.get(resolved.provider))
 
 
-def _key_headers(key: str, api: EndpointAPI, *, anthropics: bool) -> dict[str, str]:
+def _key_headers(key: str, api: DirectAPI, *, anthropics: bool) -> dict[str, str]:
     """Return the headers of a key, and of the version of Anthropic's API.
 
     Other servers of that API look for a key in either of two headers.
@@ -546,7 +546,7 @@ def _key_headers(key: str, api: EndpointAPI, *, anthropics: bool) -> dict[str, s
 
 
 # Below the address of a model.
-_PATHS: Mapping[EndpointAPI, str] = {
+_PATHS: Mapping[DirectAPI, str] = {
     "chat": "/chat/completions",
     "responses": "/responses",
     "messages": "/v1/messages",
@@ -554,7 +554,7 @@ _PATHS: Mapping[EndpointAPI, str] = {
 }
 
 # With which an address may end, though the path of a request begins with it or replaces it.
-_ENDS: Mapping[EndpointAPI, tuple[str, ...]] = {
+_ENDS: Mapping[DirectAPI, tuple[str, ...]] = {
     "chat": ("/chat/completions",),
     "responses": ("/responses", "/chat/completions"),
     "messages": ("/messages", "/chat/completions", "/v1"),
@@ -562,7 +562,7 @@ _ENDS: Mapping[EndpointAPI, tuple[str, ...]] = {
 }
 
 
-def url_of(base: str, api: EndpointAPI = "chat") -> str:
+def url_of(base: str, api: DirectAPI = "chat") -> str:
     """Return the address of an API below `base`. Its query stays."""
     address, mark, query = base.partition("?")
     path = address.rstrip("/")
