@@ -50,6 +50,9 @@ SETTINGS: Final = "uniroute:settings"
 # Model → since when it is paused.
 PAUSED: Final = "uniroute:paused"
 
+# Hash: model → id of its latest job.
+LATEST_JOBS: Final = "uniroute:jobs:models"
+
 # The channel on which the writer of a price publishes the model's name; with `:<model>` the hash itself.
 PRICING: Final = "uniroute:pricing"
 
