@@ -92,8 +92,8 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides =
     )
 
 
-# Seconds of at most a day.
-Span = Annotated[NonNegativeFloat, Field(gt=0, le=86_400)]
+# Seconds of at most a day. A millisecond of cooldown is as good as none.
+Span = Annotated[NonNegativeFloat, Field(ge=0.001, le=86_400)]
 
 
 class CircuitBreakerSettings(FrozenModel):
@@ -167,6 +167,12 @@ def _check_variables(values: tuple[str, ...]) -> tuple[str, ...]:
         if value.startswith("UNIROUTE_") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError(f"must be names of variables, none of them UNIROUTE_…; got {value!r}")
     return values
+
+
+def _check_refresh(minutes: float) -> float:
+    if 0 < minutes < 0.1:
+        raise ValueError(f"must be 0, or 0.1 minutes or more; got {minutes:g}")
+    return minutes
 
 
 def _check_admin_key(value: SecretStr | None) -> SecretStr | None:
@@ -317,8 +323,8 @@ class Settings(FrozenModel):
     allowed_origins: Annotated[NameList, AfterValidator(_check_origins)] = Field(
         default=(), description="Origins of web pages that may call the server from a browser."
     )
-    price_refresh_minutes: NonNegativeFloat = Field(
-        default=0, description="Minutes between two fetches of the price feed. 0 turns it off."
+    price_refresh_minutes: Annotated[NonNegativeFloat, AfterValidator(_check_refresh), Field(le=525_600)] = Field(
+        default=0, description="Minutes between two fetches of the price feed, 0.1 or more. 0 turns it off."
     )
     price_url: Annotated[str | None, AfterValidator(_check_web_address)] = Field(
         default=None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
@@ -381,7 +387,7 @@ class Settings(FrozenModel):
         default=120, description="Seconds between two events of a stream, once content has come."
     )
     stream_timeout_s: Seconds = Field(default=3600, description="Seconds that a stream may take in all.")
-    keep_alive_s: Seconds = Field(
+    keep_alive_s: Annotated[Seconds, Field(ge=0.1)] = Field(
         default=15,
         description=(
             "Seconds after which a stream without content gets its headers and a comment, and a silent stream another "
@@ -404,7 +410,7 @@ class Settings(FrozenModel):
             "also for a model that is asked for by name, `off` never."
         ),
     )
-    limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
+    limits_timeout_s: Annotated[Seconds, Field(le=1)] = Field(
         default=0.05,
         description=(
             "Seconds that a request of a limited key waits for Redis, both before a model is asked and before its "
@@ -510,7 +516,7 @@ class Settings(FrozenModel):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: Annotated[StrictInt, Field(ge=0, le=65535)] = Field(default=8000, description="Port to listen on.")
     workers: Annotated[StrictInt, Field(ge=1, le=256)] = Field(default=1, description="Processes that share the port.")
-    worker_health_timeout_s: Seconds = Field(
+    worker_health_timeout_s: Annotated[Seconds, Field(ge=1)] = Field(
         default=30, description="Seconds without a sign of life after which a worker is killed and another started."
     )
 

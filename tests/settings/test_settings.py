@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import logging
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from proxy.server.startup import validate_files
 from proxy.settings.model_config import SettingsError, check_model_name, resolve_secret
-from proxy.settings.schema import Settings, check_exposure, load_settings, setting_names
+from proxy.settings.schema import Settings, _variable_paths, check_exposure, load_settings, setting_names
 from proxy.storage.redis import Store
 
 ONE_MODEL = """
@@ -176,6 +177,21 @@ def test_a_variable_that_contradicts_the_file_is_named_beside_the_file(tmp_path:
 def test_a_bad_value_of_the_command_line_is_reported_by_its_option() -> None:
     with pytest.raises(SettingsError, match=r"^--port: "):
         load_settings(None, {}, {"port": 70_000})
+
+
+def test_no_timeout_and_no_interval_is_too_short_to_work(tmp_path: Path) -> None:
+    variables = [f"UNIROUTE_{name}" for name in _variable_paths() if name.endswith(("_S", "_MINUTES"))]
+    assert len(variables) > 15
+    allowed = []
+    for variable in variables:
+        with suppress(SettingsError):
+            load_settings(None, {variable: "5e-324"})
+            allowed.append(variable)
+    assert allowed == ["UNIROUTE_PROMPT_CACHE_S", "UNIROUTE_QUEUE_WAIT_S"]  # as 0: none
+    model = "{model_name: a, litellm_params: {model: x}, model_info: {idle_timeout_s: 5.0e-324}}"
+    assert "model_info.idle_timeout_s: input should be greater than or equal to 0.01" in refusal(
+        tmp_path, f"model_list: [{model}]"
+    )
 
 
 def test_a_setting_of_a_variable_that_fails_at_the_start_is_reported_by_it(tmp_path: Path) -> None:
