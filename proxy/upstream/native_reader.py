@@ -19,9 +19,8 @@ from proxy.upstream.chunk_reader import (
     parse_error,
 )
 from proxy.upstream.errors import error_from_body, find_error, not_a_completion
-from proxy.upstream.native_answer import new_builder
 from proxy.upstream.native_chunks import messages_completion, new_chunks, reported_error, responses_completion
-from proxy.upstream.native_events import events_of
+from proxy.upstream.native_events import events_of, new_builder
 from proxy.upstream.payload import JSONPayload, NativePayload, parse, parse_exact, parse_in_thread, reparse
 from proxy.upstream.response_memory import JSONBody, ResponseBounds, ResponseMemory
 from proxy.upstream.sse import ErrorData, RawLine, SSEDecoder, TypedData
