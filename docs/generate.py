@@ -42,7 +42,8 @@ uniroute:
 Every setting can also be given as `UNIROUTE_<NAME>` in the environment, which overrides the file; options of the
 command override both. `profile.prompts` is `UNIROUTE_PROFILE_PROMPTS`; lists are written with commas. `litellm_params`
 may refer to a variable of the environment (`os.environ/NAME_API_KEY`). A variable that may not be used is refused at
-the start, and one that is not set is named there.
+the start, and one that is not set is named there. A bad value is reported by its variable, its option, or its file and
+key, whichever states it.
 
 A model that a setting names must exist, if there is no admin API or its name is nearly that of another model; otherwise
 the setting is refused at the start.

@@ -502,9 +502,9 @@ def _open_routing(
                 settings.embedder, settings.data_dir, log.info, partial(_show_distilling, step), stop
             )
     except (RouterCoreError, OSError) as error:
-        raise SettingsError(f"map, embedder: {error}") from error
+        raise settings.refusal(f"map, embedder: {error}") from error
     if embedder.id != cluster_map.embedder_id:
-        raise SettingsError(
+        raise settings.refusal(
             f"embedder: {settings.embedder!r} ({embedder.id}) is not what the map was fitted with"
             f" ({cluster_map.embedder_id}); choose that one, or fit a map with this one"
         )

@@ -6,7 +6,7 @@ The same limits hold for callers' bodies and for upstreams' responses. A parser 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -113,3 +113,16 @@ def _has_many_marks(data: bytes) -> bool:
         if marks > MAX_VALUES:
             return True
     return False
+
+
+def count_values(value: Any) -> int:
+    """Count the values in a JSON value."""
+    found, left = 1, [value]
+    while left:
+        inner = left.pop()
+        if isinstance(inner, dict):
+            inner = list(inner.values())
+        if isinstance(inner, list):
+            found += len(inner)
+            left += inner
+    return found

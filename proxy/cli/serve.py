@@ -56,6 +56,7 @@ def serve(
     from proxy.server.log_handler import is_json
     from proxy.server.run import address, exit_on_signals, inherited_socket, listen, logging_config, run_server
     from proxy.server.startup import validate_files
+    from proxy.settings.model_config import SettingsError
 
     exit_on_signals()
     if end_with_stdin:
@@ -72,7 +73,10 @@ def serve(
         settings = _detect(settings)
     validate_files(settings)
     check_client_keys(settings)
-    bound = given or listen(settings.host, settings.port)
+    try:
+        bound = given or listen(settings.host, settings.port)
+    except SettingsError as error:
+        raise settings.refusal(str(error)) from None
     say(f"UniRoute at {address(bound)}/v1, data in {settings.data_dir}")
     print_models(settings, os.environ, say)
     with announce_ready(address(bound), say):

@@ -21,6 +21,7 @@ from proxy.storage.profile_history import REMEMBER, ProfileEntry, history_key
 from proxy.storage.records import InvalidRecord, ModelRecord, StoredProfile, WarnOnce, json_object, number, whole_number
 from proxy.storage.redis import (
     CHANGED,
+    LATEST_JOBS,
     MODELS,
     PREVIOUS_PROFILES,
     PROFILES,
@@ -40,9 +41,6 @@ JOBS: Final = "uniroute:jobs"
 
 # The set of unfinished jobs.
 OPEN: Final = f"{JOBS}:open"
-
-# Hash: model → id of its latest job.
-LATEST: Final = f"{JOBS}:models"
 
 # How long a finished job can still be read.
 KEPT_S = 30 * 86_400
@@ -274,6 +272,8 @@ SUBMIT: Final = load_script(__package__, "submit_job", KEPT_S=KEPT_S)
 
 CANCEL: Final = load_script(__package__, "cancel_job", KEPT_S=KEPT_S)
 
+FORGET_LATEST: Final = load_script(__package__, "forget_latest")
+
 # These begin with fence.lua, which returns -1 unless the worker has the lease.
 BEGIN: Final = load_script(__package__, "fence", "begin_job")
 
@@ -340,7 +340,7 @@ class JobStore:
         if reused is not None:
             source = [reused.map_id, reused.earlier, reused.profile or name, "1" if reused.with_texts else ""]
         arguments = [job_id, name, fingerprint, now, *source, 2 * len(stored), *_pairs(stored)]
-        keys = (JOBS, OPEN, LATEST, PROFILES, job_key(job_id), answers_key(job_id), texts_key(job_id))
+        keys = (JOBS, OPEN, LATEST_JOBS, PROFILES, job_key(job_id), answers_key(job_id), texts_key(job_id))
         return Step(SUBMIT, keys, (*arguments, *_pairs(answers)))
 
     async def get(self, job_id: str) -> Job | None:
@@ -350,23 +350,28 @@ class JobStore:
     async def for_model(self, name: str) -> Job | None:
         """Return the model's latest job."""
         async with self._store.operation("read a job") as client:
-            job_id = await awaited(client.hget(LATEST, name))
+            job_id = await awaited(client.hget(LATEST_JOBS, name))
         return await self.get(job_id) if job_id else None
 
     async def latest(self) -> dict[str, Job]:
         """Return each model's latest job."""
         async with self._store.operation("read the jobs") as client:
-            ids = await _hash(client, LATEST)
+            ids = await _hash(client, LATEST_JOBS)
             async with client.pipeline(transaction=False) as pipe:
                 for job_id in ids.values():
                     pipe.hgetall(job_key(job_id))
                 replies = await pipe.execute(raise_on_error=False)
         found: dict[str, Job] = {}
+        gone: list[str] = []
         for (name, job_id), reply in zip(ids.items(), replies, strict=True):
             if isinstance(reply, RedisError):
                 self._warn_once(job_key(job_id), reply)
             elif (job := Job.from_fields(job_id, reply)) is not None:
                 found[name] = job
+            elif not reply:
+                gone += [name, job_id]
+        if gone:
+            await self._run("forget jobs that are gone", FORGET_LATEST, [LATEST_JOBS], gone)
         return found
 
     async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:
@@ -490,7 +495,8 @@ class JobStore:
 
     async def _finish(self, lease: Lease, state: str, error: str, result: list[str]) -> None:
         histories = map(history_key, result[1::3])
-        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES, texts_key(lease.job_id), *histories]
+        texts = texts_key(lease.job_id)
+        more_keys = [OPEN, VERSION, PROFILES, MODELS, PREVIOUS_PROFILES, texts, LATEST_JOBS, *histories]
         await self._fenced("finish a job", FINISH, lease, [lease.job_id, state, error, *result], more_keys)
 
     async def _fenced(

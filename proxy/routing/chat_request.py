@@ -13,6 +13,7 @@ from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
 from proxy.settings.litellm_params import reject_control_fields
+from proxy.settings.model_config import MIN_SECONDS
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS, TAG_RULE, is_tag
 from router_core.text import closest_name
@@ -458,6 +459,8 @@ def _timeouts(stated: Mapping[str, Any]) -> TimeoutOverrides:
             raise BadRequest(f"`{path}.{name[:MAX_ECHO]}` is not known{_nearest(name, TIMEOUTS)}", param=path)
     seconds = {name: _amount(value, name, path) for name in TIMEOUTS}
     for name, amount in seconds.items():
-        if amount == 0:
-            raise BadRequest(f"`{path}.{name}` must be more than 0 seconds", param=f"{path}.{name}")
+        if amount is not None and amount < MIN_SECONDS:
+            raise BadRequest(
+                f"`{path}.{name}` must be {MIN_SECONDS:g} seconds or more; got {amount:g}", param=f"{path}.{name}"
+            )
     return TimeoutOverrides(**seconds)

@@ -21,6 +21,7 @@ from proxy.server.api.client_apis import (
     ROUTE,
     TEXT_COMPLETIONS,
 )
+from proxy.settings.model_config import MIN_SECONDS
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS
 
 Schema = dict[str, Any]
@@ -123,7 +124,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 
 _WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MAX_VALUE}
 
-_SECONDS: Schema = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_VALUE}
+_SECONDS: Schema = {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_VALUE}
 
 _SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxy.errors import Starting
-from proxy.settings.model_config import SettingsError
 from proxy.settings.outbound import OutboundError, ssl_context, trust_of
 from proxy.settings.redaction import is_reference
 from proxy.settings.schema import Settings
@@ -132,16 +131,16 @@ def validate_files(settings: Settings) -> None:
     try:
         load_cluster_map(settings)
     except (InvalidInput, OSError) as error:
-        raise SettingsError(f"map: {error}") from error
+        raise settings.refusal(f"map: {error}") from error
     try:
         check_embedder(settings.embedder)
     except InvalidInput as error:
-        raise SettingsError(f"embedder: {error}") from error
+        raise settings.refusal(f"embedder: {error}") from error
     try:
         if settings.validation_set != "builtin":
             load_validation_set(Path(settings.validation_set))
     except (InvalidInput, OSError) as error:
-        raise SettingsError(f"validation_set: {error}") from error
+        raise settings.refusal(f"validation_set: {error}") from error
     check_efforts(settings)
     for index, model in enumerate(settings.model_list):
         trusted = model.litellm_params.get("ssl_verify")
@@ -149,7 +148,7 @@ def validate_files(settings: Settings) -> None:
             if trusted is not None and not is_reference(trusted):
                 ssl_context(trust_of(trusted, os.environ), os.environ)
         except OutboundError as error:
-            raise SettingsError(f"model_list[{index}].litellm_params.ssl_verify: {error}") from None
+            raise settings.refusal(f"model_list[{index}].litellm_params.ssl_verify: {error}") from None
 
 
 def check_efforts(settings: Settings) -> None:
@@ -166,9 +165,9 @@ def check_efforts(settings: Settings) -> None:
         try:
             efforts = variants_of(ModelRecord.of_entry(model, "config", 0.0), listed)
         except InvalidRecord as error:
-            raise SettingsError(f"model_list[{index}].{error}") from None
+            raise settings.refusal(f"model_list[{index}].{error}") from None
         if taken := [each.name for each in efforts if each.name in names]:
-            raise SettingsError(
+            raise settings.refusal(
                 f"model_list[{index}].model_info.effort: {taken[0]!r} is also a model; leave that effort out, or give"
                 " one of the two another name"
             )
@@ -183,7 +182,7 @@ def check_data_dir(settings: Settings) -> None:
     try:
         private_folder(settings.data_dir)
     except NotPrivate as error:
-        raise SettingsError(f"data_dir: {error}") from error
+        raise settings.refusal(f"data_dir: {error}") from error
 
 
 def check_named_models(
@@ -202,7 +201,7 @@ def check_named_models(
     judge, default = settings.judge_model, settings.default_model
     if judge is not None and "/" not in judge and judge not in served and not is_priced(judge) and complete:
         hint = _did_you_mean(judge, served)
-        raise SettingsError(f"judge_model: {judge!r} is no registered model and no name of LiteLLM's{hint}")
+        raise settings.refusal(f"judge_model: {judge!r} is no registered model and no name of LiteLLM's{hint}")
     for name, preset in settings.presets.items():
         for model in preset.models or ():
             _check_preset_model(f"presets.{name}.models", model, settings, served, complete=complete)
@@ -210,8 +209,9 @@ def check_named_models(
         return
     hint = _did_you_mean(default, served)
     if complete and (hint or settings.admin_key is None):
-        raise SettingsError(f"default_model: no model is named {default!r}{hint or _known_models(served)}")
-    log.warning("default_model: no model is named %r yet; until one is added nothing stands in", default)
+        raise settings.refusal(f"default_model: no model is named {default!r}{hint or _known_models(served)}")
+    where = settings.origin("default_model")
+    log.warning("%s: no model is named %r yet; until one is added nothing stands in", where, default)
 
 
 def _check_preset_model(where: str, name: str, settings: Settings, served: Collection[str], *, complete: bool) -> None:
@@ -219,8 +219,8 @@ def _check_preset_model(where: str, name: str, settings: Settings, served: Colle
         return
     hint = _did_you_mean(name, served)
     if complete and (hint or settings.admin_key is None):
-        raise SettingsError(f"{where}: no model is named {name!r}{hint or _known_models(served)}")
-    log.warning("%s: no model is named %r yet", where, name)
+        raise settings.refusal(f"{where}: no model is named {name!r}{hint or _known_models(served)}")
+    log.warning("%s: no model is named %r yet", settings.origin(where), name)
 
 
 def _did_you_mean(name: str, known: Collection[str]) -> str:

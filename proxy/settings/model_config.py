@@ -146,7 +146,10 @@ StrictInt = Annotated[int, BeforeValidator(_not_boolean)]
 
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**12)]
 
-Seconds = Annotated[NonNegativeFloat, Field(gt=0)]
+# No timeout and no interval is shorter: it would fail everything, or never let the process rest.
+MIN_SECONDS = 0.01
+
+Seconds = Annotated[NonNegativeFloat, Field(ge=MIN_SECONDS)]
 
 TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 

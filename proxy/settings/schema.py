@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from proxy.settings.litellm_params import ParamError
 from proxy.settings.model_config import (
@@ -31,7 +31,13 @@ from proxy.settings.model_config import (
     referred_variable,
 )
 from proxy.settings.redis_address import RedisAddress
-from proxy.settings.sources import environment_values, file_values, format_validation_error, unknown_key_error
+from proxy.settings.sources import (
+    Origins,
+    environment_values,
+    file_values,
+    format_validation_error,
+    unknown_key_error,
+)
 from router_core.types import PRICE_FIELDS, Price
 
 log = logging.getLogger("uniroute.settings")
@@ -86,8 +92,8 @@ def timeouts_for(settings: Settings, info: ModelInfo, stated: TimeoutOverrides =
     )
 
 
-# Seconds of at most a day.
-Span = Annotated[NonNegativeFloat, Field(gt=0, le=86_400)]
+# Seconds of at most a day. A millisecond of cooldown is as good as none.
+Span = Annotated[NonNegativeFloat, Field(ge=0.001, le=86_400)]
 
 
 class CircuitBreakerSettings(FrozenModel):
@@ -161,6 +167,18 @@ def _check_variables(values: tuple[str, ...]) -> tuple[str, ...]:
         if value.startswith("UNIROUTE_") or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value):
             raise ValueError(f"must be names of variables, none of them UNIROUTE_…; got {value!r}")
     return values
+
+
+def _check_refresh(minutes: float) -> float:
+    if 0 < minutes < 0.1:
+        raise ValueError(f"must be 0, or 0.1 minutes or more; got {minutes:g}")
+    return minutes
+
+
+def _check_admin_key(value: SecretStr | None) -> SecretStr | None:
+    if value is not None and len(value.get_secret_value()) < 8:
+        raise ValueError("is too short to protect anything; use 8 characters or more")
+    return value
 
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
@@ -305,8 +323,8 @@ class Settings(FrozenModel):
     allowed_origins: Annotated[NameList, AfterValidator(_check_origins)] = Field(
         default=(), description="Origins of web pages that may call the server from a browser."
     )
-    price_refresh_minutes: NonNegativeFloat = Field(
-        default=0, description="Minutes between two fetches of the price feed. 0 turns it off."
+    price_refresh_minutes: Annotated[NonNegativeFloat, AfterValidator(_check_refresh), Field(le=525_600)] = Field(
+        default=0, description="Minutes between two fetches of the price feed, 0.1 or more. 0 turns it off."
     )
     price_url: Annotated[str | None, AfterValidator(_check_web_address)] = Field(
         default=None, repr=False, description="Address of the price feed. Without one, LiteLLM's price map."
@@ -369,7 +387,7 @@ class Settings(FrozenModel):
         default=120, description="Seconds between two events of a stream, once content has come."
     )
     stream_timeout_s: Seconds = Field(default=3600, description="Seconds that a stream may take in all.")
-    keep_alive_s: Seconds = Field(
+    keep_alive_s: Annotated[Seconds, Field(ge=0.1)] = Field(
         default=15,
         description=(
             "Seconds after which a stream without content gets its headers and a comment, and a silent stream another "
@@ -392,7 +410,7 @@ class Settings(FrozenModel):
             "also for a model that is asked for by name, `off` never."
         ),
     )
-    limits_timeout_s: Annotated[NonNegativeFloat, Field(gt=0, le=1)] = Field(
+    limits_timeout_s: Annotated[Seconds, Field(le=1)] = Field(
         default=0.05,
         description=(
             "Seconds that a request of a limited key waits for Redis, both before a model is asked and before its "
@@ -485,7 +503,7 @@ class Settings(FrozenModel):
         default=None, description="File of our own certificate, for a Redis that asks for one."
     )
     redis_key_file: AbsolutePath | None = Field(default=None, description="File of its key, if that is another file.")
-    admin_key: SecretStr | None = Field(
+    admin_key: Annotated[SecretStr | None, AfterValidator(_check_admin_key)] = Field(
         default=None, description="Key of the admin API, at least 8 characters. Without one there is no admin API."
     )
     data_dir: Annotated[AbsolutePath, Field(validate_default=True)] = Field(
@@ -498,9 +516,19 @@ class Settings(FrozenModel):
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: Annotated[StrictInt, Field(ge=0, le=65535)] = Field(default=8000, description="Port to listen on.")
     workers: Annotated[StrictInt, Field(ge=1, le=256)] = Field(default=1, description="Processes that share the port.")
-    worker_health_timeout_s: Seconds = Field(
+    worker_health_timeout_s: Annotated[Seconds, Field(ge=1)] = Field(
         default=30, description="Seconds without a sign of life after which a worker is killed and another started."
     )
+
+    _origins: Origins = PrivateAttr(default=Origins())
+
+    def origin(self, setting: str) -> str:
+        """Return the variable, the option, or the file and key that states a setting; else the setting's own name."""
+        return self._origins.name(setting)
+
+    def refusal(self, message: str) -> SettingsError:
+        """Return the error for a message `SETTING: what is wrong`, which names where the setting was stated."""
+        return SettingsError(self._origins.located(message))
 
     @property
     def redis_address(self) -> RedisAddress | None:
@@ -517,9 +545,6 @@ class Settings(FrozenModel):
 
     @model_validator(mode="after")
     def _redis_settings_fit_together(self) -> Settings:
-        stated = self._stated_of_redis()
-        if self.redis_url is None and stated:
-            log.warning("redis_%s goes with redis_url, which is not set: it is ignored", next(iter(stated)))
         try:
             _ = self.redis_address
         except ValueError as error:
@@ -559,8 +584,6 @@ class Settings(FrozenModel):
             )
         for name, preset in self.presets.items():
             _check_preset(name, preset, seen, self.route_names)
-        if self.admin_key is not None and len(self.admin_key.get_secret_value()) < 8:
-            raise ValueError("admin_key: is too short to protect anything; use 8 characters or more")
         return self
 
 
@@ -622,26 +645,39 @@ def load_settings(
     """Read the file, the environment and `overrides` (the command line); the later wins. Raises SettingsError."""
     names = setting_names()
     values: dict[str, Any] = file_values(config, names, ModelInfo.model_fields) if config else {}
-    if environ.get("XDG_DATA_HOME"):
-        values.setdefault("data_dir", Path(environ["XDG_DATA_HOME"]) / "uniroute")
-    _merge(values, environment_values(environ, _variable_paths()))
-    for key, value in (overrides or {}).items():
+    in_file = frozenset(values)
+    elsewhere: dict[tuple[str, ...], str] = {}
+    if environ.get("XDG_DATA_HOME") and "data_dir" not in values:
+        values["data_dir"] = Path(environ["XDG_DATA_HOME"]) / "uniroute"
+        elsewhere["data_dir",] = "XDG_DATA_HOME"
+    for keys, (variable, value) in environment_values(environ, _variable_paths()).items():
+        _set(values, keys, value)
+        elsewhere[keys] = variable
+    for key, option in (overrides or {}).items():
         if key not in names:
             raise unknown_key_error("command line", key, names)
-        if value is not None:
-            values[key] = value
+        if option is not None:
+            values[key] = option
+            elsewhere[key,] = f"--{key.replace('_', '-')}"
+    origins = Origins(config, in_file, elsewhere)
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(format_validation_error(error, config, _nested_settings())) from None
+        raise SettingsError(format_validation_error(error, origins, _nested_settings())) from None
+    settings._origins = origins
+    if settings.redis_url is None:
+        for name in (name for name in _REDIS_FIELDS if getattr(settings, f"redis_{name}") is not None):
+            log.warning("%s goes with redis_url, which is not set: it is ignored", settings.origin(f"redis_{name}"))
+    return settings
 
 
-def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            values[key] = {**values[key], **value}
-        else:
-            values[key] = value
+def _set(values: dict[str, Any], keys: tuple[str, ...], value: object) -> None:
+    *parents, last = keys
+    for parent in parents:
+        inner = values.get(parent)
+        values[parent] = dict(inner) if isinstance(inner, dict) else {}
+        values = values[parent]
+    values[last] = value
 
 
 def check_exposure(settings: Settings, *, keys_required: bool) -> None:
@@ -654,7 +690,7 @@ def check_exposure(settings: Settings, *, keys_required: bool) -> None:
         SettingsError: the host is not the loopback, and no key is required.
     """
     if not (keys_required or is_loopback(settings.host)):
-        raise SettingsError(
+        raise settings.refusal(
             f"host: listening on {settings.host!r} is open to others, and no client key exists; make one with"
             " `uniroute keys create NAME`, or listen on 127.0.0.1"
         )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = _parse_yaml(read_bounded(path, MAX_CONFIG_BYTES).decode("utf-8-sig"))
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); give a file with --config") from None
+        raise SettingsError(
+            f"{path}: cannot be read ({error.strerror}); give a file with --config or UNIROUTE_CONFIG"
+        ) from None
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: is not UTF-8 text") from None
     except yaml.YAMLError as error:
@@ -177,28 +180,26 @@ def _is_price(key: object) -> bool:
     return isinstance(key, str) and (key == TIERED or price_field(key) is not None)
 
 
-def environment_values(environ: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Read the settings that are stated as UNIROUTE_<NAME>.
+def environment_values(
+    environ: Mapping[str, str], paths: Mapping[str, tuple[str, ...]]
+) -> dict[tuple[str, ...], tuple[str, str]]:
+    """Return the variable and the value of each setting that is stated as UNIROUTE_<NAME>.
 
     Args:
-        paths: where the value of a variable goes: PROFILE_PROMPTS to ("profile", "prompts").
+        paths: the setting of each variable: ("profile", "prompts") of PROFILE_PROMPTS.
 
     Raises:
         SettingsError: a variable is a slip of a known one.
     """
-    values: dict[str, Any] = {}
+    values: dict[tuple[str, ...], tuple[str, str]] = {}
     for variable in sorted(environ):
         name = variable.removeprefix(PREFIX)
         if name == variable or name in OTHER_VARIABLES or _set_by_kubernetes(name, environ[variable]):
             continue
-        if name not in paths:
+        if name in paths:
+            values[paths[name]] = (variable, environ[variable])
+        else:
             _report_unknown_variable(variable, name, paths)
-            continue
-        *parents, last = paths[name]
-        target = values
-        for parent in parents:
-            target = target.setdefault(parent, {})
-        target[last] = environ[variable]
     return values
 
 
@@ -241,22 +242,61 @@ _MESSAGES = {
 }
 
 
-def format_validation_error(error: ValidationError, config: Path | None, nested: Mapping[str, Collection[str]]) -> str:
+@dataclass(frozen=True)
+class Origins:
+    """Where the settings were stated, so that an error can name the place and not only the setting."""
+
+    config: Path | None = None
+    in_file: frozenset[str] = frozenset()
+    """The settings that the file states, by their first key."""
+    elsewhere: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+    """The variable or the option of each setting that is not stated in the file."""
+
+    def name(self, setting: str) -> str:
+        """Return where `profile.prompts` was stated, or its own name if it was not."""
+        keys = tuple(re.split(r"[.\[]", setting))
+        for depth in range(len(keys), 0, -1):
+            if keys[:depth] in self.elsewhere:
+                return self.elsewhere[keys[:depth]]
+        if self.config is not None and keys[0] in self.in_file:
+            return f"{self.config}: {setting}"
+        if any(len(stated) > 1 and stated[:-1] == keys[:-1] for stated in self.elsewhere):
+            return PREFIX + "_".join(keys).upper()  # others of its mapping are variables: so would it be
+        return setting
+
+    def located(self, message: str) -> str:
+        """Replace the settings before the first colon of a message by where they were stated.
+
+        Variables of other settings that the message names are added: they may be the ones to change.
+        """
+        subject, colon, problem = message.partition(": ")
+        if not colon:
+            return message
+        stated = [self.name(each) for each in subject.split(", ")]
+        named = {keys[-1]: place for keys, place in self.elsewhere.items() if "_" in keys[-1] and place not in stated}
+        others = [f"{name} is set by {place}" for name, place in named.items() if re.search(rf"\b{name}\b", problem)]
+        added = f" ({', '.join(others)})" if others else ""
+        return f"{', '.join(stated)}: {problem}{added}"
+
+
+def format_validation_error(error: ValidationError, origins: Origins, nested: Mapping[str, Collection[str]]) -> str:
     """Say in one line where, which key and what was wrong, with the value unless it may be a secret.
 
     Args:
         nested: the keys of the settings that are mappings themselves.
     """
     problem = min(error.errors(include_url=False), key=lambda found: found["type"] not in _UNKNOWN_KEY_ERRORS)
-    source = f"{config}: " if config else ""
     if problem["type"] in _UNKNOWN_KEY_ERRORS:
-        where = ".".join(map(str, problem["loc"][:-1]))
-        return str(unknown_key_error(f"{source}{where}", problem["loc"][-1], nested[str(problem["loc"][0])]))
+        where = origins.name(".".join(map(str, problem["loc"][:-1])))
+        return str(unknown_key_error(where, problem["loc"][-1], nested[str(problem["loc"][0])]))
     keys = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]]
     path = "".join(keys).removeprefix(".")
     stated = problem["msg"].removeprefix("Value error, ")
     message = _MESSAGES.get(problem["type"], stated[:1].lower() + stated[1:])
-    return f"{source}{path}{': ' if path else ''}{message}{_got(problem['input'], message, problem['loc'])}"
+    # A check of several settings names the one that is wrong itself.
+    separator = "." if path in nested and message.partition(": ")[0] in nested[path] else ": "
+    whole = f"{path}{separator if path else ''}{message}{_got(problem['input'], message, problem['loc'])}"
+    return origins.located(whole)
 
 
 # Reported first: an unknown key is often the reason why another one is missing.

@@ -50,6 +50,9 @@ SETTINGS: Final = "uniroute:settings"
 # Model → since when it is paused.
 PAUSED: Final = "uniroute:paused"
 
+# Hash: model → id of its latest job.
+LATEST_JOBS: Final = "uniroute:jobs:models"
+
 # The channel on which the writer of a price publishes the model's name; with `:<model>` the hash itself.
 PRICING: Final = "uniroute:pricing"
 
@@ -254,13 +257,10 @@ class Store:
             StoreUnavailable: the embedded server cannot run here.
         """
         if (address := settings.redis_address) is not None:
-            store = cls(address)
             try:
-                await store.check_kind()
-            except SettingsError:
-                await store.close()
-                raise
-            return store
+                return await cls._connected(address)
+            except SettingsError as error:
+                raise settings.refusal(str(error)) from None
         embedded = EmbeddedValkey(settings.data_dir)
         starting = asyncio.create_task(asyncio.to_thread(embedded.ensure))
         try:
@@ -272,6 +272,17 @@ class Store:
             await run_uncancelled(_stopped(embedded, starting))
             raise
         return cls(f"unix://{quote(str(embedded.socket_path))}", embedded)
+
+    @classmethod
+    async def _connected(cls, address: RedisAddress) -> Store:
+        """Raises SettingsError: what answers cannot be used, or a file of certificates."""
+        store = cls(address)
+        try:
+            await store.check_kind()
+        except SettingsError:
+            await store.close()
+            raise
+        return store
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ from proxy.storage.profile_history import REMEMBER, ProfileEntry, history_key
 from proxy.storage.records import CurrentPrice, InvalidRecord, ModelRecord, StoredProfile
 from proxy.storage.redis import (
     KEYS,
+    LATEST_JOBS,
     MODELS,
     PAUSED,
     PREVIOUS_PROFILES,
@@ -254,14 +255,14 @@ class Registry:
         return self._known(record.name, version)
 
     async def remove_model(self, name: str, efforts: Collection[str] = ()) -> int:
-        """Remove a model and its efforts, their profiles, its price and its pause.
+        """Remove a model and its efforts, their profiles, its price, its pause, and which job of it was the latest.
 
         Raises:
             UnknownModel, ConfiguredModel.
         """
         self._not_configured(name)
         names = [name, *efforts]
-        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED, *map(history_key, names)]
+        keys = [MODELS, PROFILES, PREVIOUS_PROFILES, price_key(name), PAUSED, LATEST_JOBS, *map(history_key, names)]
         version = await self._writer.run("remove a model", _REMOVE_MODEL, keys, names, (REMOVE_MODEL, name))
         return self._known(name, version)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from proxy.errors import ResponseTooLarge
-from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
+from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import (
     MAX_OTHER_BYTES,
@@ -326,7 +326,7 @@ class _ListBuilder:
             if isinstance(item, dict) and _may_be_part(item):
                 self._builder_of(item).add(item, depth)
             else:
-                self._count_values(_count(item))
+                self._count_values(count_values(item))
                 self._items.append(item)
 
     def _builder_of(self, item: JSONObject) -> _ObjectBuilder:
@@ -353,19 +353,6 @@ def _set(into: dict[str, Any], name: str, value: Any, count_values: _CountValues
     if name not in into:
         count_values(1)
     into[name] = value
-
-
-def _count(value: Any) -> int:
-    """Count the values in a JSON value."""
-    found, left = 1, [value]
-    while left:
-        inner = left.pop()
-        if isinstance(inner, dict):
-            inner = list(inner.values())
-        if isinstance(inner, list):
-            found += len(inner)
-            left += inner
-    return found
 
 
 def _may_be_part(item: JSONObject) -> bool:

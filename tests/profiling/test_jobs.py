@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from proxy.profiling.broker import STREAM
+from proxy.profiling.job_store import JobStore
 from proxy.storage.profile_history import read_history
-from proxy.storage.redis import PROFILES, Store
+from proxy.storage.redis import LATEST_JOBS, PROFILES, Store
 from proxy.storage.registry import UnknownModel
 from tests.support.makers import a_profile, a_record
 from tests.support.profiling import a_bench, ended, knows, model_at, write_validation_set
@@ -239,6 +240,34 @@ async def test_a_model_removed_while_it_is_profiled_leaves_nothing_behind(store:
             over = await ended(bench.jobs, job)
     assert (over.state, over.error) == ("failed", "the model was removed")
     assert await store.client.hlen(PROFILES) == 0
+
+
+async def test_a_removed_model_has_no_latest_job_and_its_jobs_can_still_be_read(store: Store, tmp_path: Path) -> None:
+    with ScriptedUpstream(knows("north")) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            job = await ended(bench.jobs, await bench.jobs.submit("small", 20, 1.0))
+            await bench.registry.remove_model("small")
+            assert await store.client.hgetall(LATEST_JOBS) == {}
+            assert await bench.jobs.get(job.id) == job
+
+
+async def test_a_job_submitted_while_its_model_is_removed_is_not_the_latest_of_any(
+    store: Store, tmp_path: Path
+) -> None:
+    with ScriptedUpstream(knows("north"), slow_s=0.05) as upstream:
+        async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
+            job = await bench.jobs.submit("small", 20, 1.0)
+            await until(lambda: len(upstream.history) >= 2)
+            await bench.registry.remove_model("small")
+            await store.client.hset(LATEST_JOBS, "small", job.id)
+            await ended(bench.jobs, job)
+    assert await store.client.hgetall(LATEST_JOBS) == {}
+
+
+async def test_the_latest_job_of_a_model_is_forgotten_once_it_is_gone(store: Store) -> None:
+    await store.client.hset(LATEST_JOBS, mapping={"of the file before": "gone"})
+    assert await JobStore(store).latest() == {}
+    assert await store.client.hgetall(LATEST_JOBS) == {}
 
 
 async def test_a_model_changed_while_it_is_profiled_is_not_ready(store: Store, tmp_path: Path) -> None:

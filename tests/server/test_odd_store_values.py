@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from proxy.profiling.broker import STREAM
-from proxy.profiling.job_store import LATEST, OPEN, AnswerText, PromptAnswer, answers_key, job_key
+from proxy.profiling.job_store import OPEN, AnswerText, PromptAnswer, answers_key, job_key
 from proxy.server.reservations import PREFIX
 from proxy.storage.audit_log import AUDIT
 from proxy.storage.client_keys import ClientKey
@@ -24,6 +24,7 @@ from proxy.storage.records import ModelRecord, StoredProfile
 from proxy.storage.redis import (
     CHANGED,
     KEYS,
+    LATEST_JOBS,
     MODELS,
     PAUSED,
     PREVIOUS_PROFILES,
@@ -219,7 +220,7 @@ def fill(client: redis.Redis) -> None:
             pipe.xadd(AUDIT, {"line": text})
             pipe.rpush(history_key("kept"), text)
             pipe.xadd(STREAM, {"data": text})
-            pipe.hset(LATEST, f"odd-{number}", text)
+            pipe.hset(LATEST_JOBS, f"odd-{number}", text)
             pipe.sadd(OPEN, text)
         for message in variants({"task_id": "1", "task_name": "uniroute.profile", "args": ["x"], "kwargs": {}}):
             pipe.xadd(STREAM, {"data": stored(message)})
@@ -227,7 +228,7 @@ def fill(client: redis.Redis) -> None:
         for number, text in enumerate([*TEXTS, *map(stored, variants(ANSWER))]):
             pipe.hset(answers_key("odd"), f"prompt-{number}", text)
         pipe.hset(job_key("odd"), mapping=JOB)
-        pipe.hset(LATEST, "kept", "odd")
+        pipe.hset(LATEST_JOBS, "kept", "odd")
         pipe.execute()
 
 
@@ -260,7 +261,7 @@ def test_a_server_over_a_store_full_of_odd_entries_serves_and_accepts_changes(se
 @pytest.fixture(scope="module")
 def emptied(served: Served) -> Served:
     """Remove the odd entries, which take long to be read each time."""
-    served.client.delete(MODELS, PREVIOUS_PROFILES, answers_key("odd"), LATEST)
+    served.client.delete(MODELS, PREVIOUS_PROFILES, answers_key("odd"), LATEST_JOBS)
     for key in (PROFILES, KEYS):
         odd = [name for name in served.client.hkeys(key) if name not in ("kept", served.key_id)]
         served.client.hdel(key, *odd)
@@ -325,7 +326,7 @@ WRONG_KINDS = {
 @pytest.mark.parametrize("kind", WRONG_KINDS)
 def test_a_redis_key_of_another_type_fails_no_request_and_no_read(emptied: Served, kind: str) -> None:
     hashes = (MODELS, PROFILES, PREVIOUS_PROFILES, PAUSED, SETTINGS)
-    keys = (VERSION, *hashes, price_key("kept"), health_key("kept"), LATEST, job_key("odd"))
+    keys = (VERSION, *hashes, price_key("kept"), health_key("kept"), LATEST_JOBS, job_key("odd"))
     emptied.client.delete(*keys)
     for key in keys:
         WRONG_KINDS[kind](emptied.client, key)

@@ -102,7 +102,7 @@ def test_an_unknown_model_that_can_still_be_added_is_a_warning(caplog: pytest.Lo
 
 def test_every_recipe_can_be_set_and_no_other() -> None:
     assert set(get_args(Settings.model_fields["recipe"].annotation)) == set(ESTIMATORS)
-    with pytest.raises(SettingsError, match="recipe"):
+    with pytest.raises(SettingsError, match="UNIROUTE_RECIPE"):
         load_settings(None, {"UNIROUTE_RECIPE": "foo"})
 
 
@@ -111,6 +111,6 @@ def test_serve_refuses_in_one_line_and_leaves_no_process_behind(tmp_path: Path) 
     config.write_text("uniroute:\n  map: nowhere\n")
     ended = run_command("serve", "--config", config, "--port", "0", environ=environment(tmp_path / "data"))
     assert ended.returncode == 2
-    assert ended.stderr.strip().startswith("uniroute: map: ")
+    assert ended.stderr.strip().startswith(f"uniroute: {config}: map: ")
     assert ended.stderr.count("\n") == 1
     assert list((tmp_path / "data").iterdir()) == []

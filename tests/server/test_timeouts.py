@@ -113,6 +113,8 @@ def test_a_connection_that_is_not_accepted_times_out(asking: httpx.Client, ranke
         ({"first_tokens": 1}, "uniroute.timeouts"),
         ({"idle_s": 0}, "uniroute.timeouts.idle_s"),
         ({"idle_s": -1}, "uniroute.timeouts.idle_s"),
+        ({"total_s": 5e-324}, "uniroute.timeouts.total_s"),
+        ({"connect_s": 0.009}, "uniroute.timeouts.connect_s"),
         ({"total_s": "5"}, "uniroute.timeouts.total_s"),
     ],
 )

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import logging
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from proxy.server.startup import validate_files
 from proxy.settings.model_config import SettingsError, check_model_name, resolve_secret
-from proxy.settings.schema import Settings, check_exposure, load_settings, setting_names
+from proxy.settings.schema import Settings, _variable_paths, check_exposure, load_settings, setting_names
+from proxy.storage.redis import Store
 
 ONE_MODEL = """
 model_list:
@@ -135,6 +138,74 @@ def test_a_wrong_file_is_refused_with_the_key_and_the_fix(tmp_path: Path, text: 
     message = refusal(tmp_path, text)
     assert "uniroute.yaml" in message
     assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "text", "begins"),
+    [
+        ({"ADMIN_KEY": "short"}, "", "UNIROUTE_ADMIN_KEY: is too short"),
+        ({"LAMBDA": "-1"}, "uniroute: {lambda: 1}", "UNIROUTE_LAMBDA: must be a finite number"),
+        ({"PROFILE_PROMPTS": "0"}, "uniroute: {profile: {max_usd: 1}}", "UNIROUTE_PROFILE_PROMPTS: "),
+        ({"DEFAULT_MODEL": "auto"}, "", "UNIROUTE_DEFAULT_MODEL: 'auto' asks for routing"),
+        (
+            {"ROUTE_NAMES": "a"},
+            "model_list: [{model_name: a, litellm_params: {model: x}}]",
+            "UNIROUTE_ROUTE_NAMES: 'a'",
+        ),
+        ({"REDIS_URL": "redis://h", "REDIS_CA_FILE": "/x"}, "", "UNIROUTE_REDIS_URL: redis_ca_file is for TLS"),
+        ({"BREAKER_LONGEST_COOLDOWN_S": "1"}, "", "UNIROUTE_BREAKER_LONGEST_COOLDOWN_S: must be at least"),
+        (
+            {"REFERENCE_PRICE_INPUT_COST_PER_TOKEN": "1"},
+            "",
+            "UNIROUTE_REFERENCE_PRICE_OUTPUT_COST_PER_TOKEN: is missing",
+        ),
+    ],
+)
+def test_a_bad_value_of_the_environment_is_reported_by_its_variable(
+    tmp_path: Path, variables: dict[str, str], text: str, begins: str
+) -> None:
+    environ = {f"UNIROUTE_{name}": value for name, value in variables.items()}
+    assert refusal(tmp_path, text, **environ).startswith(begins)
+
+
+def test_a_variable_that_contradicts_the_file_is_named_beside_the_file(tmp_path: Path) -> None:
+    message = refusal(tmp_path, "uniroute: {breaker: {longest_cooldown_s: 20}}", UNIROUTE_BREAKER_COOLDOWN_S="30")
+    assert "uniroute.yaml: breaker.longest_cooldown_s: must be at least" in message
+    assert "cooldown_s is set by UNIROUTE_BREAKER_COOLDOWN_S" in message
+
+
+def test_a_bad_value_of_the_command_line_is_reported_by_its_option() -> None:
+    with pytest.raises(SettingsError, match=r"^--port: "):
+        load_settings(None, {}, {"port": 70_000})
+
+
+def test_no_timeout_and_no_interval_is_too_short_to_work(tmp_path: Path) -> None:
+    variables = [f"UNIROUTE_{name}" for name in _variable_paths() if name.endswith(("_S", "_MINUTES"))]
+    assert len(variables) > 15
+    allowed = []
+    for variable in variables:
+        with suppress(SettingsError):
+            load_settings(None, {variable: "5e-324"})
+            allowed.append(variable)
+    assert allowed == ["UNIROUTE_PROMPT_CACHE_S", "UNIROUTE_QUEUE_WAIT_S"]  # as 0: none
+    model = "{model_name: a, litellm_params: {model: x}, model_info: {idle_timeout_s: 5.0e-324}}"
+    assert "model_info.idle_timeout_s: input should be greater than or equal to 0.01" in refusal(
+        tmp_path, f"model_list: [{model}]"
+    )
+
+
+def test_a_setting_of_a_variable_that_fails_at_the_start_is_reported_by_it(tmp_path: Path) -> None:
+    environ = {"UNIROUTE_MAP": "/nowhere", "UNIROUTE_DATA_DIR": str(tmp_path)}
+    with pytest.raises(SettingsError, match=r"^UNIROUTE_MAP: "):
+        validate_files(load_settings(a_file(tmp_path, "uniroute: {map: builtin}"), environ))
+    with pytest.raises(SettingsError, match=r"uniroute\.yaml: map: "):
+        validate_files(load_settings(a_file(tmp_path, f"uniroute: {{map: /nowhere, data_dir: {tmp_path}}}"), {}))
+
+
+async def test_a_redis_of_a_variable_that_cannot_be_used_is_reported_by_it() -> None:
+    environ = {"UNIROUTE_REDIS_URL": "rediss://127.0.0.1:1", "UNIROUTE_REDIS_CA_FILE": "/nowhere/ca.pem"}
+    with pytest.raises(SettingsError, match=r"^UNIROUTE_REDIS_CA_FILE: "):
+        await Store.open(load_settings(None, environ))
 
 
 @pytest.mark.parametrize(

@@ -456,12 +456,53 @@ async def test_what_is_no_event_is_an_error_after_those_before(
 
 
 @pytest.mark.parametrize("api", APIS)
-async def test_events_where_a_whole_answer_was_asked_for_are_an_error(upstream: UpstreamClient, api: NativeAPI) -> None:
+async def test_events_where_a_whole_answer_was_asked_for_become_that_answer(
+    upstream: UpstreamClient, api: NativeAPI
+) -> None:
     async with RawUpstream(Reply(chunked(*STREAMS[api]))) as server:
-        with pytest.raises(UpstreamError) as caught:
-            await upstream.complete_native(native_model(server), NativeRequest(api, DOCUMENTS[api]))
+        answer = await upstream.complete_native(native_model(server), ASKED[api])
 
-    assert caught.value.status == 502
+    assert json.loads(answer.with_model("ours")) == {**ANSWERS[api], "model": "ours"}
+    assert parse_usage(usage_of(answer.body)) is not None
+
+
+async def test_a_response_whose_last_event_leaves_out_the_output_has_it_from_its_items(
+    upstream: UpstreamClient,
+) -> None:
+    end = event({"type": "response.completed", "response": a_response(output=[])})
+    async with RawUpstream(Reply(chunked(*RESPONSE_EVENTS[:-1], end))) as server:
+        answer = await upstream.complete_native(native_model(server), ASKED["responses"])
+
+    assert answer.native["output"] == RESPONSE_OUTPUT
+    assert finish_reasons(answer.body) == {"tool_calls"}
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_events_that_end_before_the_whole_answer_did_are_an_error(
+    upstream: UpstreamClient, api: NativeAPI
+) -> None:
+    async with RawUpstream(Reply(chunked(*STREAMS[api][:-1]))) as server:
+        with pytest.raises(UpstreamError, match="ended before its answer did") as caught:
+            await upstream.complete_native(native_model(server), ASKED[api])
+
+    assert caught.value.retryable
+
+
+async def test_the_input_of_a_call_that_is_not_json_is_an_error(upstream: UpstreamClient) -> None:
+    sent = b"".join(MESSAGE_EVENTS).replace(b'\\"ls\\"}', b'\\"ls\\"')
+    async with RawUpstream(Reply(chunked(sent))) as server:
+        with pytest.raises(UpstreamError, match="input of a tool call that is not JSON"):
+            await upstream.complete_native(native_model(server), ASKED["messages"])
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_an_error_among_events_in_place_of_a_whole_answer_is_that_error(
+    upstream: UpstreamClient, api: NativeAPI
+) -> None:
+    failed = event({"type": "error", "error": {"type": "overloaded_error", "message": "full"}})
+    async with RawUpstream(Reply(chunked(STREAMS[api][0], failed))) as server:
+        with pytest.raises(UpstreamError, match="reported an error"):
+            await upstream.complete_native(native_model(server), ASKED[api])
 
 
 CITED: dict[str, Any] = {
@@ -591,6 +632,18 @@ async def test_the_events_of_a_whole_answer_say_what_it_says(
     assert usages[-1] == usage_of(whole.body)
     assert sum(content_bytes(each.body) for each in events) == content_bytes(whole.body)
     assert any(has_content(each.body) for each in events) == has_content(whole.body)
+
+
+@pytest.mark.parametrize(("api", "answer"), WHOLE_ANSWERS)
+async def test_the_answer_put_together_from_the_events_of_one_is_that_answer(
+    upstream: UpstreamClient, api: NativeAPI, answer: dict[str, Any]
+) -> None:
+    events = relayed(await events_instead(upstream, api, {**answer, "serial": 10**30}))
+    pieces = [events[place : place + 7] for place in range(0, len(events), 7)]
+    async with RawUpstream(Reply(chunked(*pieces))) as server:
+        whole = await upstream.complete_native(native_model(server), ASKED[api])
+
+    assert json.loads(whole.with_model("ours")) == {**answer, "model": "ours", "serial": 10**30}
 
 
 @pytest.mark.parametrize(
