@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -371,7 +372,8 @@ class JobStore:
             elif not reply:
                 gone += [name, job_id]
         if gone:
-            await self._run("forget jobs that are gone", FORGET_LATEST, [LATEST_JOBS], gone)
+            with contextlib.suppress(StoreUnavailable):  # a replica, which may be read all the same
+                await self._run("forget jobs that are gone", FORGET_LATEST, [LATEST_JOBS], gone)
         return found
 
     async def submitted_between(self, since: float, until: float) -> list[tuple[float, Job]]:

@@ -270,6 +270,16 @@ async def test_the_latest_job_of_a_model_is_forgotten_once_it_is_gone(store: Sto
     assert await store.client.hgetall(LATEST_JOBS) == {}
 
 
+async def test_a_store_that_takes_no_writes_lists_the_latest_jobs(store: Store) -> None:
+    await store.client.hset(LATEST_JOBS, mapping={"of the file before": "gone"})
+    await store.client.config_set("min-replicas-to-write", 1)
+    try:
+        assert await JobStore(store).latest() == {}
+    finally:
+        await store.client.config_set("min-replicas-to-write", 0)
+    assert await store.client.hgetall(LATEST_JOBS) == {"of the file before": "gone"}
+
+
 async def test_a_model_changed_while_it_is_profiled_is_not_ready(store: Store, tmp_path: Path) -> None:
     with ScriptedUpstream(knows("north"), slow_s=0.02) as upstream:
         async with a_bench(store, tmp_path, model_at(upstream.url)) as bench:
