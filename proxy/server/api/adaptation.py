@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS
+from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, budget_within
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
 from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
@@ -259,11 +259,11 @@ def _fit_budget(changes: _Changes, upstream: _Upstream) -> None:
     limits = [changes.get("max_tokens"), changes.get("max_completion_tokens"), upstream.max_output_tokens]
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
     budget = thinking.get("budget_tokens")
-    if (limit is not None and limit <= MIN_BUDGET) or _lacks_thinking(changes.get("messages")):
+    fitting = budget_within(max(budget, MIN_BUDGET) if isinstance(budget, int) else MIN_BUDGET, limit)
+    if fitting is None or _lacks_thinking(changes.get("messages")):
         changes.remove("thinking")
-    elif isinstance(budget, int) and (budget < MIN_BUDGET or (limit is not None and budget >= limit)):
-        largest = budget if limit is None else limit - 1
-        changes.set("thinking", {**thinking, "budget_tokens": max(min(budget, largest), MIN_BUDGET)})
+    elif isinstance(budget, int) and budget != fitting:
+        changes.set("thinking", {**thinking, "budget_tokens": fitting})
 
 
 def _lacks_thinking(messages: Any) -> bool:

@@ -139,9 +139,9 @@ def test_an_adaptive_claude_is_told_to_adapt(thinking: dict[str, Any], told: dic
         ({"thinking": {"type": "adaptive"}, "reasoning_effort": "low"}, 2048),
         ({"thinking": {"type": "adaptive"}}, 16384),
         ({"thinking": {"type": "enabled", "budget_tokens": 31999}, "reasoning_effort": "high"}, 31999),
-        ({"thinking": {"type": "enabled", "budget_tokens": 5000}, "max_tokens": 4000}, 3999),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5000}, "max_tokens": 4000}, 2000),
         ({"thinking": {"type": "enabled", "budget_tokens": 63999}, "max_tokens": 100_000}, 63999),
-        ({"thinking": {"type": "enabled", "budget_tokens": 90000}, "max_tokens": 100_000}, 63999),
+        ({"thinking": {"type": "enabled", "budget_tokens": 90000}, "max_tokens": 100_000}, 32000),
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, 1024),
     ],
 )
