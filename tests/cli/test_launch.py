@@ -293,7 +293,7 @@ def test_a_server_that_does_not_start_is_said_with_its_log(client_environ: dict[
     broken = {**client_environ, "UNIROUTE_PORT": "1", "UNIROUTE_MAP": str(tmp_path / "nowhere")}
     ended = run_command("launch", "claude", environ=broken)
     assert ended.returncode == 1
-    assert "the server did not start: uniroute: map:" in ended.stderr
+    assert "the server did not start: uniroute: UNIROUTE_MAP:" in ended.stderr
     assert str(tmp_path / "data" / "launch.log") in ended.stderr
 
 
