@@ -123,7 +123,7 @@ def test_a_server_that_cannot_start_says_why_without_a_traceback(tmp_path: Path,
     ended = run_command("serve", "--port", "0", environ=environ)
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
-    assert "ERROR uniroute embedder: 'transformer'" in ended.stderr
+    assert "ERROR uniroute UNIROUTE_EMBEDDER: 'transformer'" in ended.stderr
 
 
 def test_what_the_configuration_counts_on_is_named_at_the_start(capsys: pytest.CaptureFixture[str]) -> None:
