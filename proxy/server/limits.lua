@@ -2,8 +2,10 @@
 -- Constant: PREFIX.
 -- Reservations and the levels of buckets are forgotten within minutes anyway. They go to replicas, and not into the
 -- append-only file: a request would wait for the disk before it is sent. What was spent goes into the file.
-local function limits_in_memory() redis.set_repl(redis.REPL_REPLICA) end
-local function limits_durable() redis.set_repl(redis.REPL_ALL) end
+-- A server of Redis' protocol that has no set_repl writes all of it where it writes the rest.
+local set_repl = redis.set_repl or function() end
+local function limits_in_memory() set_repl(redis.REPL_REPLICA) end
+local function limits_durable() set_repl(redis.REPL_ALL) end
 local function limits_root(key_id) return PREFIX .. '{' .. key_id .. '}:' end
 local function limits_now()
   local time = redis.call('TIME')
