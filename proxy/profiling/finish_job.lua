@@ -1,6 +1,6 @@
 -- Needs fence.lua and storage/remember_profile.lua. Constants: CHANGED, KEPT_S.
--- KEYS continue: open, version, profiles, models, previous profiles, texts, latest, the history of
--- each profile.
+-- KEYS continue: open, version, profiles, models, previous profiles, texts, latest, the history of each
+-- profile.
 -- ARGV: token, id, state, error, the name that must be registered ('' if the model is configured), and for each profile
 -- its name, the profile, and its entry of the history.
 -- A job for one map leaves the profile of the other map to the processes that still use that map.

@@ -238,11 +238,11 @@ class Store:
         self._tasks = BackgroundTasks()
         self._starting: asyncio.Task[None] | None = None
         pool = self.server.pool(
+            # To wait for a connection. redis-py's limits of a connection, 5 s, are for what runs outside an operation.
             timeout=None,
             decode_responses=True,
             encoding_errors="replace",  # a foreign writer's broken bytes must not break the connection
             max_connections=MAX_CONNECTIONS,
-            # redis-py's own time limits, of 5 s, are for what runs outside an operation: an operation has one itself.
             # For a pooled connection that went stale; our writes may be repeated.
             retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionFailed,)),
         )

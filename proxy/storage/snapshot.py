@@ -184,7 +184,7 @@ class RoutingSnapshot:
     selection_terms: dict[tuple[str, str | None], Any] = field(default_factory=dict, repr=False, compare=False)
     """Kept for `routing`, by the name of a model and the id of a key."""
     kept_bounds: dict[int, frozenset[str]] = field(default_factory=dict, repr=False, compare=False)
-    """Kept by `beyond`."""
+    """Kept by `efforts_beyond`."""
 
     def default_lambda(self, settings: Settings) -> float:
         """Return the λ of requests for which nothing else states one."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from proxy.errors import ResponseTooLarge
-from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
+from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import (
     MAX_OTHER_BYTES,
@@ -18,7 +18,7 @@ from proxy.upstream.chunk_reader import (
 )
 from proxy.upstream.errors import find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, parse_in_thread, reparse
-from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
+from proxy.upstream.response_memory import ResponseBounds, ResponseMemory, ValueLimit
 
 # Counts so many more values. Raises ResponseTooLarge.
 _CountValues = Callable[[int], None]
@@ -36,35 +36,16 @@ _CHOICE_MEMBERS = frozenset({"index", "delta", "message", "logprobs", "usage"})
 _MAX_NESTING = 6
 
 
-class CompletionReader:
-    """Turn the bytes of a response into one completion. A stream of events is put together all the same."""
+class AnswerBody:
+    """Collect the body of a whole answer: one JSON text, or the events of it, which are put together as they come."""
 
-    def __init__(
-        self,
-        model: str,
-        bounds: ResponseBounds,
-        parse: Parse | None = None,
-        *,
-        choices: int = 1,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        """
-        Args:
-            bounds: of the body; the completion then holds its memory.
-            parse: None for `parse`.
-            choices: how many the caller asked for (`n`).
-            headers: of the response.
-        """
-        self._model = model
+    def __init__(self, bounds: ResponseBounds) -> None:
+        """`bounds`: of the body; the answer then holds its memory."""
         self._bounds = bounds
-        self._parse = parse
-        self._choices = choices
-        self._headers = headers
         self._pieces: list[bytes] = []
         # Whether it is decided that the body is JSON or events.
         self._decided = False
         self._events: ChunkReader | None = None
-        self._builder = CompletionBuilder()
 
     @property
     def is_events(self) -> bool:
@@ -99,19 +80,66 @@ class CompletionReader:
         self._decided = True
         if form == "events":
             self._pieces = []
-            self._events = self._event_reader()
+            self._events = self._new_event_reader()
             self._add_chunks(self._events.feed(start))
         else:
             self._bounds.count_values(start)
 
-    def _event_reader(self) -> ChunkReader:
-        """Make a reader without a share in the memory: all of the body is counted here."""
-        memory = ResponseMemory(self._bounds.memory.max_response_bytes)
-        return ChunkReader(parse_exact, memory=memory, choices=self._choices, headers=self._headers)
-
     def break_off(self) -> bool:
         """Note that the connection broke, and return whether the answer was complete."""
         return self._events is not None and self._events.break_off()
+
+    def _new_event_reader(self) -> ChunkReader:
+        """Return a reader with `_event_memory`."""
+        raise NotImplementedError
+
+    def _add_chunks(self, block: list[JSONPayload]) -> None:
+        raise NotImplementedError
+
+    def _event_memory(self) -> ResponseMemory:
+        """Return a memory that is no share of the process's: all of the body is counted here."""
+        return ResponseMemory(self._bounds.memory.max_response_bytes)
+
+    def _end_events(self, events: ChunkReader) -> None:
+        """Read what is left of the events. Raises UpstreamError if they are no complete answer."""
+        if not events.done:
+            self._add_chunks(events.close())
+        if (error := events.final_error) is not None:
+            raise error
+
+    def _take_data(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
+
+
+class CompletionReader(AnswerBody):
+    """Turn the bytes of a response into one completion. A stream of events is put together all the same."""
+
+    def __init__(
+        self,
+        model: str,
+        bounds: ResponseBounds,
+        parse: Parse | None = None,
+        *,
+        choices: int = 1,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            bounds: of the body; the completion then holds its memory.
+            parse: None for `parse`.
+            choices: how many the caller asked for (`n`).
+            headers: of the response.
+        """
+        super().__init__(bounds)
+        self._model = model
+        self._parse = parse
+        self._choices = choices
+        self._headers = headers
+        self._builder = CompletionBuilder()
+
+    def _new_event_reader(self) -> ChunkReader:
+        return ChunkReader(parse_exact, memory=self._event_memory(), choices=self._choices, headers=self._headers)
 
     def completion(self) -> JSONPayload:
         """Return the completion, once all of the body has come. Raises UpstreamError."""
@@ -135,10 +163,6 @@ class CompletionReader:
             return self._read_as_events(data, error)
         return self._from_json(value, raw)
 
-    def _take_data(self) -> bytes:
-        pieces, self._pieces = self._pieces, []
-        return (pieces[0] if len(pieces) == 1 else b"".join(pieces)).removeprefix(codecs.BOM_UTF8)
-
     def _from_json(self, value: Any, raw: bytes | None) -> JSONPayload:
         completion = check_completion(self._model, value, raw, self._headers)
         completion.held = self._bounds.held
@@ -148,7 +172,7 @@ class CompletionReader:
         """Read as events what may only have started like JSON."""
         if isinstance(error, JSONTooLarge):
             raise ResponseTooLarge(f"the model's answer {error}") from error
-        events = self._event_reader()
+        events = self._new_event_reader()
         self._add_chunks(events.feed(data))
         self._add_chunks(events.close())
         if events.error is None and not events.started:
@@ -156,10 +180,7 @@ class CompletionReader:
         return self._build(events)
 
     def _build(self, events: ChunkReader) -> JSONPayload:
-        if not events.done:
-            self._add_chunks(events.close())
-        if (error := events.final_error) is not None:
-            raise error
+        self._end_events(events)
         return JSONPayload(self._builder.completion(), held=self._bounds.held)
 
     def _add_chunks(self, block: list[JSONPayload]) -> None:
@@ -188,7 +209,7 @@ class CompletionBuilder:
     """
 
     def __init__(self) -> None:
-        self._values_left = MAX_VALUES
+        self._count_values = ValueLimit().add
         self._members: JSONObject = {}
         self._usage: Any = None
         self._choices: dict[int, _ChoiceBuilder] = {}
@@ -209,11 +230,6 @@ class CompletionBuilder:
             if index not in self._choices:
                 self._choices[index] = _ChoiceBuilder(self._count_values)
             self._choices[index].add(choice)
-
-    def _count_values(self, count: int) -> None:
-        self._values_left -= count
-        if self._values_left < 0:
-            raise ResponseTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
 
     def completion(self) -> JSONObject:
         choices = [self._choices[index].choice(index) for index in sorted(self._choices)]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
-from proxy.errors import ResponseTooLarge, UpstreamError
-from proxy.json_limits import MAX_VALUES, count_values
+from proxy.errors import UpstreamError
+from proxy.json_limits import count_values
 from proxy.settings.model_config import NativeAPI
 from proxy.upstream.payload import parse_exact
+from proxy.upstream.response_memory import ValueLimit
 from proxy.upstream.sse import encode_json
 
 JSONObject = dict[str, Any]
@@ -172,31 +173,19 @@ def new_builder(api: NativeAPI) -> AnswerBuilder:
     return _MessageBuilder() if api == "messages" else _ResponseBuilder()
 
 
-class _ValueLimit:
-    """Hold no more values than a whole answer may have."""
-
-    def __init__(self) -> None:
-        self._left = MAX_VALUES
-
-    def count(self, value: Any) -> None:
-        self._left -= count_values(value)
-        if self._left < 0:
-            raise ResponseTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
-
-
 class _MessageBuilder:
     def __init__(self) -> None:
-        self._limit = _ValueLimit()
+        self._limit = ValueLimit()
         self._message: JSONObject = {}
         self._blocks: dict[int, _BlockBuilder] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
         kind, index = event.get("type"), event.get("index")
         if kind == "message_start" and isinstance(message := event.get("message"), dict):
-            self._limit.count(message)
+            self._limit.add(count_values(message))
             self._message = dict(message)
         elif kind == "content_block_start" and type(index) is int and isinstance(event.get("content_block"), dict):
-            self._limit.count(event["content_block"])
+            self._limit.add(count_values(event["content_block"]))
             self._blocks[index] = _BlockBuilder(event["content_block"], self._limit)
         elif kind == "content_block_delta" and index in self._blocks and isinstance(event.get("delta"), dict):
             self._blocks[index].add(event["delta"])
@@ -205,7 +194,7 @@ class _MessageBuilder:
 
     def _add_end(self, event: Mapping[str, Any]) -> None:
         """Add what is known at the end alone. Usage that the end leaves out stays as at the start."""
-        self._limit.count(dict(event))
+        self._limit.add(count_values(dict(event)))
         more = {name: value for name, value in event.items() if name not in ("type", "delta", "usage")}
         end, usage = event.get("delta"), event.get("usage")
         self._message |= {**more, **(end if isinstance(end, dict) else {})}
@@ -223,7 +212,7 @@ _CONTINUED = {"partial_json": "input"}
 
 
 class _BlockBuilder:
-    def __init__(self, block: JSONObject, limit: _ValueLimit) -> None:
+    def __init__(self, block: JSONObject, limit: ValueLimit) -> None:
         self._block = dict(block)
         self._limit = limit
         self._texts: dict[str, list[str]] = {}
@@ -232,7 +221,7 @@ class _BlockBuilder:
         for name, value in delta.items():
             if name == "type":
                 continue
-            self._limit.count(value)
+            self._limit.add(count_values(value))
             if isinstance(value, str):
                 self._texts.setdefault(_CONTINUED.get(name, name), []).append(value)
             elif name == "citation":
@@ -263,7 +252,7 @@ class _ResponseBuilder:
     """The last event of a response has all of it. Some servers leave out its output there."""
 
     def __init__(self) -> None:
-        self._limit = _ValueLimit()
+        self._limit = ValueLimit()
         self._response: JSONObject = {}
         self._items: dict[int, JSONObject] = {}
 
@@ -273,7 +262,7 @@ class _ResponseBuilder:
         if isinstance(response, dict):
             self._response = response
         elif kind == "response.output_item.done" and type(index) is int and isinstance(item, dict):
-            self._limit.count(item)
+            self._limit.add(count_values(item))
             self._items[index] = item
 
     def answer(self) -> JSONObject:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import codecs
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,16 +7,15 @@ from proxy.errors import ResponseTooLarge, UpstreamError
 from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.settings.model_config import NativeAPI
 from proxy.upstream.chunk_reader import (
-    MAX_OTHER_BYTES,
     NOT_JSON,
     REPORTED,
     ChunkReader,
     Parse,
-    body_format,
     event_too_large,
     is_stream_line,
     parse_error,
 )
+from proxy.upstream.completion_reader import AnswerBody
 from proxy.upstream.errors import error_from_body, find_error, not_a_completion
 from proxy.upstream.native_chunks import messages_completion, new_chunks, reported_error, responses_completion
 from proxy.upstream.native_events import events_of, new_builder
@@ -107,65 +105,32 @@ def _type_of(value: Mapping[str, Any]) -> bytes:
     return stated.encode() if isinstance(stated, str) and stated.isascii() and stated.isprintable() else b""
 
 
-class NativeAnswerReader:
+class NativeAnswerReader(AnswerBody):
     """Turn the bytes of a response into one whole answer of another API. A stream of events is put together."""
 
     def __init__(
         self, api: NativeAPI, model: str, bounds: ResponseBounds, headers: Mapping[str, str] | None = None
     ) -> None:
+        super().__init__(bounds)
         self._api = api
         self._model = model
         self._headers = headers
-        self._bounds = bounds
-        self._json = JSONBody(bounds)
-        # What came before it could be said what this is; None once it is known.
-        self._undecided: bytes | None = b""
-        self._events: NativeReader | None = None
         self._builder = new_builder(api)
 
-    @property
-    def finished(self) -> bool:
-        return self._events is not None and self._events.finished
+    def _new_event_reader(self) -> NativeReader:
+        return NativeReader(self._api, parse_exact, memory=self._event_memory(), headers=self._headers)
 
-    @property
-    def done(self) -> bool:
-        return self._events is not None and self._events.done
-
-    def feed(self, piece: bytes) -> None:
-        """Raises ResponseTooLarge, ResponseMemoryFull."""
-        if self._undecided is not None:
-            piece = self._undecided + piece
-            form = body_format(piece)
-            if form is None:
-                self._undecided = piece[-MAX_OTHER_BYTES:]
-                return
-            self._undecided = None
-            if form == "events":
-                # All of the body is counted here.
-                memory = ResponseMemory(self._bounds.memory.max_response_bytes)
-                self._events = NativeReader(self._api, parse_exact, memory=memory, headers=self._headers)
-        if self._events is None:
-            self._json.feed(piece)
-            return
-        self._bounds.add_bytes(len(piece))
-        self._add(self._events.feed(piece))
-
-    def _add(self, block: list[JSONPayload]) -> None:
+    def _add_chunks(self, block: list[JSONPayload]) -> None:
         for each in block:
             assert isinstance(each, NativePayload)
             self._builder.add(each.native)
 
-    def break_off(self) -> bool:
-        """Note that the connection broke, and return whether the answer was complete."""
-        return self._events is not None and self._events.break_off()
-
     async def answer_in_thread(self) -> NativePayload:
         """Return the answer, once all of the body has come. Parse a large one in a thread. Raises UpstreamError."""
         if self._events is not None:
-            return self._payload(self._built(self._events), None)
-        if self._undecided:
-            self._json.feed(self._undecided)
-        data = self._json.take().removeprefix(codecs.BOM_UTF8)
+            self._end_events(self._events)
+            return self._payload(self._builder.answer(), None)
+        data = self._take_data()
         try:
             if self._bounds.values > MAX_VALUES_AT_ONCE:
                 value, raw = await parse_in_thread(data)
@@ -176,13 +141,6 @@ class NativeAnswerReader:
         except ValueError:
             raise not_a_completion(self._model, data, self._headers) from None
         return self._payload(value, raw)
-
-    def _built(self, events: NativeReader) -> dict[str, Any]:
-        if not events.done:
-            self._add(events.close())
-        if (error := events.final_error) is not None:
-            raise error
-        return self._builder.answer()
 
     def _payload(self, value: Any, raw: bytes | None) -> NativePayload:
         completion = _completion(self._api, self._model, value, self._headers)

@@ -159,6 +159,19 @@ class ResponseBounds:
             self.add(line)
 
 
+class ValueLimit:
+    """Hold no more values in an answer that is put together from events than in a whole one."""
+
+    def __init__(self) -> None:
+        self._left = MAX_VALUES
+
+    def add(self, count: int) -> None:
+        """Raises ResponseTooLarge."""
+        self._left -= count
+        if self._left < 0:
+            raise ResponseTooLarge(f"the model's answer holds more than {MAX_VALUES} values")
+
+
 class JSONBody:
     """Collect a body that is one JSON text, all of which has to come before any of it is known."""
 

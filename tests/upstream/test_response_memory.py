@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,9 @@ from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import CircuitBreakerSettings, Settings
 from proxy.storage.records import ModelRecord
 from proxy.upstream.client import UpstreamClient
+from proxy.upstream.completion_reader import AnswerBody, CompletionReader
 from proxy.upstream.health import HealthRegistry
+from proxy.upstream.native_reader import NativeAnswerReader
 from proxy.upstream.response_memory import HeldMemory, ResponseBounds, ResponseMemory
 from tests.support.chunk_streams import PulledBlocks
 from tests.support.direct_calls import BODY, a_model, completion_of, error_of, stream_of
@@ -304,3 +306,20 @@ def test_the_warning_about_full_memory_is_not_repeated_at_once(caplog: pytest.Lo
                 HeldMemory(room, 11)
 
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        lambda bounds: CompletionReader("ours", bounds),
+        lambda bounds: NativeAnswerReader("messages", "ours", bounds),
+        lambda bounds: NativeAnswerReader("responses", "ours", bounds),
+    ],
+    ids=["chat", "messages", "responses"],
+)
+def test_blank_lines_before_an_answer_count_as_its_bytes(reader: Callable[[ResponseBounds], AnswerBody]) -> None:
+    body = reader(ResponseBounds(ResponseMemory(10 * SMALL_BYTES)))
+    for _ in range(10):
+        body.feed(b"\n" * SMALL_BYTES)
+    with pytest.raises(ResponseTooLarge):
+        body.feed(b"\n")
