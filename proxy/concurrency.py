@@ -486,7 +486,7 @@ async def _abandon(thread: threading.Thread) -> None:
     C code may run for long between two steps of Python; after GRACE_PERIOD_S the thread is left to itself.
     """
     ident = ctypes.c_ulong(thread.ident or 0)
-    with _unreported(_Abandoned):
+    with _unreported(thread):
         for _ in range(round(GRACE_PERIOD_S / CANCEL_INTERVAL_S)):
             if not thread.is_alive():
                 return
@@ -495,12 +495,16 @@ async def _abandon(thread: threading.Thread) -> None:
 
 
 @contextlib.contextmanager
-def _unreported(kind: type[BaseException]) -> Iterator[None]:
-    """Report no exception of this kind that is raised where none can be, as in the callback of a weak reference."""
+def _unreported(thread: threading.Thread) -> Iterator[None]:
+    """Report nothing that cannot be raised in this thread.
+
+    That may be `_Abandoned` itself, as in the callback of a weak reference, or a warning that a file was left open: the
+    exception may come between the opening of a file and the `with` that would have closed it.
+    """
     report = sys.unraisablehook
 
     def report_others(found: sys.UnraisableHookArgs) -> None:
-        if not issubclass(found.exc_type, kind):
+        if threading.get_ident() != thread.ident:
             report(found)
 
     sys.unraisablehook = report_others

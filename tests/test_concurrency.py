@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -141,6 +142,24 @@ async def test_abandoned_work_in_a_thread_ends_at_its_next_step() -> None:
     await cancel_and_wait(task)
     assert (task.cancelled(), swallowed) == (True, 2)
     assert [each for each in set(threading.enumerate()) - before if each.name == "uniroute-loading"] == []
+
+
+async def test_what_abandoned_work_left_open_is_closed_without_a_report() -> None:
+    """The exception may come where nothing closes a file, as just before a `with` is entered."""
+    began = threading.Event()
+
+    def work() -> None:
+        left_open = Path(__file__).open()  # noqa: SIM115
+        began.set()
+        while not left_open.closed:
+            pass
+
+    task = asyncio.create_task(in_own_thread(work))
+    await asyncio.to_thread(began.wait)
+    await cancel_and_wait(task)
+
+    assert task.cancelled()
+    gc.collect()  # a report would be an error here
 
 
 async def test_stoppable_work_has_ended_when_its_cancellation_returns() -> None:
