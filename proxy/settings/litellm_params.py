@@ -246,8 +246,11 @@ PASSTHROUGH = frozenset(
     }
 )
 
-# Providers that litellm calls with a client that follows redirects, whatever it is told.
-FOLLOWS_REDIRECTS = frozenset({"aiohttp_openai"})
+# Providers that litellm knows and that are not served, and why.
+NOT_SERVED = {
+    "aiohttp_openai": "it follows redirects",
+    "text-completion-inception": "it fills in code and does not chat; `inception/` is Inception's chat",
+}
 
 _AT_OPENAI = re.compile(r"https?://(?:[a-z0-9-]+\.)*api\.openai\.com(?::\d+)?(?:[/?#]|$)", re.IGNORECASE)
 

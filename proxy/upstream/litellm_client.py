@@ -16,7 +16,7 @@ from proxy.errors import UpstreamError
 from proxy.json_limits import MAX_VALUES
 from proxy.settings.litellm_params import (
     CHAT_FIELDS,
-    FOLLOWS_REDIRECTS,
+    NOT_SERVED,
     OPENAI_ONLY,
     PASSTHROUGH,
     is_openai_url,
@@ -193,7 +193,7 @@ class LiteLLMClient:
 
     def _embeddings_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
         """Return a client of the class that litellm calls this provider's embeddings with, over our connections."""
-        if target.name == "azure":
+        if target.name in ("azure", "azure_text"):
             return None
         return self._openai_client(target, params) if target.name in _EMBEDS_WITH_OPENAI_SDK else self._handler
 
@@ -310,8 +310,8 @@ class LiteLLMClient:
             log.error("model %s: %s", record.name, error)
             message = f"{record.name}: no provider is known by its name {record.litellm_params['model'][:128]!r}"
             raise UpstreamError(message, retryable=True) from error
-        if name in FOLLOWS_REDIRECTS:
-            raise UpstreamError(f"{record.name}: {name} is not served, for it follows redirects", retryable=True)
+        if why := NOT_SERVED.get(name):
+            raise UpstreamError(f"{record.name}: {name} is not served, for {why}", retryable=True)
         try:
             given = key_for_litellm(params, name, self._default_base(record, params), self._environ)
         except OutboundError as error:
@@ -332,7 +332,7 @@ class LiteLLMClient:
 
         For azure, litellm makes one over the pool itself.
         """
-        if target.name == "azure":
+        if target.name in ("azure", "azure_text"):
             return None
         if self._needs_openai_sdk(target):
             return self._openai_client(target, params)
@@ -348,7 +348,7 @@ class LiteLLMClient:
     def _openai_client(self, target: LiteLLMTarget, params: Mapping[str, Any]) -> Any:
         import openai
 
-        at_openai = target.name == "openai" and not target.api_base
+        at_openai = target.name in _OPENAI and not target.api_base
         key = target.api_key or (self._environ.get("OPENAI_API_KEY") if at_openai else None) or "-"
         base, organization = target.api_base or "https://api.openai.com/v1", params.get("organization")
         cache_key = (base, key, str(organization))
@@ -363,8 +363,11 @@ class LiteLLMClient:
         return self._openai_clients[cache_key]
 
 
+# OpenAI itself, by its chat completions and by its text completions.
+_OPENAI = frozenset({"openai", "text-completion-openai"})
+
 # Providers for which litellm needs an AsyncOpenAI, besides most of its `openai_compatible_providers`.
-_OPENAI_SDK = frozenset({"openai", "custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
+_OPENAI_SDK = _OPENAI | frozenset({"custom_openai", "lm_studio", "llamafile", "litellm_proxy", "docker_model_runner"})
 
 # Exceptions to these: they need litellm's own handler, as all other providers do.
 _OWN_HANDLER = frozenset(

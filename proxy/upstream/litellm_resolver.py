@@ -25,7 +25,7 @@ from time import monotonic
 from typing import Any
 
 from proxy.concurrency import cancel_and_wait, child_process
-from proxy.settings.litellm_params import FOLLOWS_REDIRECTS, PASSTHROUGH
+from proxy.settings.litellm_params import NOT_SERVED, PASSTHROUGH
 from proxy.settings.model_config import Forward
 from proxy.storage.records import ResolvedProvider
 from proxy.upstream.direct_target import DEFAULT_BASES, is_own_address
@@ -292,8 +292,8 @@ def resolve_with_litellm(litellm: Any, query: Mapping[str, Any], forward: Forwar
     model, provider, _, base = litellm.get_llm_provider(
         query["model"], custom_llm_provider=query["custom_llm_provider"], api_base=query["api_base"]
     )
-    if provider in FOLLOWS_REDIRECTS:
-        raise NotResolved(f"{provider} is not served, for it follows redirects")
+    if why := NOT_SERVED.get(provider):
+        raise NotResolved(f"{provider} is not served, for {why}")
     compatible = provider in OPENAI_COMPATIBLE or provider in litellm.openai_compatible_providers
     address = query["api_base"]
     base = address or (base or DEFAULT_BASES.get(provider) if compatible else None)

@@ -36,9 +36,10 @@ SOME = (
         "groq",
     ),
     *("maritalk", "mistral", "ollama", "openai", "openai_like", "oobabooga", "text-completion-codestral"),
+    *("text-completion-openai", "azure_text"),
 )
 MORE: dict[str, dict[str, Any]] = {
-    "azure": {"api_version": "2024-10-21"},
+    **{name: {"api_version": "2024-10-21"} for name in ("azure", "azure_text")},
     "bedrock": {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region_name": "us-east-1"},
 }
 pytestmark = pytest.mark.filterwarnings("ignore")

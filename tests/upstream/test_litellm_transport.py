@@ -35,10 +35,11 @@ GEMINI, CLAUDE, GPT = "gemini/gemini-2.5-pro", "anthropic/claude-sonnet-4-5", "o
 PROVIDERS = (
     *("openai/x", "hosted_vllm/x", "azure/x", "groq/x", "mistral/x", "deepseek/x", "openrouter/x", "scaleway/x"),
     *(GEMINI, CLAUDE, "anthropic_text/x", "bedrock/anthropic.claude-v2", "bedrock/converse/anthropic.claude-v2"),
-    *("cohere_chat/x", "ollama/x", "cloudflare/x", "text-completion-codestral/x"),
+    *("cohere_chat/x", "ollama/x", "cloudflare/x", "text-completion-codestral/x", "text-completion-openai/x"),
+    *("gpt-3.5-turbo-instruct", "azure_text/x"),
 )
 MORE: dict[str, dict[str, Any]] = {
-    "azure": {"api_version": "2024-10-21"},
+    **{name: {"api_version": "2024-10-21"} for name in ("azure", "azure_text")},
     "bedrock": {"aws_access_key_id": "a", "aws_secret_access_key": "b", "aws_region_name": "us-east-1"},
 }
 # Of litellm's own models, and of its coroutines whose task is cancelled before they begin.
@@ -92,6 +93,22 @@ async def test_a_request_whose_connection_dies_is_sent_once(
             await ask(litellm, a_translated_model(model, server.url), stream=stream)
 
         assert (len(server.history), caught.value.connection_lost) == (1, True)
+
+
+TEXT = b"""{"id": "1", "object": "text_completion", "created": 1, "model": "x",
+  "choices": [{"index": 0, "text": "hello", "finish_reason": "stop", "logprobs": null}]}"""
+
+
+@pytest.mark.parametrize("model", ["text-completion-openai/x", "gpt-3.5-turbo-instruct", "azure_text/x"])
+async def test_a_model_of_text_completions_answers_chats(litellm: LiteLLMClient, model: str) -> None:
+    events = (b"data: " + TEXT.replace(b"\n", b"") + b"\n\n", DONE)
+    async with RawUpstream(plain(TEXT), Reply(chunked(*events))) as server:
+        (whole,) = await ask(litellm, a_translated_model(model, server.url), stream=False)
+        chunks = await ask(litellm, a_translated_model(model, server.url), stream=True)
+
+    assert whole.body["choices"][0]["message"]["content"] == "hello"
+    assert "".join(each["delta"].get("content") or "" for chunk in chunks for each in chunk.body["choices"]) == "hello"
+    assert all(b"/completions" in head and b"chat/completions" not in head for head in server.heads)
 
 
 @pytest.mark.parametrize("coding", [b"", b"content-encoding: gzip\r\n"], ids=["plain", "gzip"])

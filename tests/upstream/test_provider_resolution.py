@@ -100,6 +100,8 @@ FOUND: list[tuple[ModelRecord, ResolvedProvider | str]] = [
         for model in ("groq/x", "openai/x")
     ],
     (a_model(model="aiohttp_openai/x", api_base=NEAR), "follows redirects"),
+    (a_model(model="text-completion-inception/x", api_base=NEAR), "does not chat"),
+    (a_model(model="text-completion-openai/x", api_base=NEAR), translate("text-completion-openai")),
 ]
 
 
