@@ -99,11 +99,13 @@ def add(
     Without a cost and without --free its price comes from LiteLLM's price map.
     """
     from proxy.cli.client import admin_client
+    from proxy.settings.effort import efforts_of_text
 
+    stated_effort = {} if effort is None else {"effort": efforts_of_text(effort)}
     body = {
         "model_name": name,
         "litellm_params": litellm_params_from(model, api_base, api_key_env, param or []),
-        "model_info": {**model_info_from(input_cost, output_cost, free=free), **effort_from(effort)},
+        "model_info": {**model_info_from(input_cost, output_cost, free=free), **stated_effort},
         "profile": profile_from(name, prompts, max_usd, profile, outcomes),
     }
     with admin_client(url) as server:
@@ -301,14 +303,6 @@ def model_info_from(input_cost: float | None, output_cost: float | None, *, free
     if free or input_cost is None or output_cost is None:
         return {"free": True} if free else {}
     return {"input_cost_per_token": input_cost / 1e6, "output_cost_per_token": output_cost / 1e6}
-
-
-def effort_from(stated: str | None) -> dict[str, Any]:
-    """Return the efforts for `model_info`; nothing if none are stated."""
-    if stated is None:
-        return {}
-    efforts = [part.strip() for part in stated.split(",") if part.strip()]
-    return {"effort": "auto" if efforts == ["auto"] else efforts}
 
 
 def profile_from(

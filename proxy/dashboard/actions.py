@@ -40,6 +40,7 @@ from proxy.server.middleware import TARGET_IN_SCOPE
 from proxy.server.requests import RECEIVED_AT, REQUEST_IDS
 from proxy.server.responses import HANDLED_EXCEPTIONS
 from proxy.server.strict_bodies import parse_body
+from proxy.settings.effort import efforts_of_text
 from proxy.storage.audit_log import (
     ADD_MODEL,
     CREATE_KEY,
@@ -146,11 +147,13 @@ async def add_model(request: Request, session: SessionDep, form: WriterForm) -> 
 
 def _new_model(form: Form) -> dict[str, Any]:
     params = {name: form[name].strip() for name in ("model", "api_base", "api_key") if form.get(name, "").strip()}
-    info = {
+    info: dict[str, Any] = {
         name: price
         for name in ("input_cost_per_token", "output_cost_per_token")
         if (price := _per_token(form, name)) is not None
     }
+    if stated := form.get("effort", "").strip():
+        info["effort"] = efforts_of_text(stated)
     profile = _profile_request(form)
     return {
         "model_name": form.get("model_name", "").strip(),

@@ -14,11 +14,12 @@ from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
 from proxy.routing.selection import Selection, select_model, selection_to_json
 from proxy.routing.selection_context import SelectionContext, preset_of
-from proxy.server.api import messages_request
+from proxy.server.api import messages_request, responses_request
 from proxy.server.api.client_apis import (
     CHAT,
     CLIENT_APIS,
     COUNT_TOKENS,
+    INPUT_TOKENS,
     NATIVE_HEADERS,
     RESPONSES,
     ROUTE,
@@ -84,6 +85,15 @@ async def count_tokens(request: Request, app: AppStateDep) -> Response:
     return Response(
         encode_json({"input_tokens": messages_request.count_tokens(document)}), media_type="application/json"
     )
+
+
+@router.post(INPUT_TOKENS, response_model=None)
+async def count_input_tokens(request: Request, app: AppStateDep, key: CurrentKey) -> Response:
+    document = parse_object(await read_body(ASGIExchange.of(request), app.settings.max_body_bytes))
+    reject_control_fields(document)
+    expanded = await expand(document, app.responses, scope_of(key))
+    counted = {"object": "response.input_tokens", "input_tokens": responses_request.count_tokens(expanded)}
+    return Response(encode_json(counted), media_type="application/json")
 
 
 async def answer_request(api: ClientAPI, exchange: Exchange, app: AppState, key: ClientKey | None) -> Answer | None:

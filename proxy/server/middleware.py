@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, error_body
-from proxy.server.api.client_apis import CLIENT_PATHS, MODELS, RESPONSES, speaks_messages
+from proxy.server.api.client_apis import CLIENT_PATHS, COMPACT, MODELS, RESPONSES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side
 from proxy.server.requests import (
@@ -238,7 +238,7 @@ class ServedPaths:
         """Return the methods that are served at `path`; none if it is unknown."""
         found = [route for route in self._routes if route.path_regex.match(path)]
         # /admin/models/{name:path} also matches what /admin/models/{name:path}/profile serves
-        longest = max((route.path for route in found), key=len, default="")
+        longest = max((route.path for route in found), key=lambda pattern: (pattern == path, len(pattern)), default="")
         methods = {method for route in found if route.path == longest for method in route.methods or ()}
         return methods | {"HEAD"} if "GET" in methods else methods
 
@@ -247,7 +247,7 @@ class ServedPaths:
         if not isinstance(error, HTTPException):
             raise error
         method, path = request.scope["method"], path_of(request.scope)
-        if error.status_code == 404:
+        if error.status_code == 404 or (method, path) == ("POST", COMPACT):
             message = unknown_path_message(method, path)
             request_id = request.scope[REQUEST_IDS].request_id
             fields = {"request": request_id, "status": 404}
@@ -271,6 +271,7 @@ _HINTS = {
     "/openai": "the base URL of this server ends in /v1, without /openai",
     "/v1beta": "this is Gemini's API: use a client of OpenAI's or Anthropic's",
     "/api": "this is Ollama's API: use a client of OpenAI's or Anthropic's",
+    COMPACT: "only the model that compacts a conversation can read the result; ask for a summary at /v1/responses",
 }
 
 

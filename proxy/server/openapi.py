@@ -15,6 +15,7 @@ from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
 from proxy.server.api.client_apis import (
     CHAT,
     COUNT_TOKENS,
+    INPUT_TOKENS,
     MESSAGES,
     MODELS,
     RESPONSES,
@@ -176,6 +177,14 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
         *("model", "messages"),
         description="Anthropic's body of a request, without a limit.",
     ),
+    "InputTokensBody": _object(
+        {
+            "model": null_or({"type": "string", "minLength": 1, "example": "auto"}),
+            "input": {"oneOf": [_TEXT, _array(_ANY_OBJECT)], "example": "What is 2 + 2?"},
+            "previous_response_id": null_or(_TEXT),
+        },
+        description="OpenAI's body of a response.",
+    ),
     "ResponsesBody": _object(
         {
             "model": {"type": "string", "minLength": 1, "example": "auto"},
@@ -207,6 +216,9 @@ CLIENT_SCHEMAS: Mapping[str, Schema] = {
         description="An error as Anthropic writes it.",
     ),
     "TokenCount": _object({"input_tokens": _COUNT}, "input_tokens"),
+    "InputTokenCount": _object(
+        {"object": {"const": "response.input_tokens"}, "input_tokens": _COUNT}, "object", "input_tokens"
+    ),
     "Response": _object(
         {"id": _TEXT, "object": {"const": "response"}, "status": _TEXT, "model": _TEXT, "output": _array(_ANY_OBJECT)},
         *("id", "object", "status", "model", "output"),
@@ -339,6 +351,7 @@ CLIENT_OPERATIONS: Mapping[str, Schema] = {
         "The same for clients of OpenAI's older completions", "TextCompletionBody", "TextCompletion"
     ),
     COUNT_TOKENS: _operation("Estimate the tokens of a request", "CountTokensBody", "TokenCount", "MessagesError"),
+    INPUT_TOKENS: _operation("Estimate the tokens of a request", "InputTokensBody", "InputTokenCount"),
     ROUTE: {
         **_operation("The decision for a chat body, nothing forwarded", "ChatBody", "Decision"),
         "parameters": [_LAMBDA],

@@ -72,6 +72,12 @@ def params_of(effort: Effort) -> dict[str, Any]:
     return {"reasoning_effort": effort}
 
 
+def efforts_of_text(text: str) -> str | list[str]:
+    """Return what `effort` of `model_info` is where it is written in one line: auto, or efforts with commas."""
+    efforts = [part.strip() for part in text.split(",") if part.strip()]
+    return AUTO if efforts == [AUTO] else efforts
+
+
 def read_efforts(value: object) -> object:
     """Read `auto`, or a list of efforts, as the list in ascending order. Raises ValueError."""
     if value is None or value == AUTO:

@@ -14,7 +14,14 @@ from tests.attacks.conftest import ADMIN, ASK, MAX_BODY_BYTES, Attacked
 from tests.support.client_apis import PATHS as CLIENT_API_PATHS
 
 JSON = {"content-type": "application/json"}
-PATHS = (*CLIENT_API_PATHS.values(), "/v1/messages/count_tokens", "/v1/embeddings", "/v1/route", "/admin/models")
+PATHS = (
+    *CLIENT_API_PATHS.values(),
+    "/v1/messages/count_tokens",
+    "/v1/responses/input_tokens",
+    "/v1/embeddings",
+    "/v1/route",
+    "/admin/models",
+)
 START = b'{"model": "fair", "messages": [{"role": "user", "content": "hi"}], '
 MIB = 2**20
 BOMB = gzip.compress(b" " * 50 * MIB, mtime=0)

@@ -153,6 +153,27 @@ def test_a_model_is_added_priced_measured_again_and_removed_as_by_the_api(site: 
     assert mine == ["models.remove", "models.profile", "models.price", "models.add"]
 
 
+def test_a_model_is_added_with_the_efforts_that_are_measured_apart(site: Site) -> None:
+    form = {
+        "model_name": "thinker",
+        "model": "openai/thinker",
+        "api_base": site.upstream.url,
+        "api_key": "os.environ/MODEL_API_KEY",
+        "input_cost_per_token": "1",
+        "output_cost_per_token": "1",
+        "effort": "high, low",
+        "prompts": "5",
+    }
+    with site.visitor() as visitor:
+        assert visitor.send("/models", form).headers["location"] == "/dashboard/model?name=thinker"
+        assert site.proxy.admin("GET", "/admin/models/thinker").json()["efforts"] == ["thinker@low", "thinker@high"]
+        assert visitor.get("/model?name=thinker").status_code == 200
+        assert visitor.send("/model/remove", {"name": "thinker"}).is_redirect
+        refused = visitor.send("/models", {**form, "effort": "loud"})
+    assert refused.status_code == 400
+    assert 'value="loud"' in refused.text
+
+
 def test_a_model_of_the_configuration_cannot_be_removed_here(site: Site) -> None:
     with site.visitor() as visitor:
         assert "Remove large" not in visitor.get("/model?name=large").text

@@ -76,3 +76,12 @@ def test_after_a_disconnect_other_requests_are_answered_and_none_is_in_flight(fl
 
     assert httpx.post(f"{fleet.base_url}/chat/completions", json=body, timeout=60).status_code == 200
     assert wait_until(lambda: "uniroute_in_flight 0.0" in httpx.get(f"{fleet.url}/metrics").text)
+
+
+def test_a_client_that_closes_its_sending_side_alone_counts_as_one_that_left(fleet: Fleet) -> None:
+    fleet.fair.then(Step(hang=True))
+    with raw_call(fleet) as connection:
+        assert wait_until(lambda: bool(fleet.fair.history))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(65536) == b""
+    assert was_left(fleet.fair)

@@ -14,6 +14,7 @@ from proxy.server.middleware import ServedPaths, corrected_path, unknown_path_me
         ("/admin/models/team/new/pricing", {"PUT"}),
         ("/v1/chat/completions", {"POST"}),
         ("/v1/models/team/new", {"GET", "HEAD"}),
+        ("/v1/responses/input_tokens", {"POST"}),
         ("/nothing", set()),
     ],
 )
@@ -34,6 +35,7 @@ def test_the_methods_of_a_path_are_those_of_all_its_routes(path: str, methods: s
         ("/responses/resp_1", "/v1/responses/resp_1"),
         ("/v1/v1/messages", "/v1/messages"),
         ("/v1/v1/messages/count_tokens", "/v1/messages/count_tokens"),
+        ("/responses/input_tokens/", "/v1/responses/input_tokens"),
         ("/v1/files", None),
     ],
 )

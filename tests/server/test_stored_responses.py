@@ -194,3 +194,28 @@ def test_another_key_finds_nothing(keyed: KeyedProxy) -> None:
 def test_a_wrong_page_is_a_mistake_of_the_client(keyed: KeyedProxy) -> None:
     reply = keyed.call(a_key_with_a_response(keyed), "GET", f"/v1/responses/{RESPONSE_ID}/input_items?limit=0")
     assert reply.status_code == 400
+
+
+def test_the_official_client_counts_the_tokens_of_a_request_and_of_what_it_continues(keyed: KeyedProxy) -> None:
+    client = keyed.client(a_key_with_a_response(keyed))
+    alone = client.responses.input_tokens.count(model="auto", input="And tomorrow?")
+    continued = client.responses.input_tokens.count(input="And tomorrow?", previous_response_id=RESPONSE_ID)
+    assert alone.object == "response.input_tokens"
+    assert continued.input_tokens > alone.input_tokens > 0
+
+
+def test_what_cannot_be_counted_names_the_field(keyed: KeyedProxy) -> None:
+    client = keyed.client(keyed.make())
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.input_tokens.count(input="x", conversation="conv_1")
+    assert caught.value.param == "conversation"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.responses.input_tokens.count(input="x", model="")
+    assert caught.value.param == "model"
+
+
+def test_a_compaction_is_refused_with_the_reason(keyed: KeyedProxy) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        keyed.client(keyed.make()).responses.compact(model="gpt-5", input="hi")
+    assert caught.value.code == "unknown_path"
+    assert "only the model that compacts a conversation can read the result" in str(caught.value)

@@ -45,10 +45,13 @@ CLIENT_APIS = {api.path: api for api in (CHAT, MESSAGES, RESPONSES, TEXT_COMPLET
 
 EMBEDDINGS, MODELS, ROUTE, FEEDBACK = "/v1/embeddings", "/v1/models", "/v1/route", "/v1/feedback"
 
-COUNT_TOKENS = f"{MESSAGES.path}/count_tokens"
+COUNT_TOKENS, INPUT_TOKENS = f"{MESSAGES.path}/count_tokens", f"{RESPONSES.path}/input_tokens"
+
+# Not served: what it answers can be read by the model alone that made it.
+COMPACT = f"{RESPONSES.path}/compact"
 
 # All of a client's paths, but for those that end in the name of a model or in the id of a response.
-CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, EMBEDDINGS, FEEDBACK, MODELS, ROUTE})
+CLIENT_PATHS = frozenset({*CLIENT_APIS, COUNT_TOKENS, INPUT_TOKENS, EMBEDDINGS, FEEDBACK, MODELS, ROUTE})
 
 # Headers of a client that only an upstream of the client's own API can read.
 NATIVE_HEADERS = ("anthropic-version", "anthropic-beta")

@@ -11,6 +11,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
+from proxy.routing.requirements import estimate_tokens
 from proxy.server.api.responses_answer import (
     AnswerPlan,
     ResponseStream,
@@ -127,6 +128,14 @@ def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -
         stored=stored,
         plan=plan,
     )
+
+
+def count_tokens(document: Mapping[str, Any]) -> int:
+    """Estimate the tokens of a request, expanded as for `translate`. Raises BadRequest naming the field."""
+    model = document.get("model")
+    if model is not None and not (isinstance(model, str) and model):
+        raise BadRequest("`model` must be a text that is not empty", param="model")
+    return estimate_tokens(translate(document, answer_id="", created_at=0).body)
 
 
 def _native_document(document: Mapping[str, Any]) -> dict[str, Any]:
