@@ -26,7 +26,7 @@ from proxy.settings.litellm_params import (
 )
 from proxy.settings.model_config import SettingsError, UpstreamAPI, referred_variable, resolve_secret
 from proxy.settings.outbound import DEFAULT_TRUST, Outbound, OutboundError, Trust
-from proxy.settings.redaction import holds_secret, is_reference
+from proxy.settings.redaction import holds_secret, is_reference, strip_url
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.errors import unreachable
@@ -99,6 +99,28 @@ def own_base(provider: str, environ: Mapping[str, str]) -> str:
         if stated := environ.get(f"{provider.upper()}_{name}"):
             return stated
     return DEFAULT_BASES.get(provider) or _OTHER_BASES.get(provider) or ""
+
+
+_ADDRESS_VARIABLE_ENDS = ("_API_BASE", "_BASE_URL")
+
+
+def address_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables in which litellm may find a provider's address."""
+    return {name: value for name, value in environ.items() if name.endswith(_ADDRESS_VARIABLE_ENDS)}
+
+
+def restore_credentials(address: str, provider: str, environ: Mapping[str, str]) -> str:
+    """Add the user, password and query with which the environment states an address.
+
+    What a provider was resolved to is stored without them. The provider's own variable counts before others.
+    """
+    variables = address_variables(environ)
+    for name in sorted(variables, key=lambda name: not name.startswith(provider.upper())):
+        stated = strip_url(variables[name]).rstrip("/")
+        if address == stated or address.startswith(f"{stated}/"):
+            credentials, query = urlsplit(variables[name]).netloc, urlsplit(variables[name]).query
+            return urlsplit(address)._replace(netloc=credentials, query=query).geturl()
+    return address
 
 
 def is_anthropics(params: Mapping[str, Any], resolved: ResolvedProvider) -> bool:
@@ -475,8 +497,12 @@ class DirectTargets:
 
     def _make(self, record: ModelRecord, resolved: ResolvedProvider, api: DirectAPI) -> DirectTarget:
         params = record.litellm_params
-        base = stated_address(params) or resolved.api_base
-        base = self._resolve(base) if base else own_base(resolved.provider, self._environ)
+        if stated := stated_address(params):
+            base = self._resolve(stated)
+        elif resolved.api_base:
+            base = restore_credentials(resolved.api_base, resolved.provider, self._environ)
+        else:
+            base = own_base(resolved.provider, self._environ)
         anthropics = is_anthropics(params, resolved)
         key = self._key(params, resolved if api == "chat" else _with_key_variable(resolved, params))
         own_headers = {

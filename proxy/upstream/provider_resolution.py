@@ -18,7 +18,7 @@ from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provide
 from proxy.settings.model_config import Forward, SettingsError
 from proxy.settings.redaction import strip_url
 from proxy.storage.records import InvalidRecord, ModelRecord, ResolvedProvider
-from proxy.upstream.direct_target import check_environment_key
+from proxy.upstream.direct_target import address_variables, check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 
 log = logging.getLogger("uniroute.upstream")
@@ -26,7 +26,7 @@ log = logging.getLogger("uniroute.upstream")
 CACHE_FILE = "providers.json"
 
 # Of what an answer in the cache holds. Answers of another version are asked again.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 MAX_CACHED = 2000
 
@@ -70,7 +70,7 @@ class Resolver:
         lock = self._path.with_suffix(".turn")
         self._lookup = ProviderLookup(lock, self._child_environment, self._cached, self._store_in_thread, _is_answer)
         # litellm reads these too. Nothing else of `environ` is handed on.
-        self._addresses = {name: value for name, value in environ.items() if name.endswith(("_API_BASE", "_BASE_URL"))}
+        self._addresses = {name: strip_url(value) for name, value in address_variables(environ).items()}
 
     @property
     def waiting(self) -> int:

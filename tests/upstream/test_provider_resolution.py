@@ -15,7 +15,8 @@ from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
-from proxy.upstream.direct_target import DirectTargets, url_of
+from proxy.upstream.direct_target import DirectTargets, restore_credentials, url_of
+from proxy.upstream.pool import basic_auth_of
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -210,6 +211,45 @@ async def test_a_key_of_the_environment_is_sent_and_not_stored(tmp_path: Path) -
     kept = (tmp_path / CACHE_FILE).read_text() + record.to_json() + repr(record) + repr(target) + repr(record.resolved)
     assert "MISTRAL_API_KEY" in kept
     assert CANARY not in kept
+
+
+async def test_credentials_in_an_address_of_the_environment_are_sent_and_not_stored(tmp_path: Path) -> None:
+    with ScriptedUpstream() as server:
+        environ = {"GROQ_API_BASE": server.url.replace("//", f"//user:{CANARY}@") + f"/?key={CANARY}"}
+        record = await Resolver(tmp_path, environ).resolve(a_model(model="groq/x", api_key=None))
+        upstream = UpstreamClient(Settings(), environ)
+        await upstream.complete(record, BODY)
+        await upstream.aclose()
+
+        assert server.last.headers["authorization"] == basic_auth_of(environ["GROQ_API_BASE"])
+        assert server.last.path == f"/v1/chat/completions?key={CANARY}"
+    assert record.resolved is not None
+    assert CANARY not in (tmp_path / CACHE_FILE).read_text() + record.to_json()
+
+
+@pytest.mark.parametrize(
+    ("address", "provider", "full"),
+    [
+        ("http://a/v1", "groq", "http://one:1@a/v1"),
+        ("http://a/v1/", "groq", "http://one:1@a/v1/"),
+        ("http://a/v1/more", "groq", "http://one:1@a/v1/more"),
+        ("http://a/v1", "xai", "http://two:2@a/v1"),
+        ("http://b/v1", "xai", "http://b/v1?key=3"),
+        ("http://a/v12", "groq", "http://a/v12"),
+        ("http://a.example/v1", "groq", "http://a.example/v1"),
+        ("https://a/v1", "groq", "https://a/v1"),
+        ("http://c/v1", "groq", "http://c/v1"),
+    ],
+)
+def test_credentials_go_to_the_address_they_were_stated_with(address: str, provider: str, full: str) -> None:
+    environ = {
+        "GROQ_API_BASE": "http://one:1@a/v1",
+        "XAI_API_BASE": "http://two:2@a/v1/",
+        "OTHER_BASE_URL": "http://b/v1?key=3",
+        "EMPTY_API_BASE": "",
+        "PLAIN_BASE": "http://four:4@c/v1",
+    }
+    assert restore_credentials(address, provider, environ) == full
 
 
 @pytest.mark.parametrize("variable", ["UNIROUTE_ADMIN_KEY", "AWS_SECRET_ACCESS_KEY", "HOME", "UNIROUTE_X_API_KEY"])
