@@ -13,7 +13,7 @@ from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import ContentSummary
 from proxy.routing.token_limits import check_token_limits
 from proxy.settings.litellm_params import reject_control_fields
-from proxy.settings.model_config import MIN_SECONDS
+from proxy.settings.model_config import MAX_AMOUNT, MIN_SECONDS
 from proxy.settings.schema import NO_OVERRIDES, TimeoutOverrides
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS, TAG_RULE, is_tag
 from router_core.text import closest_name
@@ -283,9 +283,6 @@ TIMEOUTS = tuple(column.name for column in fields(TimeoutOverrides))
 
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
-# Of λ, dollars and dollars per second. Larger values are mistakes, and costs computed with them would be infinite.
-MAX_VALUE = 1e12
-
 
 @frozen
 class RoutingOptions:
@@ -413,13 +410,13 @@ def amount(value: Any, param: str) -> float:
 
 
 def _checked(number: float, label: str, param: str, shown: object) -> float:
-    if not 0 <= number <= MAX_VALUE:  # also of NaN
+    if not 0 <= number <= MAX_AMOUNT:  # also of NaN
         raise BadRequest(_not_an_amount(label, shown), param=param)
     return number + 0.0  # -0.0 becomes 0.0
 
 
 def _not_an_amount(label: str, shown: object) -> str:
-    return f"{label} must be a finite number from 0 to {MAX_VALUE:g}; got {str(shown)[:MAX_ECHO]!r}"
+    return f"{label} must be a finite number from 0 to {MAX_AMOUNT:g}; got {str(shown)[:MAX_ECHO]!r}"
 
 
 def _models(body: Mapping[str, Any], stated: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from fastapi.utils import deep_dict_update
 from pydantic import BaseModel, ConfigDict
 
-from proxy.routing.chat_request import MAX_VALUE, TIMEOUTS
+from proxy.routing.chat_request import TIMEOUTS
 from proxy.server.api.client_apis import (
     CHAT,
     COUNT_TOKENS,
@@ -22,7 +22,7 @@ from proxy.server.api.client_apis import (
     ROUTE,
     TEXT_COMPLETIONS,
 )
-from proxy.settings.model_config import MIN_SECONDS
+from proxy.settings.model_config import MAX_AMOUNT, MIN_SECONDS
 from proxy.storage.client_keys import MAX_TAG_CHARS, MAX_TAGS
 
 Schema = dict[str, Any]
@@ -123,9 +123,9 @@ _NUMBER: Schema = {"type": "number"}
 
 _COUNT: Schema = {"type": "integer", "minimum": 0}
 
-_WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MAX_VALUE}
+_WEIGHT: Schema = {"type": "number", "minimum": 0, "maximum": MAX_AMOUNT}
 
-_SECONDS: Schema = {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_VALUE}
+_SECONDS: Schema = {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_AMOUNT}
 
 _SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 

@@ -144,12 +144,25 @@ NonNegativeFloat = Annotated[float, BeforeValidator(_not_boolean), AfterValidato
 
 StrictInt = Annotated[int, BeforeValidator(_not_boolean)]
 
-PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**12)]
+# Of counts, bytes and whole seconds. Redis and the operating system take them all.
+MAX_WHOLE_NUMBER = 10**12
+
+PositiveInt = Annotated[StrictInt, Field(ge=1, le=MAX_WHOLE_NUMBER)]
+
+NonNegativeInt = Annotated[StrictInt, Field(ge=0, le=MAX_WHOLE_NUMBER)]
 
 # No timeout and no interval is shorter: it would fail everything, or never let the process rest.
 MIN_SECONDS = 0.01
 
-Seconds = Annotated[NonNegativeFloat, Field(ge=MIN_SECONDS)]
+# Of λ, dollars and dollars per second. Larger values are mistakes, and costs computed with them would be infinite.
+MAX_AMOUNT = 1e12
+
+Amount = Annotated[NonNegativeFloat, Field(le=MAX_AMOUNT)]
+
+# 31 years. The operating system's timers do not take every number.
+MAX_SECONDS = 10**9
+
+Seconds = Annotated[NonNegativeFloat, Field(ge=MIN_SECONDS, le=MAX_SECONDS)]
 
 TokenCost = Annotated[NonNegativeFloat, Field(le=MAX_PRICE)]
 

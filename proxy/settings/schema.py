@@ -14,12 +14,16 @@ from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationEr
 
 from proxy.settings.litellm_params import ParamError
 from proxy.settings.model_config import (
+    MAX_SECONDS,
+    MAX_WHOLE_NUMBER,
     RESERVED_NAMES,
+    Amount,
     FrozenModel,
     ModelConfig,
     ModelInfo,
     NameList,
     NonNegativeFloat,
+    NonNegativeInt,
     OffAuto,
     OffAutoOn,
     OffCheapest,
@@ -190,7 +194,7 @@ class ProfileSettings(FrozenModel):
     prompts: Annotated[StrictInt, Field(ge=1, le=1000)] = Field(
         default=60, description="Validation prompts that a new model is asked."
     )
-    max_usd: NonNegativeFloat = Field(default=1.0, description="USD that measuring one model may cost.")
+    max_usd: Amount = Field(default=1.0, description="USD that measuring one model may cost.")
     concurrency: Annotated[StrictInt, Field(ge=1, le=64)] = Field(
         default=4, description="Validation prompts that are asked at the same time."
     )
@@ -207,9 +211,9 @@ class ProfileSettings(FrozenModel):
 class Preset(FrozenModel):
     """What a name that asks for routing stands for. None: nothing is stated."""
 
-    lambda_: NonNegativeFloat | None = Field(default=None, alias="lambda")
+    lambda_: Amount | None = Field(default=None, alias="lambda")
     models: Annotated[NameList, Field(min_length=1)] | None = None
-    max_cost_usd: NonNegativeFloat | None = None
+    max_cost_usd: Amount | None = None
 
 
 # Of presets: `uniroute/NAME` and `claude-NAME` are model names.
@@ -224,7 +228,7 @@ class Settings(FrozenModel):
     model_list: tuple[ModelConfig, ...] = Field(
         default=(), description="The models, in LiteLLM's form. Only in the file."
     )
-    lambda_: NonNegativeFloat = Field(
+    lambda_: Amount = Field(
         default=0.1,
         alias="lambda",
         description="λ: the error that the reference price may buy. 0 asks for the best answer at any price.",
@@ -258,7 +262,7 @@ class Settings(FrozenModel):
         default=0.75,
         description="The share of what a model is expected to get right that counts as errors once it is wholly stuck.",
     )
-    latency_weight: NonNegativeFloat = Field(default=0.0, description="USD that one second of waiting is worth.")
+    latency_weight: Amount = Field(default=0.0, description="USD that one second of waiting is worth.")
     cost_unit: Literal["reference", "cents"] = Field(
         default="reference",
         description="What a cost of 1 is: the `reference` price of the request, or one US cent (`cents`).",
@@ -346,7 +350,7 @@ class Settings(FrozenModel):
         description="Whether a session stays with its model; see [Conversations](routing.md#conversations).",
     )
     session_ttl_s: PositiveInt = Field(default=3600, description="Seconds that a session's model is remembered.")
-    prompt_cache_s: NonNegativeFloat = Field(
+    prompt_cache_s: Annotated[NonNegativeFloat, Field(le=MAX_SECONDS)] = Field(
         default=300, description="Seconds that a provider is assumed to keep a prompt in its cache."
     )
     response_ttl_s: PositiveInt = Field(
@@ -427,11 +431,11 @@ class Settings(FrozenModel):
         default=30,
         description="Seconds that open responses may go on after SIGTERM. Then they are cut off, and counted.",
     )
-    decision_ttl_s: Annotated[StrictInt, Field(ge=0)] = Field(
+    decision_ttl_s: NonNegativeInt = Field(
         default=604_800,
         description="Seconds that the record of a decision is kept. 0 keeps none.",
     )
-    max_decisions: Annotated[StrictInt, Field(ge=0)] = Field(
+    max_decisions: NonNegativeInt = Field(
         default=20_000, description="Decisions that are kept in Redis; the oldest go first. 0 keeps none."
     )
     max_decision_bytes: PositiveInt = Field(
@@ -461,7 +465,7 @@ class Settings(FrozenModel):
     feedback_half_life_s: Annotated[Seconds, Field(ge=60)] = Field(
         default=1_209_600, description="Seconds after which feedback counts half."
     )
-    feedback_labels_per_key: Annotated[NonNegativeFloat, Field(gt=0)] = Field(
+    feedback_labels_per_key: Annotated[NonNegativeFloat, Field(gt=0, le=MAX_WHOLE_NUMBER)] = Field(
         default=20,
         description="Labels of one model and cluster that the feedback of one client key counts as, at most.",
     )

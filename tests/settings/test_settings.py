@@ -194,6 +194,28 @@ def test_no_timeout_and_no_interval_is_too_short_to_work(tmp_path: Path) -> None
     )
 
 
+def _default(path: tuple[str, ...]) -> object:
+    value: object = Settings()
+    for name in path:
+        value = getattr(value, "lambda_" if name == "lambda" else name)
+    return value
+
+
+def test_no_number_is_too_large_to_work_with() -> None:
+    """Redis takes no time to live of any length, a timer no time of any length, and an infinite cost is none."""
+    numbers = [
+        f"UNIROUTE_{name}" for name, path in _variable_paths().items() if isinstance(_default(path), int | float)
+    ]
+    assert len(numbers) > 40
+    allowed = []
+    for variable in numbers:
+        for value in ("1e300", f"1{'0' * 30}"):
+            with suppress(SettingsError):
+                load_settings(None, {variable: value})
+                allowed.append(variable)
+    assert allowed == []
+
+
 def test_a_setting_of_a_variable_that_fails_at_the_start_is_reported_by_it(tmp_path: Path) -> None:
     environ = {"UNIROUTE_MAP": "/nowhere", "UNIROUTE_DATA_DIR": str(tmp_path)}
     with pytest.raises(SettingsError, match=r"^UNIROUTE_MAP: "):
