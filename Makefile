@@ -24,8 +24,10 @@ CUDA    := import importlib.metadata as m, sys; \
 # With it, every process of a fresh environment would compile what it imports anew: 3 s of CPU for a server.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Files of tests beside each other; a file stays together, with the servers that it starts.
-SPREAD  := --numprocesses auto --dist loadfile
+# Files of tests beside each other, three for two cores, since tests wait for servers for half of their time. A file stays
+# together, with the servers that it starts.
+CORES   := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+SPREAD  := --numprocesses $(shell expr \( $(CORES) \* 3 + 1 \) / 2) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install otel demo serve test test-all lint docs audit sbom locks clean
