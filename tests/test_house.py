@@ -27,7 +27,7 @@ OUTSIDE_WORLD = frozenset(
 INBOUND_HTTP = frozenset({"fastapi", "starlette", "uvicorn"})
 # A folder imports only those of the rows above its own. Within a row nothing imports its neighbours.
 FOLDER_ORDER = (
-    ("errors", "concurrency", "json_limits"),
+    ("errors", "concurrency", "json_text"),
     ("settings",),
     ("storage",),
     ("upstream",),

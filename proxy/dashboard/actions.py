@@ -29,6 +29,7 @@ from proxy.dashboard.page import (
 from proxy.dashboard.sessions import COOKIE, Session, check_form, set_cookie
 from proxy.dashboard.views import StateDep, keys_page, lambda_of, model_page, models_page
 from proxy.errors import BadRequest, Unauthenticated
+from proxy.json_text import encode_json
 from proxy.routing.chat_request import parse_chat, parse_object
 from proxy.routing.selection import Selection, selection_to_json
 from proxy.server import admin
@@ -53,7 +54,6 @@ from proxy.storage.audit_log import (
     Actor,
     AuditTrail,
 )
-from proxy.upstream.sse import encode_json
 from router_core.scoring import TIE_TOLERANCE
 
 router = APIRouter(

@@ -14,7 +14,6 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from proxy.dashboard.activity import MAX_SAMPLES
 from proxy.dashboard.answers import answers_to, shown_prompts
-from proxy.dashboard.history import history_chart, history_of
 from proxy.dashboard.page import (
     MAX_WAIT_S,
     Form,
@@ -28,11 +27,11 @@ from proxy.dashboard.page import (
     static_files,
 )
 from proxy.dashboard.page import DashboardRoute as Route
-from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, heat_map
+from proxy.dashboard.pictures import BarChart, RateInterval, bar_chart, heat_map, history_chart
 from proxy.dashboard.sessions import Session
 from proxy.dashboard.traffic import traffic_view
 from proxy.errors import BadRequest, DecisionNotFound, ModelNotFound, ServiceUnavailable
-from proxy.server.admin import get_model, list_keys, list_models, registered_model
+from proxy.server.admin import get_model, list_keys, list_models, past_profiles, registered_model
 from proxy.server.admin_responses import model_to_json
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
@@ -262,7 +261,7 @@ async def model_page(
     rows = cluster_rates(snapshot, name) if name in snapshot.profiles else []
     ranked = sorted((row for row in rows if row.ahead is not None), key=lambda row: -(row.ahead or 0.0))
     price = snapshot.prices.get(name)
-    history = await history_of(state, name)
+    history = await _history_of(state, name)
     return render(
         request,
         "model.html",
@@ -282,6 +281,16 @@ async def model_page(
         history_level=MAX_P,
         defaults=state.settings.profile,
     )
+
+
+async def _history_of(state: AppState, name: str) -> list[dict[str, Any]] | None:
+    """Return the last profiles of a model, the newest first; None: the store is away."""
+    if not state.snapshots.available:
+        return None
+    try:
+        return await past_profiles(state, name)
+    except StoreUnavailable:
+        return None
 
 
 @router.get("/model/events")

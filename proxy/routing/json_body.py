@@ -10,7 +10,7 @@ from typing import Any, Never
 import orjson
 
 from proxy.errors import BadRequest
-from proxy.json_limits import MAX_DEPTH, MAX_VALUES, JSONTooLarge, reject_large
+from proxy.json_text import MAX_DEPTH, MAX_VALUES, JSONTooLarge, reject_large
 from proxy.routing.requirements import PARTS, SCALAR_BYTES, TEXTS, ContentSummary, attachment_capability, is_binary
 from router_core.text import text_bytes
 from router_core.types import frozen

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BeforeValidator, WithJsonSchema
 
 from proxy.errors import BadRequest, DecisionNotFound, JobNotFound, ModelNotFound
+from proxy.json_text import encode_json
 from proxy.profiling.job_store import Job
 from proxy.server.admin_bodies import (
     KeyPatch,
@@ -57,8 +58,7 @@ from proxy.storage.profile_history import entries_to_json, read_history
 from proxy.storage.records import InvalidRecord, ModelRecord, is_unix_time
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import ConfiguredModel, ConflictingWrite, EffortOfModel, ModelExists
-from proxy.upstream.direct_target import check_secrets_stay
-from proxy.upstream.sse import encode_json
+from proxy.upstream.key_scope import check_secrets_stay
 
 
 def admin_router(what: str) -> APIRouter:

@@ -50,7 +50,7 @@ from proxy.storage.client_keys import (
     Role,
 )
 from proxy.storage.records import ModelRecord, is_unix_time
-from proxy.upstream.direct_target import ADDRESSES, check_secrets_stay
+from proxy.upstream.key_scope import ADDRESSES, check_secrets_stay
 from router_core.clustering import ClusterMap
 from router_core.profiles import Profile
 from router_core.types import MAX_PRICE, PRICE_FIELDS, Price, price_field

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from proxy.concurrency import DeadlineWheel, SilenceTimer
 from proxy.errors import ModelAtCapacity, UpstreamError
+from proxy.json_text import encode_json
 from proxy.routing.requirements import with_effort, without_effort
 from proxy.routing.token_limits import smaller_limit, with_limit
 from proxy.server.api.adaptation import adapt
@@ -20,7 +21,6 @@ from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
 from proxy.upstream.native_api import native_apis
 from proxy.upstream.payload import JSONPayload, has_content, is_empty_completion
-from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
 

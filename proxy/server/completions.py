@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Request, Response
 
 from proxy.errors import BudgetExceeded, ModelAtCapacity, NotProfiled, UpstreamError
+from proxy.json_text import encode_json
 from proxy.profiling.jobs import with_progress
 from proxy.routing.affinity import Affinity, load_affinity
 from proxy.routing.chat_request import READ_HEADERS, parse_chat, parse_object, read_chat
@@ -45,7 +46,6 @@ from proxy.settings.litellm_params import reject_control_fields
 from proxy.storage.client_keys import ClientKey
 from proxy.upstream.payload import JSONPayload, NativePayload, with_member
 from proxy.upstream.response_memory import HeldMemory
-from proxy.upstream.sse import encode_json
 
 router = APIRouter()
 

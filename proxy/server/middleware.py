@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxy.errors import SHUTDOWN_NOTICE_TIMEOUT_S, error_body
+from proxy.json_text import decode_json, encode_json
 from proxy.server.api.client_apis import CLIENT_PATHS, COMPACT, MODELS, RESPONSES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import PRINCIPAL, SAFE_METHODS, UNAUTHENTICATED_PATHS, is_admin_side
@@ -38,7 +39,6 @@ from proxy.server.responses import (
 )
 from proxy.server.startup import Startup
 from proxy.storage.audit_log import ANONYMOUS, Actor, action_of
-from proxy.upstream.sse import decode_json, encode_json
 from router_core.text import closest_name
 
 log = logging.getLogger("uniroute.edge")

@@ -13,6 +13,7 @@ from proxy.errors import (
     APIError,
     ClientDisconnected,
 )
+from proxy.json_text import encode_json
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
 from proxy.server.auth import RequestAuthorizer, check_role
 from proxy.server.completions import Answer, Handler
@@ -27,7 +28,6 @@ from proxy.server.responses import (
     too_many_connections_body,
 )
 from proxy.server.startup import Startup
-from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.edge")
 

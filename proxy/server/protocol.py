@@ -16,12 +16,12 @@ from uvicorn.server import ServerState
 
 from proxy.concurrency import connection_budget
 from proxy.errors import ClientDisconnected, error_body
+from proxy.json_text import encode_json
 from proxy.server.api.client_apis import CLIENT_APIS, EMBEDDINGS, MESSAGES, speaks_messages
 from proxy.server.api.messages_errors import anthropic_error
 from proxy.server.disconnects import DisconnectEvent
 from proxy.server.exchange import Exchange
 from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, RequestHeaders, random_id, request_ids_from
-from proxy.upstream.sse import encode_json
 
 MAX_URL_BYTES = 8 * 1024
 

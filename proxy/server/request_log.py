@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from binascii import b2a_base64
@@ -13,6 +12,7 @@ import numpy as np
 import orjson
 
 from proxy.errors import UpstreamError
+from proxy.json_text import encode_json
 from proxy.routing.affinity import Affinity, AffinityRecorder
 from proxy.routing.requirements import estimate_document_tokens, routing_text
 from proxy.routing.selection import Selection
@@ -546,10 +546,7 @@ def decision_detail(
         detail["lost_affinity"] = selection.lost_affinity
     if ctx.app.settings.log_prompts:
         detail["prompt"] = routing_text(ctx.request.body["messages"])[:MAX_PROMPT_CHARS]
-    try:
-        return orjson.dumps(detail).decode()
-    except TypeError:  # half a character in a name
-        return json.dumps(detail)
+    return encode_json(detail).decode()
 
 
 def _add_candidates(detail: dict[str, Any], decision: RoutingDecision) -> None:

@@ -41,7 +41,7 @@ from proxy.errors import (
     UpstreamError,
     error_body,
 )
-from proxy.json_limits import check_limits
+from proxy.json_text import check_limits, encode_json
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.registry import (
     ConfiguredModel,
@@ -54,7 +54,6 @@ from proxy.storage.registry import (
 )
 from proxy.upstream.circuit_breaker import retry_after_headers
 from proxy.upstream.errors import MAX_MESSAGE_CHARS, MAX_UNKNOWN_CHARS, message_in
-from proxy.upstream.sse import encode_json
 from router_core.errors import InvalidInput, MapMismatch
 
 # What an exception is answered with: status, and `type` and `code` of OpenAI's error object. A class stands for those

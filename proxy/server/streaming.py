@@ -15,6 +15,7 @@ from proxy.errors import (
     ShuttingDown,
     UpstreamError,
 )
+from proxy.json_text import decode_json, encode_json
 from proxy.server.api.messages_stream import PING
 from proxy.server.api.translation import RelayedEvents, StreamTranslation, Translation
 from proxy.server.attempts import AttemptStream
@@ -33,7 +34,7 @@ from proxy.upstream.payload import (
     usage_chunk,
 )
 from proxy.upstream.response_memory import ResponseBounds, ResponseMemory
-from proxy.upstream.sse import DONE, KEEP_ALIVE, decode_json, encode_json, format_event
+from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 from proxy.upstream.text_frame import TextRun
 
 HEADERS = {

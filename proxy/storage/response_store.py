@@ -15,6 +15,7 @@ from typing import Any, Final
 import orjson
 
 from proxy.errors import ServiceUnavailable
+from proxy.json_text import encode_json
 from proxy.storage.records import WarnOnce
 from proxy.storage.redis import Availability, Store, StoreUnavailable, awaited, load_script
 
@@ -53,8 +54,8 @@ class ResponseStore:
 
     async def save(self, scope: str, response_id: str, record: Mapping[str, Any]) -> bool:
         """Keep a record, and return whether it is kept. Never fails, and gives up within a second."""
-        text = _to_json(record)
-        size = len(text.encode())
+        data = encode_json(record)
+        size = len(data)
         largest = min(self._max_response_bytes, self._max_bytes)
         if not _ID.fullmatch(response_id):
             return self._drop(f"its id is not one of a response: {response_id[:60]!r}")
@@ -63,7 +64,7 @@ class ResponseStore:
         try:
             async with self._store.operation("keep a response") as client:
                 limits = (self._ttl_s, self._max_responses, self._max_bytes)
-                arguments = (response_id, text, size, *limits, _key(scope, ""))
+                arguments = (response_id, data, size, *limits, _key(scope, ""))
                 await awaited(client.eval(_SAVE, 3, *_keys(scope, response_id), *arguments))
         except StoreUnavailable as error:
             self._availability.mark_unavailable(f"responses are not kept: {error}")
@@ -134,13 +135,6 @@ def _keys(scope: str, response_id: str) -> tuple[str, str, str]:
 _SAVE = load_script(__package__, "save_response")
 
 _DELETE = load_script(__package__, "delete_response")
-
-
-def _to_json(record: Mapping[str, Any]) -> str:
-    try:
-        return orjson.dumps(record).decode()
-    except TypeError:  # half characters, and integers beyond 64 bits
-        return json.dumps(record)
 
 
 def _from_json(text: str) -> Any:

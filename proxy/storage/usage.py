@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
-import orjson
-
+from proxy.json_text import encode_json
 from router_core.pricing import TokenUsage, bill_usd, picousd
 from router_core.text import BYTES_PER_TOKEN
 from router_core.types import Price, frozen
@@ -128,10 +126,7 @@ class UsageRecord:
             "tags": self.tags,
             "cost_picousd": self.cost_picousd,
         }
-        try:
-            return orjson.dumps(stored).decode()
-        except TypeError:  # a cost beyond 64 bits
-            return json.dumps(stored)
+        return encode_json(stored).decode()
 
 
 # Of one request. A report of more is ignored.

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
-from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
+from proxy.json_text import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.upstream.errors import ERROR_MEMBERS, MAX_MESSAGE_CHARS, error_from_body, find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, parse_exact, reparse, simple_text
 from proxy.upstream.response_memory import HeldMemory, JSONBody, ResponseBounds, ResponseMemory

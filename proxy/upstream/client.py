@@ -9,6 +9,7 @@ from typing import Any
 
 from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import LiteLLMUnavailable, UpstreamError
+from proxy.json_text import encode_json
 from proxy.settings.model_config import NativeAPI
 from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
@@ -23,7 +24,6 @@ from proxy.upstream.payload import JSONPayload, NativePayload
 from proxy.upstream.pool import ConnectionPool
 from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.response_memory import ResponseMemory
-from proxy.upstream.sse import encode_json
 
 log = logging.getLogger("uniroute.upstream")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from proxy.errors import ResponseTooLarge
-from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
+from proxy.json_text import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
 from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import (
     MAX_OTHER_BYTES,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from proxy.errors import UpstreamError
-from proxy.upstream.direct_target import encode
+from proxy.json_text import encode_json
 from proxy.upstream.errors import find_error, not_a_completion
 from proxy.upstream.payload import JSONPayload, parse, replace_model
 from proxy.upstream.response_memory import JSONBody, ResponseBounds
@@ -100,10 +100,10 @@ def renamed(payload: JSONPayload, model: str) -> bytes:
     """
     raw, body = payload.raw, {**payload.body, "model": model}
     if raw is None:
-        return encode(body)
+        return encode_json(body)
     start, end = raw.find(b"["), raw.rfind(b"]") + 1
     outside = replace_model(raw[:start] + b"[]" + raw[end:], {**payload.body, "data": []}, model)
     if outside is None:
-        return encode(body)
+        return encode_json(body)
     place = outside.index(b"[]")  # the first bracket still: a name of ours has none
     return outside[:place] + raw[start:end] + outside[place + 2 :]

@@ -13,12 +13,11 @@ from typing import Any
 import httpx
 
 from proxy.errors import MAX_ERROR_BYTES, RETRY_AFTER_HEADERS, UpstreamError
-from proxy.json_limits import check_limits
+from proxy.json_text import check_limits, decode_json, encode_json
 from proxy.settings.outbound import OutboundError
 from proxy.storage.usage import usage_of
 from proxy.upstream.httpx_transport import ConnectionLost
 from proxy.upstream.pool import ProxyError, RemoteProtocolError
-from proxy.upstream.sse import decode_json, encode_json
 
 # How OpenAI, vLLM, llama.cpp, Ollama, LM Studio, Anthropic, Gemini, Bedrock, Mistral, xAI, Moonshot, Z.ai, MiniMax,
 # Cohere, Alibaba and TGI say that a prompt exceeds the context window, in words or as a code.

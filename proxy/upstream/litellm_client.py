@@ -13,7 +13,7 @@ import httpx
 
 from proxy.concurrency import GRACE_PERIOD_S, await_cancellable, cancel_until_done, in_own_thread, run_uncancelled
 from proxy.errors import UpstreamError
-from proxy.json_limits import MAX_VALUES
+from proxy.json_text import MAX_VALUES
 from proxy.settings.litellm_params import (
     CHAT_FIELDS,
     NOT_SERVED,
@@ -36,10 +36,10 @@ from proxy.upstream.chunk_reader import (
     is_finished,
     requested_choices,
 )
-from proxy.upstream.direct_target import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.embeddings import EmbeddingsRequest, check_embeddings, with_encoding
 from proxy.upstream.errors import redact, unreachable
 from proxy.upstream.httpx_transport import PooledTransport
+from proxy.upstream.key_scope import PLACEHOLDER_KEY, key_for_litellm
 from proxy.upstream.litellm_transport import (
     CapturedResponse,
     ResponseTaken,

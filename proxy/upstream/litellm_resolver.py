@@ -28,7 +28,7 @@ from proxy.concurrency import cancel_and_wait, child_process
 from proxy.settings.litellm_params import NOT_SERVED, PASSTHROUGH
 from proxy.settings.model_config import Forward
 from proxy.storage.records import ResolvedProvider
-from proxy.upstream.direct_target import DEFAULT_BASES, is_own_address
+from proxy.upstream.key_scope import DEFAULT_BASES, is_own_address
 from proxy.upstream.litellm_transport import import_litellm
 
 log = logging.getLogger("uniroute.upstream")

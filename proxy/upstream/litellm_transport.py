@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.json_limits import MAX_VALUES_AT_ONCE
+from proxy.json_text import MAX_VALUES_AT_ONCE
 from proxy.settings.outbound import AsyncTransport, Outbound, Trust, http_client
 from proxy.upstream.chunk_reader import MAX_TAIL_S, body_format
 from proxy.upstream.completion_reader import CompletionReader

@@ -6,7 +6,7 @@ from types import MappingProxyType
 from proxy.settings.litellm_params import is_openai_url, is_provider_param, stated_address
 from proxy.settings.model_config import NativeAPI
 from proxy.storage.records import ModelRecord, ResolvedProvider
-from proxy.upstream.direct_target import is_anthropics
+from proxy.upstream.key_scope import is_anthropics
 from proxy.upstream.litellm_resolver import params_for_litellm
 from proxy.upstream.provider_resolution import resolve_static
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from proxy.errors import UpstreamError
+from proxy.json_text import encode_json
 from proxy.settings.model_config import NativeAPI
 from proxy.upstream.chunk_reader import REPORTED
 from proxy.upstream.errors import error_from_body, find_error
-from proxy.upstream.sse import encode_json
 
 JSONObject = dict[str, Any]
 

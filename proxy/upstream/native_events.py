@@ -10,11 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 from proxy.errors import UpstreamError
-from proxy.json_limits import count_values
+from proxy.json_text import count_values, encode_json
 from proxy.settings.model_config import NativeAPI
 from proxy.upstream.payload import parse_exact
 from proxy.upstream.response_memory import ValueLimit
-from proxy.upstream.sse import encode_json
 
 JSONObject = dict[str, Any]
 

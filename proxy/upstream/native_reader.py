@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxy.errors import ResponseTooLarge, UpstreamError
-from proxy.json_limits import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
+from proxy.json_text import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge
 from proxy.settings.model_config import NativeAPI
 from proxy.upstream.chunk_reader import (
     NOT_JSON,

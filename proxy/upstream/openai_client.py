@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.errors import MAX_ERROR_BYTES, UpstreamError
-from proxy.json_limits import SMALL_BYTES
+from proxy.json_text import SMALL_BYTES, encode_json
 from proxy.settings.model_config import UpstreamAPI
 from proxy.settings.outbound import Outbound, OutboundError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.chunk_reader import MAX_TAIL_S, ChunkReader, ChunkReceiver, requested_choices
 from proxy.upstream.completion_reader import CompletionReader, check_completion
-from proxy.upstream.direct_target import DirectTarget, DirectTargets, encode
+from proxy.upstream.direct_target import DirectTarget, DirectTargets
 from proxy.upstream.embeddings import MAX_VECTOR_VALUES, EmbeddingsReader, EmbeddingsRequest
 from proxy.upstream.errors import connection_lost, error_from_response, not_http, redact, redirect_refused, unreachable
 from proxy.upstream.native_reader import NativeAnswerReader, NativeReader
@@ -134,7 +134,7 @@ class OpenAIClient:
         if request.api == "chat":
             body = target.build_body(request.body, request.raw, stream=stream, include_usage=request.include_usage)
         else:
-            body = encode({**request.body, "model": target.model, "stream": stream})
+            body = encode_json({**request.body, "model": target.model, "stream": stream})
         origin = target.head.origin
         try:
             connection = self._pool.acquire_idle(origin) or await self._pool.acquire(

@@ -11,9 +11,8 @@ from typing import Any, Never
 
 import orjson
 
-from proxy.json_limits import MAX_VALUES_AT_ONCE, SHALLOW_BYTES, check_limits
+from proxy.json_text import MAX_VALUES_AT_ONCE, SHALLOW_BYTES, check_limits, decode_json, encode_json
 from proxy.upstream.response_memory import HeldMemory
-from proxy.upstream.sse import decode_json, encode_json
 from router_core.text import text_bytes
 
 _MODEL = re.compile(rb'(?<!\\)"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]++|\\.)*+")')

@@ -18,7 +18,7 @@ from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, is_provide
 from proxy.settings.model_config import Forward, SettingsError
 from proxy.settings.redaction import strip_url
 from proxy.storage.records import InvalidRecord, ModelRecord, ResolvedProvider
-from proxy.upstream.direct_target import address_variables, check_environment_key
+from proxy.upstream.key_scope import address_variables, check_environment_key
 from proxy.upstream.litellm_resolver import Answers, LookupFailed, ProviderLookup, params_for_litellm
 
 log = logging.getLogger("uniroute.upstream")

@@ -4,7 +4,7 @@ import logging
 from time import monotonic
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge
-from proxy.json_limits import MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge
+from proxy.json_text import MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge
 
 log = logging.getLogger("uniroute.upstream")
 

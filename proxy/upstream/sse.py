@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import codecs
-import json
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from proxy.json_text import encode_json
 
 DONE = b"data: [DONE]\n\n"
 
@@ -155,30 +155,3 @@ _PINGS = frozenset({b"ping", b"heartbeat", b"keepalive", b"keep-alive"})
 
 def format_event(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
-
-
-def encode_json(payload: Mapping[str, Any]) -> bytes:
-    """Encode compact JSON. NaN becomes null, and half characters, to which models do cut emoji, stay escaped."""
-    try:
-        return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        return json.dumps(_finite(payload), separators=(",", ":")).encode()
-    except ValueError:
-        return encode_json(_finite(payload))
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which upstreams send although JSON has none, by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list) else value
-
-
-def decode_json(data: bytes) -> Any:
-    """Decode JSON from an upstream. Raises ValueError, also if it is nested beyond the stack."""
-    try:
-        return json.loads(data)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

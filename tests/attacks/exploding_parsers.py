@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from proxy.errors import APIError, UpstreamError
+from proxy.json_text import encode_json
 from proxy.routing.chat_request import parse_chat
 from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
@@ -25,7 +26,6 @@ from proxy.storage.audit_log import action_of
 from proxy.upstream.circuit_breaker import parse_retry_after
 from proxy.upstream.errors import error_from_response
 from proxy.upstream.payload import replace_model
-from proxy.upstream.sse import encode_json
 from router_core.documents import nearest_hint
 from router_core.fitting import cluster_names
 from router_core.text import truncate_middle

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from proxy.dashboard.history import history_chart
+from proxy.dashboard.pictures import history_chart
 from proxy.storage.profile_history import MAX_PROFILES
 from router_core.artifact import builtin_map
 from tests.dashboard.site import Site

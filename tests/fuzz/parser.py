@@ -11,9 +11,9 @@ import atheris
 
 with atheris.instrument_imports(include=["proxy.routing", "json"]):
     from proxy.errors import BadRequest
+    from proxy.json_text import encode_json
     from proxy.routing.chat_request import parse_chat
     from proxy.routing.requirements import requirements_of, routing_text
-    from proxy.upstream.sse import encode_json
 
 
 def one_input(data: bytes) -> None:

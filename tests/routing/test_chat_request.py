@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import BadRequest, FieldNotAllowed
-from proxy.json_limits import MAX_DEPTH
+from proxy.json_text import MAX_DEPTH
 from proxy.routing.chat_request import ChatRequest, ProviderPreferences, parse_chat, parse_object
 from proxy.settings.litellm_params import COMMON_FIELDS, is_control_field
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.json_limits import MAX_DEPTH, MAX_VALUES
+from proxy.json_text import MAX_DEPTH, MAX_VALUES
 from proxy.routing.json_body import parse_fast, parse_strict
 from proxy.routing.requirements import requirements_of
 from tests.routing.test_json_body_properties import BODIES, NAMES, VALUES

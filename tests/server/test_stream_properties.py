@@ -9,9 +9,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import UpstreamError
+from proxy.json_text import encode_json
 from proxy.upstream.chunk_reader import ChunkReader
 from proxy.upstream.openai_client import UpstreamChunks
-from proxy.upstream.sse import SSEDecoder, encode_json, format_event
+from proxy.upstream.sse import SSEDecoder, format_event
 from tests.support.chunk_streams import PulledBlocks
 from tests.support.connection_pool import FedInPieces
 

@@ -13,7 +13,7 @@ from proxy.settings.model_config import SettingsError
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient
-from proxy.upstream.direct_target import check_secrets_stay, is_own_address
+from proxy.upstream.key_scope import check_secrets_stay, is_own_address
 from proxy.upstream.litellm_client import LiteLLMClient
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver
 from tests.support.litellm_calls import open_litellm_client

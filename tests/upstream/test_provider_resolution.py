@@ -15,7 +15,8 @@ from proxy.settings.outbound import Outbound
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord, ResolvedProvider
 from proxy.upstream.client import UpstreamClient, is_direct
-from proxy.upstream.direct_target import DirectTargets, restore_credentials, url_of
+from proxy.upstream.direct_target import DirectTargets, url_of
+from proxy.upstream.key_scope import restore_credentials
 from proxy.upstream.pool import basic_auth_of
 from proxy.upstream.provider_resolution import CACHE_FILE, Resolver, resolve_static
 from tests.support.makers import a_record

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import ResponseMemoryFull, ResponseTooLarge, UpstreamError
-from proxy.json_limits import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
+from proxy.json_text import MAX_VALUES, MAX_VALUES_AT_ONCE, SMALL_BYTES
 from proxy.server.responses import render_error
 from proxy.settings.model_config import ModelInfo
 from proxy.settings.schema import CircuitBreakerSettings, Settings

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from proxy.upstream.sse import MAX_EVENT_BYTES, EventTooLong, SSEDecoder, decode_json, encode_json, format_event
+from proxy.json_text import decode_json, encode_json
+from proxy.upstream.sse import MAX_EVENT_BYTES, EventTooLong, SSEDecoder, format_event
 
 STREAM = (
     'data: {"a":"x\u2028y\u0085z\x0b"}\n\n: comment\r\n\r\nevent: e\r\ndata:{"b":\r\ndata: 2}\r\n\r\n\ndata: [DONE]\n\n'

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from proxy.json_text import decode_json
 from proxy.storage.usage import parse_usage, usage_of
-from proxy.upstream.sse import decode_json
 
 # The member of a tool's input under which arguments are kept that are no JSON object.
 UNPARSED = "arguments"

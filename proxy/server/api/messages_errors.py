@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from proxy.upstream.sse import encode_json
+from proxy.json_text import encode_json
 
 # Anthropic's own status of a server that has no room for one more request. It knows no 503.
 OVERLOADED = 529

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import orjson
 
+from proxy.json_text import encode_json
 from proxy.server.api.messages_answer import (
     AnswerFacts,
     CallIds,
@@ -30,23 +31,14 @@ from proxy.server.api.messages_answer import (
 )
 from proxy.server.api.messages_errors import error_event
 from proxy.storage.usage import usage_of
-from proxy.upstream.direct_target import encode
 from proxy.upstream.payload import simple_text
-from proxy.upstream.sse import encode_json
 from proxy.upstream.text_frame import TextRun
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
 def _event(kind: str, **members: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **members}))
-
-
-def _encode_text(text: str) -> bytes:
-    try:
-        return orjson.dumps(text)
-    except TypeError:  # half a surrogate pair
-        return encode_json(text)  # type: ignore[arg-type]
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode_json({"type": kind, **members}))
 
 
 def _is_json(text: str) -> bool:
@@ -112,7 +104,7 @@ class _Call:
         if isinstance(name, str) and name != self.name:  # some servers send it with each piece
             self.name += name
         if isinstance(arguments, Mapping):
-            arguments = encode(arguments).decode()
+            arguments = encode_json(arguments).decode()
         if isinstance(arguments, str) and arguments:
             self._pieces.append(arguments)
             if self.is_object is None and (start := arguments.lstrip()[:1]):
@@ -178,9 +170,9 @@ class MessageStream:
         elif self._before_text and (text := simple_text(chunk)):
             choice = chunk["choices"][0]
             if not (choice.get("finish_reason") or choice.get("index") or chunk.get("usage")):
-                return self._before_text + _encode_text(text) + b"}}\n\n"
+                return self._before_text + encode_json(text) + b"}}\n\n"
         elif self._before_thinking and (text := _simple_reasoning(chunk)):
-            return self._before_thinking + _encode_text(text) + b"}}\n\n"
+            return self._before_thinking + encode_json(text) + b"}}\n\n"
         if usage := usage_of(chunk):
             self._usage = usage
         self._begin()
@@ -303,7 +295,7 @@ class MessageStream:
             self._start({"type": "text", "text": ""})
             self._open = "text"
             self._before_text = _before_delta(self._blocks - 1, b"text_delta", b"text")
-        self._events.append(self._before_text + _encode_text(text) + b"}}\n\n")
+        self._events.append(self._before_text + encode_json(text) + b"}}\n\n")
 
     def _open_call(self, call: _Call) -> None:
         self._close()
@@ -334,7 +326,7 @@ class MessageStream:
             self._send_delta("signature_delta", signature=self._signature)
             self._signature = ""
         if isinstance(closing, _Call) and not closing.is_object and (arguments := tool_input(closing.text)):
-            self._send_delta("input_json_delta", partial_json=encode(arguments).decode())
+            self._send_delta("input_json_delta", partial_json=encode_json(arguments).decode())
         self._events.append(_event("content_block_stop", index=self._blocks - 1))
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import BadRequest
+from proxy.json_text import encode_json
 from proxy.routing.trajectory import has_failed
-from proxy.upstream.direct_target import encode
 
 # Claude Code's first system block, for Anthropic's accounting alone. It differs in every request.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -279,7 +279,7 @@ class Conversation:
         return [_text_part(read_text(block.value, "tool_name", block.path))]
 
     def browser_state(self, block: _Block) -> list[Part]:
-        return [_text_part(encode({name: block.value.get(name) for name in ("tabs", "state_changes")}).decode())]
+        return [_text_part(encode_json({name: block.value.get(name) for name in ("tabs", "state_changes")}).decode())]
 
     def compaction(self, block: _Block) -> list[Part]:
         """Keep the summary that stands for earlier turns."""
@@ -386,7 +386,7 @@ class _AssistantTurn:
 
     def tool_use(self, block: _Block) -> None:
         value, path = block.value, block.path
-        arguments = encode(read_object(value.get("input"), f"{path}.input")).decode()
+        arguments = encode_json(read_object(value.get("input"), f"{path}.input")).decode()
         function = {"name": self._notes.tool_name(read_text(value, "name", path)), "arguments": arguments}
         call = {"id": read_text(value, "id", path, empty=False), "type": "function", "function": function}
         self.calls.append(with_cache_control(call, value))

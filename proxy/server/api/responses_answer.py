@@ -6,7 +6,6 @@ the one before it is done. So what comes for a later item waits in a queue, and 
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from typing import Any, Protocol
 
 import orjson
 
-from proxy.server.api.responses_reasoning import CarriedReasoning, encode, encode_carried, mappings, reasoning_text
+from proxy.json_text import encode_json
+from proxy.server.api.responses_reasoning import CarriedReasoning, encode_carried, mappings, reasoning_text
 from proxy.server.api.responses_tools import ClientTool, ToolTable, call_item, item_prefix
 from proxy.storage.usage import NOTHING_REPORTED, TokenCounts, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
@@ -309,7 +309,7 @@ class _Call:
             self._name[name] = None
         if arguments in (None, ""):
             return
-        piece = arguments if isinstance(arguments, str) else encode(arguments).decode()
+        piece = arguments if isinstance(arguments, str) else encode_json(arguments).decode()
         self._pieces.append(piece)
         if self._emit is not None:
             self._write_delta(self._emit, piece)
@@ -459,7 +459,7 @@ class ResponseStream:
                 pieces.append(text)
                 number = self._sequence
                 self._sequence = number + 1
-                return b'%b%b,"sequence_number":%d}\n\n' % (start, _encode_text(text), number)
+                return b'%b%b,"sequence_number":%d}\n\n' % (start, encode_json(text), number)
         if self._ended:
             return b""
         self._begin()
@@ -728,11 +728,4 @@ def failure(error: Mapping[str, Any], status: int) -> dict[str, str]:
 
 
 def format_typed_event(kind: str, members: Mapping[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode({"type": kind, **members}))
-
-
-def _encode_text(text: str) -> bytes:
-    try:
-        return orjson.dumps(text)
-    except TypeError:
-        return json.dumps(text).encode()
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode_json({"type": kind, **members}))

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.errors import BadRequest
-from proxy.server.api.responses_reasoning import decode_carried, encode, mappings
+from proxy.json_text import encode_json
+from proxy.server.api.responses_reasoning import decode_carried, mappings
 from proxy.server.api.responses_tools import ToolTable
 
 # What stands for a result that the client did not send.
@@ -291,7 +292,7 @@ def _texts_of(content: str | list[dict[str, Any]]) -> list[str]:
 
 
 def _json(value: Any) -> str:
-    return value if isinstance(value, str) else encode(value).decode()
+    return value if isinstance(value, str) else encode_json(value).decode()
 
 
 def _text(part: Mapping[str, Any], path: str, name: str = "text") -> dict[str, Any]:

@@ -12,9 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
-from proxy.upstream.sse import decode_json, encode_json
+from proxy.json_text import decode_json, encode_json
 
 # `encrypted_content` that begins so was written here.
 CARRIED_MARK = "uniroute1."
@@ -55,14 +53,6 @@ def mappings(value: Any) -> Iterator[Mapping[str, Any]]:
     """Yield the objects in a list; nothing if it is no list."""
     if isinstance(value, list):
         yield from (each for each in value if isinstance(each, Mapping))
-
-
-def encode(value: Any) -> bytes:
-    """Encode JSON, also what the faster encoder refuses: half characters, and integers beyond 64 bits."""
-    try:
-        return orjson.dumps(value)
-    except TypeError:
-        return encode_json(value)
 
 
 class CarriedReasoning:
@@ -134,7 +124,7 @@ def is_own_reasoning(item: Any) -> bool:
 
 def encode_carried(members: Mapping[str, Any]) -> str:
     """Write members of a chat message as `encrypted_content`."""
-    return CARRIED_MARK + base64.urlsafe_b64encode(encode(members)).decode()
+    return CARRIED_MARK + base64.urlsafe_b64encode(encode_json(members)).decode()
 
 
 def decode_carried(text: Any) -> dict[str, Sequence[Mapping[str, Any]]] | None:

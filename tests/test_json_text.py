@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.json_limits import MAX_DEPTH, MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge, check_limits
+from proxy.json_text import MAX_DEPTH, MAX_VALUES, SMALL_BYTES, JSONSizeCounter, JSONTooLarge, check_limits
 
 TEXTS = st.text(st.sampled_from('"\\[]{},:aé\n'), max_size=6)
 DOCUMENTS = st.recursive(
