@@ -39,8 +39,8 @@ from proxy.server.admin import (
     keys_router,
     models_router,
     reports_router,
+    settings_router,
 )
-from proxy.server.admin_settings import settings_router
 from proxy.server.api.client_apis import EMBEDDINGS
 from proxy.server.auth import AuthMiddleware, KeyAuthenticator, RequestAuthorizer, is_dashboard
 from proxy.server.completions import ENDPOINTS

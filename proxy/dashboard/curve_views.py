@@ -14,7 +14,7 @@ from proxy.dashboard.page import DashboardRoute, SessionDep, WriterForm, base_of
 from proxy.dashboard.pictures import curve_chart
 from proxy.dashboard.views import StateDep, lambda_of
 from proxy.errors import Conflict
-from proxy.server import admin_settings
+from proxy.server import admin
 from proxy.server.admin_bodies import RunTimeSettings
 from proxy.server.auth import DASHBOARD
 from proxy.server.dependencies import AppState
@@ -100,9 +100,9 @@ async def change_lambda(request: Request, session: SessionDep, form: WriterForm)
             raise Conflict(f"λ was changed to {now:g} meanwhile; look again at what your change would do")
         if stated:
             body = parse_body(RunTimeSettings, {LAMBDA: lambda_of(stated)})
-            await admin_settings.put_settings(body, request, state)
+            await admin.put_settings(body, request, state)
         else:
-            await admin_settings.reset_settings(state)
+            await admin.reset_settings(state)
 
     status, problem, _ = await perform(request, CHANGE_SETTINGS if stated else RESET_SETTINGS, "", change)
     if problem is not None:

@@ -21,6 +21,7 @@ from proxy.server.admin_bodies import (
     ProfileRequest,
     Reprofile,
     Rotation,
+    RunTimeSettings,
 )
 from proxy.server.admin_responses import (
     Accepted,
@@ -39,8 +40,10 @@ from proxy.server.admin_responses import (
     PricedModel,
     ReportUnderWay,
     SavingsDocument,
+    SettingsInForce,
     model_to_json,
     models_to_json,
+    settings_to_json,
 )
 from proxy.server.dependencies import AdminState, AppState, AppStateDep, Audit
 from proxy.server.middleware import ACTION_IN_SCOPE, TARGET_IN_SCOPE
@@ -48,6 +51,7 @@ from proxy.server.openapi import BODY_ERRORS, COMMON_ERRORS, MODEL_NAME_SCHEMA, 
 from proxy.server.strict_bodies import StrictJSONRoute
 from proxy.storage.audit_log import CANCEL_JOB, PAUSE_MODEL, PROFILE_MODEL, RESUME_MODEL
 from proxy.storage.client_keys import MAX_TAG_CHARS, ClientKey
+from proxy.storage.controls import LAMBDA
 from proxy.storage.decisions import Cursor, DecisionFilter
 from proxy.storage.profile_history import entries_to_json, read_history
 from proxy.storage.records import InvalidRecord, ModelRecord, is_unix_time
@@ -595,3 +599,36 @@ async def get_report(state: AdminState, wanted: WantedDecisions) -> Response:
     if report is None:
         return JSONResponse({"decisions": decisions}, 202, {"retry-after": "1"})
     return JSONResponse(report)
+
+
+settings_router = admin_router("settings")
+
+
+@settings_router.get(
+    "",
+    summary="What can be set while the server runs",
+    description="Each with its value, the one of the configuration, and who set it when.",
+    response_model=SettingsInForce,
+)
+async def get_settings(state: AdminState) -> dict[str, Any]:
+    return settings_to_json(state.settings, state.snapshots.current)
+
+
+@settings_router.put(
+    "",
+    summary="Set them, in place of the configuration's",
+    description="`lambda` is the λ of requests for which nothing else states one. Every process uses it within a"
+    " second, and it outlives a restart. What is left out goes back to the configuration.",
+    response_model=SettingsInForce,
+    responses=BODY_ERRORS,
+)
+async def put_settings(body: RunTimeSettings, request: Request, state: AdminState) -> dict[str, Any]:
+    request.scope[TARGET_IN_SCOPE] = f"{LAMBDA}={body.lambda_:g}"
+    await wait_for_version(state, await state.registry.set_lambda(body.lambda_))
+    return settings_to_json(state.settings, state.snapshots.current)
+
+
+@settings_router.delete("", summary="Go back to the configuration", response_model=SettingsInForce)
+async def reset_settings(state: AdminState) -> dict[str, Any]:
+    await wait_for_version(state, await state.registry.reset_settings())
+    return settings_to_json(state.settings, state.snapshots.current)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from proxy.errors import APIError, UpstreamError
-from proxy.routing.affinity import looks_random
 from proxy.routing.chat_request import parse_chat
+from proxy.routing.fingerprints import looks_random
 from proxy.routing.requirements import requirements_of, routing_text
 from proxy.server.admin_responses import redact_params
 from proxy.server.auth import check_host, credentials_from

@@ -15,9 +15,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from proxy.app import create_app
-from proxy.routing.affinity import inspect_history
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest
+from proxy.routing.fingerprints import inspect_history
 from proxy.routing.requirements import routing_text
 from proxy.routing.selection_context import SelectionContext
 from proxy.server.dependencies import AppState

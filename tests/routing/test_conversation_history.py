@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.affinity import NO_HISTORY, TextSample, TurnFingerprints, inspect_history
 from proxy.routing.chat_request import read_options
+from proxy.routing.fingerprints import NO_HISTORY, TextSample, TurnFingerprints, inspect_history
 
 ASK: Any = {"role": "user", "content": "What is the weather?"}
 CALL: Any = {

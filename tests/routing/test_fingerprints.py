@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.routing.affinity import SAMPLE_CHARS, TextSample, TurnFingerprints, latest_user_text, looks_random
+from proxy.routing.fingerprints import SAMPLE_CHARS, TextSample, TurnFingerprints, latest_user_text, looks_random
 
 TEXTS = st.text(max_size=40)
 LONG = "A thought that nobody else will think in these very words. " * 4

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from proxy.errors import BadRequest
-from proxy.routing.affinity import ConversationHistory, inspect_history
 from proxy.routing.chat_request import ChatRequest, parse_chat
+from proxy.routing.fingerprints import ConversationHistory, inspect_history
 from proxy.routing.json_body import summarize_any, summarize_plain
 from proxy.routing.requirements import ContentSummary, estimate_tokens, requirements_of, routing_text
 from proxy.upstream.sse import encode_json

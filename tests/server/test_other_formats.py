@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.errors import UpstreamError
-from proxy.routing.affinity import TurnFingerprints, inspect_history, latest_user_text
+from proxy.routing.fingerprints import TurnFingerprints, inspect_history, latest_user_text
 from proxy.settings.model_config import ModelInfo
 from proxy.storage.records import ModelRecord
 from proxy.upstream.litellm_client import LiteLLMClient

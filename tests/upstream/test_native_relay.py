@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from proxy.errors import ResponseTooLarge, UpstreamError
-from proxy.routing.affinity import TextSample, TurnFingerprints
+from proxy.routing.fingerprints import TextSample, TurnFingerprints
 from proxy.settings.model_config import NativeAPI
 from proxy.settings.schema import Settings
 from proxy.storage.records import ModelRecord

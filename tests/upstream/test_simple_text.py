@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder, TextSample, TurnFingerprints, has_fingerprints
+from proxy.routing.affinity import NO_AFFINITY, AffinityRecorder
+from proxy.routing.fingerprints import TextSample, TurnFingerprints, has_fingerprints
 from proxy.storage.redis import Store
 from proxy.storage.sessions import SessionStore
 from proxy.upstream.payload import content_bytes, has_content, simple_text
