@@ -6,7 +6,7 @@ The SDK is not imported here: `otlp.py` opens it, if it is asked for, and hands 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from proxy.observability.genai import (
@@ -27,6 +27,7 @@ from proxy.server.exchange import Exchange
 from proxy.server.model_endpoints import ModelEndpoints
 from proxy.server.requests import Headers
 from proxy.settings.model_config import RESERVED_NAMES
+from proxy.storage.decisions import AttemptRecord
 from proxy.storage.records import ModelRecord
 from proxy.storage.usage import UsageRecord
 from proxy.upstream.payload import JSONPayload
@@ -178,13 +179,12 @@ class RequestTrace:
             self._answer.observe(payload)
 
     def end_attempt(
-        self, entry: UsageRecord, attempt: Sequence[Any], first_content_at: float | None, fault: str | None
+        self, entry: UsageRecord, attempt: AttemptRecord, first_content_at: float | None, fault: str | None
     ) -> None:
         """End the span of the call.
 
         Args:
             entry: what the call used.
-            attempt: model, seconds from the request's arrival, outcome, status, and seconds at its end.
             first_content_at: monotonic seconds.
             fault: why the answer was passed over, or broke off.
         """
@@ -192,13 +192,12 @@ class RequestTrace:
         self._attempt = self._target = None
         if target is None:
             return
-        _, started_s, outcome, status, ended_s = attempt
-        seconds = max(0.0, ended_s - started_s)
-        failed = outcome in ("failed", "empty")
-        error = "broken" if entry.ending == "broken" else str(status or outcome) if failed else ""
+        seconds = max(0.0, attempt.ended_s - attempt.started_s)
+        failed = attempt.outcome in ("failed", "empty")
+        error = "broken" if entry.ending == "broken" else str(attempt.status or attempt.outcome) if failed else ""
         first_s = None
         if first_content_at is not None:
-            first_s = max(0.0, first_content_at - (time.monotonic() - entry.seconds) - started_s)
+            first_s = max(0.0, first_content_at - (time.monotonic() - entry.seconds) - attempt.started_s)
         if tracing.metrics is not None:
             tracing.metrics.count_attempt(target, call_of(self._api), entry, seconds, first_s, error)
         if span is None or tracing.spans is None or not span.is_sampled:
@@ -211,7 +210,7 @@ class RequestTrace:
             found["gen_ai.response.time_to_first_chunk"] = first_s
         if entry.cost_usd is not None:
             found["uniroute.cost_usd"] = entry.cost_usd
-        found["uniroute.ending"] = outcome if failed else entry.ending
+        found["uniroute.ending"] = attempt.outcome if failed else entry.ending
         if error:
             found["error.type"] = error
             span.error = text(fault or error, MAX_ERROR_CHARS)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Protocol
@@ -21,7 +21,7 @@ from proxy.server.requests import APP_STATE, REQUEST_IDS, RequestIds, instance_i
 from proxy.settings.schema import Settings, Timeouts, timeouts_for
 from proxy.storage.audit_log import Actor, AuditTrail
 from proxy.storage.client_keys import ClientKey
-from proxy.storage.decisions import DecisionStore
+from proxy.storage.decisions import AttemptRecord, DecisionStore
 from proxy.storage.feedback import FeedbackStore
 from proxy.storage.records import ModelRecord
 from proxy.storage.redis import Store
@@ -71,7 +71,7 @@ class RequestTrace(Protocol):
         """Read what a completion, or a chunk, says of itself."""
 
     def end_attempt(
-        self, entry: UsageRecord, attempt: Sequence[Any], first_content_at: float | None, fault: str | None
+        self, entry: UsageRecord, attempt: AttemptRecord, first_content_at: float | None, fault: str | None
     ) -> None: ...
 
     def finish(

@@ -21,6 +21,7 @@ from proxy.server.dependencies import RequestContext
 from proxy.server.log_handler import info
 from proxy.server.reservations import Reservation, Settlement
 from proxy.storage.client_keys import MAX_TAGS
+from proxy.storage.decisions import AttemptRecord, attempt_row
 from proxy.storage.redis import StoreUnavailable
 from proxy.storage.usage import (
     NOTHING_REPORTED,
@@ -87,15 +88,15 @@ class RequestRecord:
         self._settlement: Settlement | None = None
         self.request_id = ctx.ids.request_id
         self.trace = ctx.trace
-        # Of each attempt: model, seconds from the request's arrival, outcome, status, and seconds at its end.
-        self._attempts: list[list[Any]] = []
+        self._attempts: list[AttemptRecord] = []
         # What the attempts cost that gave no answer; None: not known of one of them.
         self._failed_usd: float | None = 0.0
         self._costs: Costs | None = None
 
     def start_attempt(self, model: str) -> None:
         """Count for another attempt from now on. The one before, if it failed, gets a usage record of its own."""
-        self._record_failed_attempt()
+        if self._fault is not None:
+            self._record_failed_attempt(self._fault)
         self._attempted_at = time.monotonic()
         if self.overhead_s is None:
             self.overhead_s = self._attempted_at - self._ctx.received_at
@@ -104,7 +105,7 @@ class RequestRecord:
         if model != self.selection.model:
             self.reason = "fallback"
         self.model = model
-        self._attempts.append([model, self._attempted_at - self._ctx.received_at, None, None, None])
+        self._attempts.append(AttemptRecord(model, self._attempted_at - self._ctx.received_at))
         self._counts, self._first_content_at = NOTHING_REPORTED, None
         self._output_bytes, self._reported_bytes, self._timed_out = 0, 0, False
         self.clamped, self.left_out, self.native_document = None, (), None
@@ -177,8 +178,8 @@ class RequestRecord:
 
     def _end_attempt(self, outcome: str, status: str | None = None) -> None:
         """Note how the last attempt ended, unless that is noted already."""
-        if self._attempts and self._attempts[-1][2] is None:
-            self._attempts[-1][2:] = outcome, status, time.monotonic() - self._ctx.received_at
+        if self._attempts and (last := self._attempts[-1]).outcome is None:
+            last.outcome, last.status, last.ended_s = outcome, status, time.monotonic() - self._ctx.received_at
 
     def finish(self, ending: str) -> None:
         """Write everything down, at the first call; later calls are ignored."""
@@ -263,11 +264,8 @@ class RequestRecord:
     def overhead_ms(self) -> str:
         return f"{(self.overhead_s or 0.0) * 1000:.2f}"
 
-    def _record_failed_attempt(self) -> None:
-        """Write a usage record for the last attempt alone if it failed: the client gets nothing of it."""
-        fault = self._fault
-        if fault is None:
-            return
+    def _record_failed_attempt(self, fault: str) -> None:
+        """Write a usage record for the last attempt alone, which failed: the client gets nothing of it."""
         failed_usd = self._write_usage("empty" if fault is _EMPTY else "failed").cost_usd
         self._fault = None
         self._failed_usd = add_known(self._failed_usd, failed_usd)
@@ -500,13 +498,13 @@ MAX_CANDIDATES, MAX_INELIGIBLE, MAX_PROMPT_CHARS, MAX_NAME_CHARS = 16, 20, 4000,
 def decision_detail(
     ctx: RequestContext,
     selection: Selection,
-    attempts: Sequence[Sequence[Any]],
+    attempts: Sequence[AttemptRecord],
     costs: Costs,
     trajectory: Trajectory = NO_TRAJECTORY,
 ) -> str:
     """Return what is kept of a decision beside its usage, as JSON. `storage/decisions.py` reads it."""
     decision, snapshot = selection.decision, ctx.snapshot
-    model = snapshot.models.get(attempts[-1][0] if attempts else selection.model)
+    model = snapshot.models.get(attempts[-1].model if attempts else selection.model)
     detail: dict[str, Any] = {
         "request": ctx.ids.request_id,
         "api": ctx.api,
@@ -516,7 +514,7 @@ def decision_detail(
         "map": snapshot.cluster_map.id,
         "fingerprint": None if model is None else model.fingerprint,
         "chosen_s": selection.made_at - ctx.received_at,
-        "attempts": attempts,
+        "attempts": list(map(attempt_row, attempts)),
         "clusters": ((), (), ()),
         "ineligible": {},
         "failed_usd": costs.failed_usd,

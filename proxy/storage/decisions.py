@@ -15,6 +15,7 @@ import time
 from binascii import a2b_base64
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
@@ -41,6 +42,23 @@ CHUNK_SIZE = 200
 
 # Looked at for one page, so that a rare filter does not keep the server busy. The page's cursor goes on from there.
 MAX_SCANNED = 5000
+
+
+@dataclass(slots=True)
+class AttemptRecord:
+    """One attempt of a request, in progress or ended. Times are seconds from the request's arrival."""
+
+    model: str
+    started_s: float
+    outcome: str | None = None
+    """failed, empty, or the ending of the request; None: it has not ended."""
+    status: str | None = None
+    """Of a failure: the upstream's status, timeout or unreachable."""
+    ended_s: float = math.nan
+
+
+# An attempt as records keep it: as an array.
+attempt_row = attrgetter("model", "started_s", "outcome", "status", "ended_s")
 
 
 @dataclass(frozen=True, slots=True)

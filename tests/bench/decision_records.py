@@ -19,6 +19,7 @@ import orjson
 
 from proxy.routing.selection import Selection
 from proxy.server.request_log import Costs, baseline_of, decision_detail
+from proxy.storage.decisions import AttemptRecord
 from proxy.storage.usage import TokenCounts, UsageRecord, cost_usd
 from proxy.storage.usage_journal import JournalDirectory
 from proxy.storage.usage_writer import BatchTotals
@@ -28,7 +29,7 @@ from router_core.types import Requirements
 from tests.bench.request_parts import a_routing_state
 
 ROUNDS, CALLS = 7, 3000
-ATTEMPTS = [["model-0", 0.0005, "complete", None, 1.5]]
+ATTEMPTS = [AttemptRecord("model-0", 0.0005, "complete", None, 1.5)]
 
 
 class Context:
