@@ -345,13 +345,21 @@ class RequestRecord:
         return ObservedTraffic(prompt, size, size - self._reported_bytes, self.has_content)
 
     def _may_be_billed(self, ending: str) -> bool:
-        """Whether the model of the last attempt may have begun to answer, and so may bill for it."""
+        """Whether the model of the last attempt may have begun to answer, and so may bill for it.
+
+        complete, empty, broken                            yes
+        busy, or no model was asked                        no
+        failed, by a timeout                               yes: the model may have begun
+        failed otherwise: refused, not reached, …          no
+        client_gone, shutdown, during the attempt          yes
+        client_gone, shutdown, after the attempt had       as failed
+          failed or was empty, before the next began
+        """
         if self.overhead_s is None or ending == "busy":
             return False
-        if ending in ("client_gone", "shutdown") and self._fault is not None and not self.has_content:
-            # The last attempt had failed already, and the request ended before the next attempt began.
-            return self._timed_out
-        return ending != "failed" or self._timed_out
+        between_attempts = self._fault is not None and not self.has_content
+        has_failed = ending == "failed" or (ending in ("client_gone", "shutdown") and between_attempts)
+        return self._timed_out or not has_failed
 
     def _count_tokens(self, entry: UsageRecord) -> None:
         metrics = self._ctx.app.metrics
