@@ -151,7 +151,6 @@ async def _select_in_place_of(paused: str, ctx: SelectionContext, assigner: Clus
 
 async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Selection:
     """Select the model with the best score for this prompt."""
-    snapshot, settings = ctx.snapshot, ctx.settings
     eligibility, all_open = _eligible(ctx)
     if not eligibility.rows.size:
         selection = select_default(ctx, eligibility)
@@ -162,12 +161,8 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
     text = "" if ctx.is_housekeeping else routing_text(ctx.request.body["messages"])
     degraded_reason, won_by_cache = None, False
     try:
-        assignment = await assigner.assign(text, snapshot.cluster_map) if text else None
-        decision = _rank(ctx, eligibility, assignment, ctx.params)
+        decision, won_by_cache = await _rank_for_text(ctx, assigner, eligibility, text)
         order = decision.ranking
-        won_by_cache = ctx.params.cached is not None and chosen_for_cached_prompt(
-            ctx, eligibility, assignment, decision
-        )
     except NoEligibleModel as error:  # none is within max_cost_usd
         raise over_cost_error(ctx, error) from None
     except ROUTING_FAILURES as error:
@@ -177,22 +172,14 @@ async def select_scored(ctx: SelectionContext, assigner: ClusterAssigner) -> Sel
     if all_open:
         degraded_reason = "every model that could answer rests"
         order = tuple(sorted(order, key=ctx.cooling_down.__getitem__))  # the model that recovers first comes first
-    if len(order) == 1:
-        reason = "only_candidate"
-    elif degraded_reason is not None:
-        reason = "degraded"
-    elif ctx.is_housekeeping:
-        reason = "housekeeping"
-    else:
-        reason = "sticky" if won_by_cache else "scored"
     no_fallbacks = ctx.request.options.fallbacks is False
     return Selection(
         id=ctx.decision_id,
         model=order[0],
-        reason=reason,
+        reason=_reason(ctx, order, degraded_reason, won_by_cache=won_by_cache),
         lambda_=ctx.params.lambda_,
         candidates=(order[0],) if no_fallbacks else order,
-        max_attempts=1 if no_fallbacks else settings.fallback_attempts,
+        max_attempts=1 if no_fallbacks else ctx.settings.fallback_attempts,
         decision=decision,
         ineligible=IneligibleReasons(ctx, decision.eligibility),
         degraded_reason=degraded_reason,
@@ -241,6 +228,22 @@ def _eligible(ctx: SelectionContext) -> tuple[Eligibility, bool]:
     return (with_open, True) if with_open.rows.size else (eligibility, False)
 
 
+async def _rank_for_text(
+    ctx: SelectionContext, assigner: ClusterAssigner, eligibility: Eligibility, text: str
+) -> tuple[RoutingDecision, bool]:
+    """Rank for the clusters of a prompt, and tell whether the first is so because it has the prompt in its cache.
+
+    Raises:
+        NoEligibleModel: none is within `max_cost_usd`.
+        One of ROUTING_FAILURES.
+    """
+    assignment = await assigner.assign(text, ctx.snapshot.cluster_map) if text else None
+    decision = _rank(ctx, eligibility, assignment, ctx.params)
+    if ctx.params.cached is None:
+        return decision, False
+    return decision, chosen_for_cached_prompt(ctx, eligibility, assignment, decision)
+
+
 def _rank(
     ctx: SelectionContext, eligibility: Eligibility, assignment: Assignment | None, params: ScoringParams
 ) -> RoutingDecision:
@@ -262,6 +265,17 @@ def chosen_for_cached_prompt(
         return _rank(ctx, eligibility, assignment, replace(ctx.params, cached=None)).chosen != decision.chosen
     except NoEligibleModel:  # at the full price of the prompt, no model is within max_cost_usd
         return True
+
+
+def _reason(ctx: SelectionContext, order: Sequence[str], degraded_reason: str | None, *, won_by_cache: bool) -> str:
+    """Return why the first of `order` was selected."""
+    if len(order) == 1:
+        return "only_candidate"
+    if degraded_reason is not None:
+        return "degraded"
+    if ctx.is_housekeeping:
+        return "housekeeping"
+    return "sticky" if won_by_cache else "scored"
 
 
 def rank_degraded(ctx: SelectionContext, eligibility: Eligibility) -> tuple[RoutingDecision, Sequence[str]]:

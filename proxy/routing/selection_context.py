@@ -73,7 +73,9 @@ class SelectionContext:
         self.beyond_effort: Collection[str] = () if bound is None else snapshot.efforts_beyond(bound)
         # What a model has begun waits for that model alone, and is not taken on by another while it rests.
         producer = None if affinity.producer is None else self.within_effort(affinity.producer)
-        self.cooling_down = _without(producer, _of_efforts_too(cooling_down, snapshot))
+        if cooling_down:
+            cooling_down = _without(producer, _of_efforts_too(cooling_down, snapshot))
+        self.cooling_down = cooling_down
         self.not_ready = not_ready if producer not in not_ready else set(not_ready) - {producer}
         terms = self._terms()
         self.mode = terms.mode
@@ -269,7 +271,7 @@ def may_use(name: str, key: ClientKey | None, snapshot: RoutingSnapshot) -> bool
 
 def _of_efforts_too(cooling_down: Mapping[str, float], snapshot: RoutingSnapshot) -> Mapping[str, float]:
     """Add the efforts of models whose circuit is open: they have one circuit."""
-    if not cooling_down or not snapshot.efforts:
+    if not snapshot.efforts:
         return cooling_down
     more = {each: wait for name, wait in cooling_down.items() for each in snapshot.efforts.get(name, ())}
     return {**cooling_down, **more}
