@@ -148,7 +148,8 @@ class AffinityRecorder:
         for place, choice in enumerate(iter_choices(chunk)):
             index = choice.get("index")
             for name in ("message", "delta"):
-                if isinstance(part := choice.get(name), Mapping) and has_fingerprints(part):
+                part = choice.get(name)
+                if part and isinstance(part, Mapping) and has_fingerprints(part):
                     self._add_to_turn(index if isinstance(index, int) else place, part)
             finished = finished or bool(choice.get("finish_reason"))
         if finished and self._turns:
