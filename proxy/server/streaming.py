@@ -24,6 +24,7 @@ from proxy.server.disconnects import cancelled_ending
 from proxy.server.exchange import Exchange
 from proxy.server.request_log import RequestRecord
 from proxy.server.responses import render_error
+from proxy.storage.usage import combine_usage
 from proxy.upstream.payload import (
     JSONPayload,
     NativePayload,
@@ -220,13 +221,14 @@ class ChatEventWriter:
 
     def _with_usage(self, chunk: JSONPayload, usage: object) -> JSONPayload | None:
         """Keep a chunk's usage. Return the chunk as the client receives it; None: the client receives none."""
-        self._usage = usage
+        self._usage = combine_usage(self._usage, usage)
         if not chunk.body.get("usage"):
             return chunk
         only_usage = is_usage_chunk(chunk.body)
         if self._include_usage:
             self._usage_sent = self._usage_sent or only_usage
-            return chunk
+            # Clients count by the last report alone.
+            return chunk if self._usage is usage or not only_usage else chunk.with_usage(self._usage)
         if only_usage:
             return None
         return chunk.without("usage")

@@ -259,6 +259,50 @@ def parse_usage(usage: object) -> TokenCounts:
     )
 
 
+def combine_usage(earlier: object, later: object) -> object:
+    """Return what two reports of one answer say together, as a chat client is told; None: there is none.
+
+    That is the later one, unless it lacks the prompt or the answer, and `earlier` has it. Zeros are no report.
+    """
+    if not earlier or not later:
+        return later or earlier or None
+    counts = parse_usage(later)
+    if counts.prompt_tokens and counts.output_tokens:
+        return later
+    before = parse_usage(earlier)
+    whole = counts.after(before)
+    if whole == counts:
+        return later
+    return earlier if whole == before else _report_of(whole)
+
+
+def _report_of(counts: TokenCounts) -> dict[str, Any]:
+    """Return counts as OpenAI reports them."""
+    in_prompt: dict[str, Any] = {
+        "cached_tokens": counts.cached_tokens,
+        "cache_write_tokens": counts.written_tokens,
+        "audio_tokens": counts.audio_input_tokens,
+        "image_tokens": counts.image_input_tokens,
+    }
+    if counts.written_1h_tokens is not None:
+        in_prompt["cache_creation_token_details"] = {"ephemeral_1h_input_tokens": counts.written_1h_tokens}
+    if counts.cached_audio_tokens is not None:
+        in_prompt["cached_tokens_details"] = {"audio_tokens": counts.cached_audio_tokens}
+    in_answer = {
+        "reasoning_tokens": counts.reasoning_tokens,
+        "audio_tokens": counts.audio_output_tokens,
+        "image_tokens": counts.image_output_tokens,
+    }
+    report: dict[str, Any] = {
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.output_tokens,
+        "total_tokens": counts.total,
+        "prompt_tokens_details": {name: count for name, count in in_prompt.items() if count is not None},
+        "completion_tokens_details": {name: count for name, count in in_answer.items() if count is not None},
+    }
+    return {name: value for name, value in report.items() if value not in (None, {})}
+
+
 # What servers of OpenAI's format report of most answers.
 _PLAIN_REPORT = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from proxy.errors import ResponseTooLarge
 from proxy.json_text import MAX_VALUES_AT_ONCE, SMALL_BYTES, JSONTooLarge, count_values
-from proxy.storage.usage import usage_of
+from proxy.storage.usage import combine_usage, usage_of
 from proxy.upstream.chunk_reader import (
     MAX_OTHER_BYTES,
     ChunkReader,
@@ -224,7 +224,8 @@ class CompletionBuilder:
                     _set(self._members, name, value, self._count_values)
             elif name == "model" and value:
                 self._members["model"] = value
-        self._usage = usage_of(chunk) or self._usage
+        if usage := usage_of(chunk):
+            self._usage = combine_usage(self._usage, usage)
         for position, choice in enumerate(chunk["choices"]):
             index = choice_index(choice, position)
             if index not in self._choices:

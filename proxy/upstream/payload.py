@@ -161,6 +161,10 @@ class JSONPayload:
         """Return a copy without this member."""
         return JSONPayload({each: value for each, value in self._exact().items() if each != name})
 
+    def with_usage(self, usage: object) -> JSONPayload:
+        """Return a copy with another report of usage."""
+        return JSONPayload({**self._exact(), "usage": usage})
+
     def _exact(self) -> dict[str, Any]:
         return self.body if self.raw is None else reparse(self.raw, self.body)
 

@@ -233,6 +233,43 @@ def test_an_answer_without_usage_is_whole_all_the_same(
 
 @EVERY_API
 @STREAMED_OR_NOT
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ({"prompt_tokens": 100, "completion_tokens": 0}, {"prompt_tokens": 0, "completion_tokens": 50}),
+        ({"prompt_tokens": 100}, {"completion_tokens": 50}),
+        (USAGE, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}),
+    ],
+    ids=["halves with zeros", "halves", "zeros last"],
+)
+def test_what_several_reports_of_usage_say_together_is_told_and_booked(
+    http: httpx.Client,
+    served: Served,
+    open_key: LimitedKey,
+    api: APIName,
+    stream: bool,
+    first: dict[str, int],
+    last: dict[str, int],
+) -> None:
+    text = {"id": "c", "choices": [{"index": 0, "delta": {"content": "hi"}, "finish_reason": None}], "usage": first}
+    end = {"id": "c", "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    events = [f"data: {json.dumps(each)}\n\n".encode() for each in (text, end, {"choices": [], "usage": last})]
+    served.chat.then(Step(events=events) if stream else Step(body=b"".join(events)))
+    asked: dict[str, Any] = {"stream_options": {"include_usage": True}} if api in ("chat", "completions") else {}
+    reply = http.post(PATHS[api], json=pinned(api, stream=stream, **asked))
+    told = [json.loads(line[6:]) for line in reply.text.splitlines() if line[6:7] == "{"] if stream else [reply.json()]
+    usage = [found for each in told if (found := each.get("response", each).get("usage"))][-1]
+
+    assert [usage.get("prompt_tokens", usage.get("input_tokens"))] == [100]
+    assert [usage.get("completion_tokens", usage.get("output_tokens"))] == [50]
+    decision = reply.headers["x-uniroute-decision"]
+    assert wait_until(lambda: [each for each in served.records(open_key) if each["decision"] == decision])
+    (booked,) = [each for each in served.records(open_key) if each["decision"] == decision]
+    assert (booked["prompt_tokens"], booked["output_tokens"]) == (100, 50)
+
+
+@EVERY_API
+@STREAMED_OR_NOT
 def test_an_empty_answer_of_the_only_model_is_a_whole_answer(
     http: httpx.Client, served: Served, api: APIName, stream: bool
 ) -> None:

@@ -10,7 +10,16 @@ import pytest
 from proxy.cli.models import per_million
 from proxy.profiling.model_client import cost_of as cost_of_answer
 from proxy.profiling.model_client import read_answer
-from proxy.storage.usage import MAX_TOKENS, TokenCounts, UsageRecord, buckets_of, cost_usd, parse_usage, usage_of
+from proxy.storage.usage import (
+    MAX_TOKENS,
+    TokenCounts,
+    UsageRecord,
+    buckets_of,
+    combine_usage,
+    cost_usd,
+    parse_usage,
+    usage_of,
+)
 from router_core.types import Price
 from tests.support.usage_reports import openai
 
@@ -185,6 +194,32 @@ def test_a_report_of_the_answer_alone_keeps_the_earlier_prompt() -> None:
     start = parse_usage({"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 1})
     both = parse_usage({"output_tokens": 50}).after(start)
     assert (both.prompt_tokens, both.cached_tokens, both.output_tokens) == (1000, 900, 50)
+
+
+@pytest.mark.parametrize("later", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}, {"odd": 1}, "odd"])
+def test_a_report_that_says_nothing_leaves_the_earlier_one(later: Any) -> None:
+    earlier = openai(10, 5, cost=0.1)
+    assert combine_usage(earlier, later) is earlier
+
+
+def test_a_report_of_both_halves_takes_the_place_of_the_earlier_one() -> None:
+    later = openai(10, 7)
+    assert combine_usage(openai(10, 5), later) is later
+    assert combine_usage(None, later) is later
+    assert combine_usage(None, None) is None
+
+
+def test_two_halves_of_a_report_are_one_that_reads_as_both() -> None:
+    first = {
+        "prompt_tokens": 100,
+        "prompt_tokens_details": {"cached_tokens": 60, "cached_tokens_details": {"audio_tokens": 5}, "audio_tokens": 9},
+        "cache_creation": {"ephemeral_1h_input_tokens": 7},
+    }
+    last = {"completion_tokens": 50, "completion_tokens_details": {"reasoning_tokens": 20}}
+    whole = combine_usage(first, last)
+    assert parse_usage(whole) == parse_usage(last).after(parse_usage(first))
+    assert isinstance(whole, dict)
+    assert (whole["prompt_tokens"], whole["completion_tokens"], whole["total_tokens"]) == (100, 50, 150)
 
 
 @pytest.mark.parametrize("cost", [None, 0.0, 1.25e-7, 9_000.000_000_000_001, 1e13])

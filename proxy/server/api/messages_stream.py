@@ -30,7 +30,7 @@ from proxy.server.api.messages_answer import (
     usage_counts,
 )
 from proxy.server.api.messages_errors import error_event
-from proxy.storage.usage import usage_of
+from proxy.storage.usage import combine_usage, usage_of
 from proxy.upstream.payload import simple_text
 from proxy.upstream.text_frame import TextRun
 
@@ -174,7 +174,7 @@ class MessageStream:
         elif self._before_thinking and (text := _simple_reasoning(chunk)):
             return self._before_thinking + encode_json(text) + b"}}\n\n"
         if usage := usage_of(chunk):
-            self._usage = usage
+            self._usage = combine_usage(self._usage, usage)
         self._begin()
         choice = first_choice(chunk)
         if choice is not None:

@@ -16,7 +16,7 @@ import orjson
 from proxy.json_text import encode_json
 from proxy.server.api.responses_reasoning import CarriedReasoning, encode_carried, mappings, reasoning_text
 from proxy.server.api.responses_tools import ClientTool, ToolTable, call_item, item_prefix
-from proxy.storage.usage import NOTHING_REPORTED, TokenCounts, parse_usage, usage_of
+from proxy.storage.usage import combine_usage, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
 from proxy.upstream.payload import iter_choices, simple_text
 from proxy.upstream.sse import KEEP_ALIVE
@@ -443,7 +443,7 @@ class ResponseStream:
         self._queue: deque[_Item] = deque()
         self._calls = _CallTable()
         self._call_ids = _CallIds(plan.used_call_ids)
-        self._counts: TokenCounts | None = None
+        self._usage: object = None
         self._finish_reason: Any = None
         self._service_tier: Any = None
         # Whether the first item of the queue has begun.
@@ -489,7 +489,7 @@ class ResponseStream:
         response = self._response(
             "incomplete" if reason else "completed",
             output=self._output,
-            usage=_usage(self._counts or NOTHING_REPORTED),
+            usage=_usage(self._usage),
             incomplete_details={"reason": reason} if reason else None,
         )
         self._emit(f"response.{response['status']}", {"response": response})
@@ -505,7 +505,7 @@ class ResponseStream:
         response = self._response(
             "failed",
             output=[*self._output, *(item for item in open_items if item is not None)],
-            usage=None if self._counts is None else _usage(self._counts),
+            usage=None if self._usage is None else _usage(self._usage),
             error=failure(error, status),
         )
         self._emit("response.failed", {"response": response})
@@ -525,8 +525,7 @@ class ResponseStream:
 
     def _read(self, chunk: Mapping[str, Any]) -> None:
         if usage := usage_of(chunk):
-            counts = parse_usage(usage)
-            self._counts = counts if self._counts is None else counts.after(self._counts)
+            self._usage = combine_usage(self._usage, usage)
         self._service_tier = chunk.get("service_tier") or self._service_tier
         for position, choice in enumerate(iter_choices(chunk)):
             if choice_index(choice, position) == 0:  # a response is one answer
@@ -689,8 +688,9 @@ def _token(stated: Mapping[str, Any]) -> dict[str, Any]:
     return {"token": token, "logprob": stated.get("logprob") or 0.0, "bytes": coded}
 
 
-def _usage(counts: TokenCounts) -> dict[str, Any]:
+def _usage(reported: object) -> dict[str, Any]:
     """Return the usage of a response, always whole: clients refuse one without a count."""
+    counts = parse_usage(reported)
     read, written = counts.prompt_tokens or 0, counts.output_tokens or 0
     return {
         "input_tokens": read,

@@ -21,7 +21,7 @@ from typing import Any
 from proxy.errors import BadRequest
 from proxy.routing.chat_request import OWN_FIELDS, without_own_fields
 from proxy.server.api.translation import APIName, RelayedEvents
-from proxy.storage.usage import usage_of
+from proxy.storage.usage import combine_usage, usage_of
 from proxy.upstream.payload import iter_choices
 from proxy.upstream.sse import DONE, KEEP_ALIVE, format_event
 from proxy.upstream.text_frame import TextFrame, TextRun
@@ -209,7 +209,8 @@ class TextCompletionsStream:
         self._around = (b"", b"")
 
     def write(self, chunk: Mapping[str, Any]) -> bytes:
-        self._usage = usage_of(chunk) or self._usage
+        if usage := usage_of(chunk):
+            self._usage = combine_usage(self._usage, usage)
         choices = list(self._choices(chunk))
         return self._event(chunk, choices) if choices else b""
 
