@@ -59,8 +59,8 @@ serve: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(ARGS)
 
-test-all: $(VENV)/installed-all lint
-	$(BIN)/python -m pytest $(ARGS)
+test-all: $(VENV)/installed-all test
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
