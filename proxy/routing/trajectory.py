@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -220,46 +221,86 @@ class Trajectory:
 NO_TRAJECTORY = Trajectory()
 
 
+class _Turn(NamedTuple):
+    """A turn of a model whose calls have results."""
+
+    place: int
+    """Among all messages."""
+    later: int
+    """Texts of the user that came after it; the turns of one run have the same number."""
+    calls: list[tuple[str, str, str]]
+    """Of each call the name, the arguments and the result."""
+
+
+class _Judgement(NamedTuple):
+    """What is to be said against a call."""
+
+    failed: bool
+    repeated: bool
+    """It was made before, with the same outcome."""
+    reverted: bool
+    """It takes back an earlier edit."""
+    stuck: float
+    """How stuck it shows the run to be, from 0 to 1."""
+
+
+# By `failed`, `repeated` and `reverted`.
+_JUDGEMENTS = {
+    (failed, repeated, reverted): _Judgement(
+        failed,
+        repeated,
+        reverted,
+        stuck=1.0 - (1.0 - failed) * (1.0 - REPEATED * repeated) * (1.0 - REVERTED * reverted),
+    )
+    for failed, repeated, reverted in product((False, True), (False, True), (False, True))
+}
+
+_FINE = _JUDGEMENTS[False, False, False]
+
+
 def read_trajectory(messages: Sequence[Any]) -> Trajectory:
     """Read how the run goes from the newest turns whose calls have results. Never fails."""
     turns = _newest_turns(messages)
     if not turns:
         return NO_TRAJECTORY
-    seen = _Seen()
-    judged: list[tuple[int, int, list[Judgement]]] = []
-    for place, later, calls in reversed(turns):
-        if known := [found for each in calls if (found := seen.judge(*each)) is not None]:
-            judged.append((place, later, known))
-    failed = repeated = reverted = share = 0.0
-    by_run: dict[int, tuple[int, float]] = {}
+    failed = repeated = reverted = stuck = 0.0
+    stuck_in_run: dict[int, float] = {}
+    newest_of_run: dict[int, int] = {}
     weight = RECENCY
-    for place, later, known in reversed(judged):
-        bad = 0.0
-        for judgement in known:
-            if judgement is not FINE:
-                fails, repeats, reverts = judgement
-                each = weight / len(known)
-                failed, repeated, reverted = failed + each * fails, repeated + each * repeats, reverted + each * reverts
-                bad += each * (1.0 - (1.0 - fails) * (1.0 - REPEATED * repeats) * (1.0 - REVERTED * reverts))
-        share += bad
-        newest, before = by_run.get(later, (place, 0.0))
-        by_run[later] = newest, before + bad
+    for turn, judgements in _judged(turns):
+        stuck_in_turn = 0.0
+        share = weight / len(judgements)
+        for call in judgements:
+            if call is not _FINE:
+                failed += share * call.failed
+                repeated += share * call.repeated
+                reverted += share * call.reverted
+                stuck_in_turn += share * call.stuck
+        stuck += stuck_in_turn
+        stuck_in_run[turn.later] = stuck_in_run.get(turn.later, 0.0) + stuck_in_turn
+        newest_of_run.setdefault(turn.later, turn.place)
         weight *= KEPT
-    total = share or 1.0
-    runs = tuple(Run(newest, later, bad / total) for later, (newest, bad) in by_run.items())
-    return Trajectory(max(0.0, (share - USUAL) / (1.0 - USUAL)), failed, repeated, reverted, len(turns), runs)
+    runs = tuple(Run(newest_of_run[later], later, part / (stuck or 1.0)) for later, part in stuck_in_run.items())
+    beyond_usual = max(0.0, (stuck - USUAL) / (1.0 - USUAL))
+    return Trajectory(beyond_usual, failed, repeated, reverted, len(turns), runs)
 
 
-# Its place among the messages, how many texts of the user came later, and of each call the name, the arguments and the
-# result.
-_Turn = tuple[int, int, list[tuple[str, str, str]]]
+def _judged(turns: Sequence[_Turn]) -> list[tuple[_Turn, list[_Judgement]]]:
+    """Judge the calls of each turn, given and returned the newest first. Turns that the user stopped are left out."""
+    seen = _Seen()
+    judged: list[tuple[_Turn, list[_Judgement]]] = []
+    for turn in reversed(turns):  # each call is compared to those before it
+        if judgements := [found for call in turn.calls if (found := seen.judge(*call)) is not None]:
+            judged.append((turn, judgements))
+    judged.reverse()
+    return judged
 
 
 def _newest_turns(messages: Sequence[Any]) -> list[_Turn]:
     """Return turns with calls that have results, the newest first."""
     turns: list[_Turn] = []
     results: dict[str, str] = {}
-    run = looked_at = 0
+    later = looked_at = 0
     for place in range(len(messages) - 1, max(-1, len(messages) - 1 - MAX_MESSAGES), -1):
         message = messages[place]
         if not isinstance(message, dict):
@@ -272,13 +313,13 @@ def _newest_turns(messages: Sequence[Any]) -> list[_Turn]:
         elif role == "assistant":
             if results:
                 if calls := _answered(message, results):
-                    turns.append((place, run, calls))
+                    turns.append(_Turn(place, later, calls))
                     looked_at += len(calls)
                     if len(turns) == MAX_TURNS or looked_at >= MAX_RESULTS:
                         break
                 results = {}
         elif role == "user":
-            run += 1
+            later += 1
     return turns
 
 
@@ -311,12 +352,6 @@ def _text(content: Any) -> str:
     return texts[0] if len(texts) == 1 else "\n".join(texts)
 
 
-# Whether a call failed, was repeated and took back an edit.
-Judgement = tuple[bool, bool, bool]
-
-FINE: Judgement = (False, False, False)
-
-
 class _Seen:
     """What earlier turns did, to which each call is compared."""
 
@@ -326,7 +361,7 @@ class _Seen:
         # Of each file what was written, and what it holds now.
         self._written: dict[str, tuple[set[int], int]] = {}
 
-    def judge(self, name: str, arguments: str, result: str) -> Judgement | None:
+    def judge(self, name: str, arguments: str, result: str) -> _Judgement | None:
         """Judge one call; None: its user stopped it."""
         tool = name.lower()
         failed = has_failed(result, reads=tool in READING_TOOLS)
@@ -337,7 +372,7 @@ class _Seen:
         repeated = self._outcomes.get(call) == outcome
         self._outcomes[call] = outcome
         reverted = not failed and tool in EDITING_TOOLS and self._takes_back(arguments)
-        return (failed, repeated, reverted) if failed or repeated or reverted else FINE
+        return _JUDGEMENTS[failed, repeated, reverted]
 
     def _takes_back(self, arguments: str) -> bool:
         """Note an edit, and return whether it is the reverse of an earlier one."""
