@@ -233,7 +233,8 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     """Keep a budget below the limit of the whole answer. None: thinking with a budget would be refused."""
     if thinking is None or thinking.get("type") != "enabled":
         return thinking
-    if _continues_without_thinking(body.get("messages")):
+    newest = (turn for turn in reversed(_mappings(body.get("messages"))) if turn.get("role") == "assistant")
+    if calls_without_thinking(next(newest, {})):
         return None
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
     if not isinstance(budget, int) or not isinstance(limit, int):
@@ -242,12 +243,14 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     return None if within is None else {**thinking, "budget_tokens": within}
 
 
-def _continues_without_thinking(messages: Any) -> bool:
-    """Return whether the newest assistant turn calls tools without thinking before, as other models do."""
-    last: Mapping[str, Any] = next(
-        (turn for turn in reversed(_mappings(messages)) if turn.get("role") == "assistant"), {}
-    )
-    kinds = [block.get("type") for block in _mappings(last.get("content"))]
+def calls_without_thinking(turn: Mapping[str, Any]) -> bool:
+    """Whether an assistant turn, of Messages or of a chat, calls tools without thinking before, as other models do.
+
+    Anthropic refuses a budget for thinking there.
+    """
+    if turn.get("tool_calls"):
+        return not turn.get("thinking_blocks")
+    kinds = [block.get("type") for block in _mappings(turn.get("content"))]
     return "tool_use" in kinds and kinds[0] not in _THINKING_BLOCKS
 
 
@@ -292,7 +295,9 @@ def _readable_turns(turns: list[Any], support: Support) -> Iterator[Any]:
             yield turn
             continue
         if turn.get("role") == "system" and support.entry is not None and not support.entry.system_turns:
-            turn = {"role": "user", "content": _tagged(turn.get("content"))}
+            said = turn.get("content")
+            blocks = [{"type": "text", "text": said}] if isinstance(said, str) else said
+            turn = {"role": "user", "content": as_user_content(blocks)}
         content = turn.get("content")
         if turn.get("role") == "assistant" and isinstance(content, list):
             kept = [block for block in content if not _is_unreadable(block, support)]
@@ -302,16 +307,20 @@ def _readable_turns(turns: list[Any], support: Support) -> Iterator[Any]:
         yield turn
 
 
-def _tagged(content: Any) -> Any:
-    """Return a system turn as a user's, in which a model sees that the user did not write it."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    if not isinstance(parts, list):
+def as_user_content(content: Any) -> Any:
+    """Return the content of a system turn as a user's, in which a model sees that the user did not write it."""
+    if isinstance(content, str):
+        return _tagged(content)
+    if not isinstance(content, list):
         return content
-    return [_tagged_part(part) if isinstance(part, Mapping) else part for part in parts]
+    return [
+        {**part, "text": _tagged(part["text"])} if isinstance(part, Mapping) and "text" in part else part
+        for part in content
+    ]
 
 
-def _tagged_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**part, "text": f"<system>\n{part['text']}\n</system>"} if "text" in part else part
+def _tagged(text: object) -> str:
+    return f"<system>\n{text}\n</system>"
 
 
 def _is_unreadable(block: Any, support: Support) -> bool:

@@ -14,6 +14,7 @@ from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, budget_with
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
 from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
+from proxy.upstream.native_body import as_user_content, calls_without_thinking
 
 # Providers beside Anthropic that serve Claude, and for which litellm writes Anthropic's own fields.
 SERVE_CLAUDE = frozenset({"bedrock", "bedrock_converse", "vertex_ai", "vertex_ai_beta", "azure_ai", "databricks"})
@@ -260,18 +261,18 @@ def _fit_budget(changes: _Changes, upstream: _Upstream) -> None:
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
     budget = thinking.get("budget_tokens")
     fitting = budget_within(max(budget, MIN_BUDGET) if isinstance(budget, int) else MIN_BUDGET, limit)
-    if fitting is None or _lacks_thinking(changes.get("messages")):
+    if fitting is None or _answers_calls_without_thinking(changes.get("messages")):
         changes.remove("thinking")
     elif isinstance(budget, int) and budget != fitting:
         changes.set("thinking", {**thinking, "budget_tokens": fitting})
 
 
-def _lacks_thinking(messages: Any) -> bool:
-    """Whether results answer calls that another model made, without thinking that Claude has signed."""
+def _answers_calls_without_thinking(messages: Any) -> bool:
+    """Whether the newest turns are results of calls that were made without thinking."""
     turns: list[Any] = messages if isinstance(messages, list) else []
     for message in reversed(turns):
         if message.get("role") == "assistant":
-            return bool(message.get("tool_calls")) and not message.get("thinking_blocks")
+            return calls_without_thinking(message)
         if message.get("role") not in ("tool", "system"):
             return False
     return False
@@ -321,7 +322,7 @@ class _Contents:
             new = self._message(message)
             told = place > 0 and not self._keeps_system and new.get("role") == "system"
             if told:
-                new = {"role": "user", "content": _tagged(new["content"])}
+                new = {"role": "user", "content": as_user_content(new["content"])}
             changed = changed or new is not message
             # Some servers accept turns in alternation only.
             if (told or follows_told) and new.get("role") == "user" and turns[-1][0].get("role") == "user":
@@ -368,13 +369,6 @@ def _is_remote_file(part: Mapping[str, Any]) -> bool:
 
 def _by_id(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**part, "file": {"file_id": part["file"]["file_data"]}}
-
-
-def _tagged(content: Any) -> Any:
-    """Return a system message as the content of a user's turn, where a model sees that the user did not write it."""
-    if isinstance(content, str):
-        return f"<system>\n{content}\n</system>"
-    return [{**part, "text": f"<system>\n{part['text']}\n</system>"} for part in content]
 
 
 def _joined(turn: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
