@@ -6,7 +6,6 @@ import os
 import signal
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from proxy.server.reservations import END, PREFIX, RESERVE, SETTLE, state_key
+from proxy.server.reservations import PREFIX, state_key
 from proxy.storage.valkey import EmbeddedValkey
 from router_core.pricing import PICO
+from tests.support.limited_keys import KeyScripts
 from tests.support.waiting import wait_until
 
 LIMIT = 1_000 * 10**9
@@ -43,9 +43,10 @@ class Ledger(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        key = uuid.uuid4().hex
         self.clients = [redis.Redis(unix_socket_path=self.socket, decode_responses=True) for _ in range(3)]
-        self.key = uuid.uuid4().hex
-        self.root = f"{PREFIX}{{{self.key}}}:"
+        self.scripts = [KeyScripts(client, key) for client in self.clients]
+        self.root = f"{PREFIX}{{{key}}}:"
         self.spent = 0
         self.beyond = 0
         """What requests cost more than was reserved for them."""
@@ -60,9 +61,8 @@ class Ledger(RuleBasedStateMachine):
     @rule(target=reservations, at=CONNECTIONS, amount=AMOUNTS)
     def reserve(self, at: int, amount: int) -> Any:
         reservation = uuid.uuid4().hex
-        verdict, *_ = self._reserve(at, reservation, amount)
         granted = not amount or self.spent + sum(self.open.values()) + amount <= LIMIT
-        assert (verdict == "granted") == granted
+        assert (self._reserve(at, reservation, amount) == "granted") == granted
         if not granted:
             return multiple()
         self.open[reservation] = amount
@@ -72,12 +72,12 @@ class Ledger(RuleBasedStateMachine):
     def reserve_again(self, at: int, reservation: str) -> None:
         """Repeat a reservation whose connection broke before its answer came."""
         if reservation in self.open:
-            assert self._reserve(at, reservation, self.open[reservation])[0] == "granted"
+            assert self._reserve(at, reservation, self.open[reservation]) == "granted"
 
     @rule(target=ended, at=CONNECTIONS, reservation=consumes(reservations), cost=AMOUNTS)
     def settle(self, at: int, reservation: str, cost: int) -> str:
         cost = self.took.get(reservation, cost)
-        self._settle(at, reservation, str(cost))
+        self.scripts[at].settle(reservation, cost)
         self.spent += cost
         self.beyond += max(0, cost - self.open.pop(reservation, 0))
         return reservation
@@ -86,7 +86,7 @@ class Ledger(RuleBasedStateMachine):
     def answer(self, at: int, reservation: str, cost: int) -> None:
         """End an answer whose usage record is still to come. Repeated, it counts once."""
         for _ in range(2):
-            self.clients[at].eval(END, 1, state_key(self.key), self.key, reservation, "", str(cost))
+            self.scripts[at].end(reservation, cost)
         if reservation in self.open and reservation not in self.took:
             self.beyond += max(0, cost - self.open[reservation])
             self.open[reservation] = self.took[reservation] = cost
@@ -94,13 +94,13 @@ class Ledger(RuleBasedStateMachine):
     @rule(target=ended, at=CONNECTIONS, reservation=consumes(reservations))
     def settle_unknown(self, at: int, reservation: str) -> str:
         """Settle without a cost: the reserved amount counts."""
-        self._settle(at, reservation, "")
+        self.scripts[at].settle(reservation, "")
         self.spent += self.open.pop(reservation, 0)
         return reservation
 
     @rule(at=CONNECTIONS, reservation=reservations | ended)
     def release(self, at: int, reservation: str) -> None:
-        self._settle(at, reservation, "0")
+        self.scripts[at].settle(reservation, 0)
         self.open.pop(reservation, None)
 
     @rule(at=CONNECTIONS, reservation=reservations)
@@ -124,13 +124,8 @@ class Ledger(RuleBasedStateMachine):
             assert sum(int(client.get(counter) or 0) for counter in counters) == self.spent
         assert self.spent + sum(self.open.values()) <= LIMIT + self.beyond
 
-    def _reserve(self, at: int, reservation: str, amount: int) -> Any:
-        arguments = [self.key, reservation, 600, 0, amount, "", "", LIMIT, 10 * LIMIT]
-        return self.clients[at].eval(RESERVE, 1, state_key(self.key), *map(str, arguments)).split()
-
-    def _settle(self, at: int, reservation: str, cost: str) -> None:
-        day = today(self.clients[at])
-        self.clients[at].eval(SETTLE, 1, state_key(self.key), self.key, reservation, "", cost, day, day[:7])
+    def _reserve(self, at: int, reservation: str, amount: int) -> str:
+        return self.scripts[at].reserve(reservation, amount, picousd_per_day=LIMIT, picousd_per_month=10 * LIMIT)
 
 
 def test_the_store_agrees_with_a_model_of_it_and_overspends_within_its_bound(valkey: EmbeddedValkey) -> None:
@@ -147,37 +142,36 @@ def client(valkey: EmbeddedValkey) -> Any:
 
 def test_small_amounts_add_up_exactly_on_top_of_a_large_one(client: Any) -> None:
     """Past what a Lua number can hold."""
-    settle = client.register_script(SETTLE)
-    settle(keys=[state_key("k")], args=["k", "", "", str(9 * 10**17), "2026-01-01", "2026-01"])
-    for _ in range(100):
-        settle(keys=[state_key("k")], args=["k", "", "", "1", "2026-01-01", "2026-01"])
+    scripts = KeyScripts(client)
+    for picousd in (9 * 10**17, *[1] * 100):
+        scripts.settle("", picousd, day="2026-01-01")
 
     assert client.get(f"{PREFIX}{{k}}:day:2026-01-01") == str(9 * 10**17 + 100)
 
 
 def test_a_record_without_a_reservation_counts_for_a_later_limit(client: Any) -> None:
-    day = today(client)
-    client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(2 * PICO), day, day[:7])
-    arguments = ["k", "r", 600, 0, 10**9, "", "", PICO, ""]
+    scripts = KeyScripts(client)
+    scripts.settle("", 2 * PICO)
 
-    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments)).split()[0] == "day"
+    assert scripts.reserve("r", 10**9, picousd_per_day=PICO) == "day"
 
 
 def test_a_cost_belongs_to_the_day_of_its_reservation_whatever_the_writers_clock_says(client: Any) -> None:
-    client.eval(RESERVE, 1, state_key("k"), "k", "r", "600", "0", str(PICO), "", "", "", "")
-    client.eval(SETTLE, 1, state_key("k"), "k", "r", "", str(PICO), "1999-01-01", "1999-01")
+    scripts = KeyScripts(client)
+    scripts.reserve("r", PICO)
+    scripts.settle("r", PICO, day="1999-01-01")
 
-    assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(PICO)
-    assert client.get(f"{PREFIX}{{k}}:month:{today(client)[:7]}") == str(PICO)
+    assert client.get(f"{PREFIX}{{k}}:day:{scripts.today}") == str(PICO)
+    assert client.get(f"{PREFIX}{{k}}:month:{scripts.today[:7]}") == str(PICO)
 
 
 def test_a_request_waits_for_no_disk_before_its_usage_record(client: Any) -> None:
-    before = file_size(client)
-    reserve(client, "r")
-    client.eval(END, 1, state_key("k"), "k", "r", "10", str(PICO))
+    before, scripts = file_size(client), KeyScripts(client)
+    reserve_a_dollar(scripts, "r")
+    scripts.end("r", PICO, tokens=10)
     assert file_size(client) == before
 
-    settle(client, "r", PICO)
+    scripts.settle("r", PICO, tokens=10)
     assert file_size(client) > before
 
 
@@ -195,36 +189,31 @@ def test_a_restarted_store_has_what_was_spent_and_forgets_what_was_reserved(
 ) -> None:
     """A rewrite of its file keeps the reservations of that moment. They are released, or expire, as they did before."""
     with redis.Redis(unix_socket_path=str(own_valkey.socket_path), decode_responses=True) as client:
+        scripts = KeyScripts(client)
         for name in ("settled", "under way", "dead"):
-            reserve(client, name)
+            reserve_a_dollar(scripts, name)
         if rewritten:
             client.bgrewriteaof()
             assert wait_until(lambda: not persistence(client)["aof_rewrite_in_progress"])
-        settle(client, "settled", PICO)
+        scripts.settle("settled", PICO, tokens=10)
         os.kill(client.info("server")["process_id"], signal.SIGKILL)
         assert wait_until(lambda: not own_valkey._is_alive())
         own_valkey.ensure()
 
         kept = 3 * PICO if rewritten else 0
-        assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(PICO)
+        assert client.get(f"{PREFIX}{{k}}:day:{scripts.today}") == str(PICO)
         assert int(client.hget(state_key("k"), "reserved") or 0) == kept
 
-        settle(client, "under way", 2 * PICO)
+        scripts.settle("under way", 2 * PICO, tokens=10)
         for name in client.zrange(f"{PREFIX}{{k}}:open", 0, -1):
             client.zadd(f"{PREFIX}{{k}}:open", {name: 0})
-        reserve(client, "new")
-        assert client.get(f"{PREFIX}{{k}}:day:{today(client)}") == str(3 * PICO)
+        reserve_a_dollar(scripts, "new")
+        assert client.get(f"{PREFIX}{{k}}:day:{scripts.today}") == str(3 * PICO)
         assert client.hget(state_key("k"), "reserved") == str(PICO)
 
 
-def reserve(client: Any, name: str) -> None:
-    """Reserve a dollar."""
-    arguments = ["k", name, 600, 10, PICO, "", 1000, "", ""]
-    assert client.eval(RESERVE, 1, state_key("k"), *map(str, arguments)).startswith("granted")
-
-
-def settle(client: Any, name: str, picousd: int) -> None:
-    client.eval(SETTLE, 1, state_key("k"), "k", name, "10", str(picousd), today(client), today(client)[:7])
+def reserve_a_dollar(scripts: KeyScripts, name: str) -> None:
+    assert scripts.reserve(name, PICO, tokens=10, tokens_per_minute=1000) == "granted"
 
 
 def persistence(client: Any) -> dict[str, Any]:
@@ -237,13 +226,8 @@ def file_size(client: Any) -> int:
 
 
 def test_counters_of_a_period_expire_after_it(client: Any) -> None:
-    client.eval(SETTLE, 1, state_key("k"), "k", "", "", str(PICO), "2026-01-31", "2026-01")
+    KeyScripts(client).settle("", PICO, day="2026-01-31")
     kept = {key.rpartition("}:")[2].partition(":")[0]: client.ttl(key) for key in client.keys(f"{PREFIX}*")}
 
     assert kept["day"] > 86_400
     assert kept["month"] > 31 * 86_400
-
-
-def today(client: Any) -> str:
-    seconds, _ = client.time()
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

@@ -13,11 +13,10 @@ from proxy.errors import BudgetExceeded, RateLimited, ServiceUnavailable
 from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter
 from proxy.server.reservations import Reservation, state_key
-from proxy.storage.client_keys import ClientKey
 from proxy.storage.command_batcher import MAX_BATCH_SIZE
 from proxy.storage.redis import Store, encode_command, pipeline
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.limited_keys import CENT, a_key, a_request, until_asked_again
+from tests.support.limited_keys import CENT, a_key, a_request, reserved, until_asked_again
 from tests.support.valkey import frozen
 from tests.support.waiting import until
 
@@ -27,11 +26,6 @@ async def limiter(store: Store) -> AsyncIterator[RateLimiter]:
     opened = RateLimiter(store, Metrics(), timeout_s=2.0)
     yield opened
     await opened.close()
-
-
-async def reserved(store: Store, key: ClientKey) -> int:
-    stored: Any = await store.client.hget(state_key(key.id), "reserved")
-    return int(stored or 0)
 
 
 async def calls(store: Store) -> int:

@@ -13,19 +13,13 @@ from proxy.server.metrics import Metrics
 from proxy.server.ratelimit import RateLimiter, duration, format_usd, next_start
 from proxy.server.reservations import PREFIX, Reservation, ReservationRequest, state_key
 from proxy.server.responses import render_error
-from proxy.storage.client_keys import ClientKey
 from proxy.storage.redis import Store
 from router_core.pricing import PICO
-from tests.support.limited_keys import CENT, a_key, a_request, settle
+from tests.support.limited_keys import CENT, a_key, a_request, reserved, settle
 from tests.support.waiting import until
 
 # This machine may be busy.
 TIMEOUT_S = 1.0
-
-
-async def reserved(store: Store, key: ClientKey) -> int:
-    stored: Any = await store.client.hget(state_key(key.id), "reserved")
-    return int(stored or 0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from proxy.server.reservations import state_key
 from proxy.server.responses import render_error
 from proxy.storage.redis import Store
 from proxy.storage.valkey import EmbeddedValkey
-from tests.support.limited_keys import CENT, a_key, a_request, settle, until_asked_again
+from tests.support.limited_keys import CENT, a_key, a_request, reserved, settle, until_asked_again
 from tests.support.valkey import frozen
 from tests.support.waiting import until
 
@@ -106,7 +106,7 @@ async def test_only_the_first_request_waits_for_a_frozen_redis_and_limits_resume
     await until(lambda: not limiter._orphans)
 
     assert (await limiter.reserve(key, a_request("after", picousd=CENT))).id == "after"
-    assert await store.client.hget(state_key(key.id), "reserved") == str(2 * CENT)
+    assert await reserved(store, key) == 2 * CENT
     await limiter.close()
     await store.close()
     server.stop()
@@ -121,7 +121,7 @@ async def test_an_emptied_redis_starts_again_without_debts(store: Store) -> None
     await limiter.reserve(key, a_request("2", tokens=50, picousd=5 * CENT))
     await settle(store, reservation, tokens=0, picousd=0)
 
-    assert await store.client.hget(state_key(key.id), "reserved") == str(5 * CENT)
+    assert await reserved(store, key) == 5 * CENT
     await limiter.close()
 
 

@@ -4,14 +4,15 @@ import asyncio
 import time
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import redis
 
 from proxy.server.ratelimit import RateLimiter
-from proxy.server.reservations import PREFIX, SETTLE, Reservation, ReservationRequest, state_key
+from proxy.server.reservations import END, PREFIX, RESERVE, SETTLE, Reservation, ReservationRequest, state_key
 from proxy.storage.client_keys import ClientKey, KeyLimits, digest_of, new_secret
-from proxy.storage.redis import CHANGED, KEYS, VERSION, Store
+from proxy.storage.redis import CHANGED, KEYS, VERSION, Store, awaited
 from router_core.pricing import PICO
 from tests.support.waiting import MAX_WAIT_S, POLL_S
 
@@ -28,8 +29,19 @@ def a_request(name: str = "r", *, tokens: int = 0, picousd: int = 0) -> Reservat
 
 async def settle(store: Store, reservation: Reservation, *, tokens: int | str = "", picousd: int | str = "") -> None:
     """Settle as the usage record does."""
-    arguments = [reservation.key_id, reservation.id or "", str(tokens), str(picousd), "2026-01-01", "2026-01"]
+    arguments = _settle_arguments(reservation.key_id, reservation.id or "", tokens, picousd, "2026-01-01")
     await store.client.register_script(SETTLE)(keys=[state_key(reservation.key_id)], args=arguments)
+
+
+def _settle_arguments(
+    key_id: str, reservation: str, tokens: int | str, picousd: int | str, day: str
+) -> tuple[str, ...]:
+    return key_id, reservation, str(tokens), str(picousd), day, day[:7]
+
+
+async def reserved(store: Store, key: ClientKey) -> int:
+    """Return the picodollars that are reserved."""
+    return int(_text(await awaited(store.client.hget(state_key(key.id), "reserved"))))
 
 
 async def until_asked_again(limiter: RateLimiter) -> None:
@@ -38,6 +50,45 @@ async def until_asked_again(limiter: RateLimiter) -> None:
     while (await limiter.reserve(key, a_request(uuid.uuid4().hex))).id is None:
         assert time.monotonic() < deadline, "Redis is not asked again"
         await asyncio.sleep(POLL_S)
+
+
+@dataclass(frozen=True)
+class KeyScripts:
+    """Run the scripts of one key's limits over a connection of the test's own."""
+
+    client: redis.Redis
+    key_id: str = "k"
+
+    def reserve(
+        self,
+        reservation: str,
+        picousd: int,
+        *,
+        tokens: int = 0,
+        tokens_per_minute: int | str = "",
+        picousd_per_day: int | str = "",
+        picousd_per_month: int | str = "",
+    ) -> str:
+        """Reserve for ten minutes, and return the verdict: `granted`, or the limit that refuses."""
+        limits = "", tokens_per_minute, picousd_per_day, picousd_per_month
+        return _text(self._run(RESERVE, self.key_id, reservation, 600, tokens, picousd, *limits)).split()[0]
+
+    def end(self, reservation: str, picousd: int, *, tokens: int | str = "") -> None:
+        """End an answer whose usage record is still to come."""
+        self._run(END, self.key_id, reservation, tokens, picousd)
+
+    def settle(self, reservation: str, picousd: int | str, *, tokens: int | str = "", day: str | None = None) -> None:
+        """Settle as the usage record does, which states the day on which it was written: today, unless stated."""
+        self._run(SETTLE, *_settle_arguments(self.key_id, reservation, tokens, picousd, day or self.today))
+
+    @property
+    def today(self) -> str:
+        """The day by Redis' clock."""
+        now: Any = self.client.time()
+        return datetime.fromtimestamp(now[0], UTC).strftime("%Y-%m-%d")
+
+    def _run(self, script: str, *arguments: int | str) -> Any:
+        return self.client.eval(script, 1, state_key(self.key_id), *map(str, arguments))
 
 
 @dataclass(frozen=True)
@@ -79,8 +130,7 @@ class LimitedKey:
 
     def spend(self, usd: float, day: str = "2026-01-31") -> None:
         """Record the cost of a request of an earlier day."""
-        arguments = [self.id, "", "", str(round(usd * PICO)), day, day[:7]]
-        self.store.eval(SETTLE, 1, state_key(self.id), *arguments)
+        KeyScripts(self.store, self.id).settle("", round(usd * PICO), day=day)
 
 
 def _text(value: Any) -> str:
