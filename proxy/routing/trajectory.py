@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -239,9 +240,22 @@ class _Judgement(NamedTuple):
     """It was made before, with the same outcome."""
     reverted: bool
     """It takes back an earlier edit."""
+    stuck: float
+    """How stuck it shows the run to be, from 0 to 1."""
 
 
-_FINE = _Judgement(failed=False, repeated=False, reverted=False)
+# By `failed`, `repeated` and `reverted`.
+_JUDGEMENTS = {
+    (failed, repeated, reverted): _Judgement(
+        failed,
+        repeated,
+        reverted,
+        stuck=1.0 - (1.0 - failed) * (1.0 - REPEATED * repeated) * (1.0 - REVERTED * reverted),
+    )
+    for failed, repeated, reverted in product((False, True), (False, True), (False, True))
+}
+
+_FINE = _JUDGEMENTS[False, False, False]
 
 
 def read_trajectory(messages: Sequence[Any]) -> Trajectory:
@@ -261,7 +275,7 @@ def read_trajectory(messages: Sequence[Any]) -> Trajectory:
                 failed += share * call.failed
                 repeated += share * call.repeated
                 reverted += share * call.reverted
-                stuck_in_turn += share * _stuck(call)
+                stuck_in_turn += share * call.stuck
         stuck += stuck_in_turn
         stuck_in_run[turn.later] = stuck_in_run.get(turn.later, 0.0) + stuck_in_turn
         newest_of_run.setdefault(turn.later, turn.place)
@@ -280,11 +294,6 @@ def _judged(turns: Sequence[_Turn]) -> list[tuple[_Turn, list[_Judgement]]]:
             judged.append((turn, judgements))
     judged.reverse()
     return judged
-
-
-def _stuck(call: _Judgement) -> float:
-    """Return how stuck a call shows the run to be, from 0 to 1."""
-    return 1.0 - (1.0 - call.failed) * (1.0 - REPEATED * call.repeated) * (1.0 - REVERTED * call.reverted)
 
 
 def _newest_turns(messages: Sequence[Any]) -> list[_Turn]:
@@ -363,7 +372,7 @@ class _Seen:
         repeated = self._outcomes.get(call) == outcome
         self._outcomes[call] = outcome
         reverted = not failed and tool in EDITING_TOOLS and self._takes_back(arguments)
-        return _Judgement(failed, repeated, reverted) if failed or repeated or reverted else _FINE
+        return _JUDGEMENTS[failed, repeated, reverted]
 
     def _takes_back(self, arguments: str) -> bool:
         """Note an edit, and return whether it is the reverse of an earlier one."""

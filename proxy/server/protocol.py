@@ -39,6 +39,8 @@ from proxy.server.requests import BODY_COMPLETE, DISCONNECT, OVERLOADED, Request
 
 log = logging.getLogger("uniroute.connection")
 
+log = logging.getLogger("uniroute.connection")
+
 MAX_URL_BYTES = 8 * 1024
 
 MAX_HEADERS = 128

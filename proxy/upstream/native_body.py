@@ -233,8 +233,7 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     """Keep a budget below the limit of the whole answer. None: thinking with a budget would be refused."""
     if thinking is None or thinking.get("type") != "enabled":
         return thinking
-    newest = (turn for turn in reversed(_mappings(body.get("messages"))) if turn.get("role") == "assistant")
-    if calls_without_thinking(next(newest, {})):
+    if goes_on_without_thinking(body.get("messages")):
         return None
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
     if not isinstance(budget, int) or not isinstance(limit, int):
@@ -243,14 +242,15 @@ def _allowed(thinking: Body | None, body: Body) -> Body | None:
     return None if within is None else {**thinking, "budget_tokens": within}
 
 
-def calls_without_thinking(turn: Mapping[str, Any]) -> bool:
-    """Whether an assistant turn, of Messages or of a chat, calls tools without thinking before, as other models do.
+def goes_on_without_thinking(turns: object) -> bool:
+    """Whether the newest assistant turn, of Messages or of a chat, calls tools without thinking, as other models do.
 
-    Anthropic refuses a budget for thinking there.
+    Anthropic refuses a budget for thinking there: until the assistant ends its turn, it goes on as it began.
     """
-    if turn.get("tool_calls"):
-        return not turn.get("thinking_blocks")
-    kinds = [block.get("type") for block in _mappings(turn.get("content"))]
+    newest: Body = next((turn for turn in reversed(_mappings(turns)) if turn.get("role") == "assistant"), {})
+    if newest.get("tool_calls"):
+        return not newest.get("thinking_blocks")
+    kinds = [block.get("type") for block in _mappings(newest.get("content"))]
     return "tool_use" in kinds and kinds[0] not in _THINKING_BLOCKS
 
 

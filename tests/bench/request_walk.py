@@ -123,7 +123,9 @@ async def served(folder: Path, upstream_url: str) -> AsyncIterator[Served]:
     named = {"UNIROUTE_CONFIG": str(folder / "config.yaml"), "UNIROUTE_DATA_DIR": str(folder)}
     app = from_environment({**named, "UNIROUTE_ADMIN_KEY": ADMIN_KEY, "MODEL_API_KEY": "sk-x"})
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, http=LimitedHTTPProtocol, loop="asyncio", ws="none", log_config=None)
+        uvicorn.Config(
+            app, port=0, http=LimitedHTTPProtocol, loop="asyncio", ws="none", log_config=None, proxy_headers=False
+        )
     )
     serving = asyncio.create_task(server._serve())
     try:

@@ -14,7 +14,7 @@ from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, budget_with
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
 from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
 from proxy.storage.records import ModelRecord
-from proxy.upstream.native_body import as_user_content, calls_without_thinking
+from proxy.upstream.native_body import as_user_content, goes_on_without_thinking
 
 # Providers beside Anthropic that serve Claude, and for which litellm writes Anthropic's own fields.
 SERVE_CLAUDE = frozenset({"bedrock", "bedrock_converse", "vertex_ai", "vertex_ai_beta", "azure_ai", "databricks"})
@@ -261,21 +261,10 @@ def _fit_budget(changes: _Changes, upstream: _Upstream) -> None:
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
     budget = thinking.get("budget_tokens")
     fitting = budget_within(max(budget, MIN_BUDGET) if isinstance(budget, int) else MIN_BUDGET, limit)
-    if fitting is None or _answers_calls_without_thinking(changes.get("messages")):
+    if fitting is None or goes_on_without_thinking(changes.get("messages")):
         changes.remove("thinking")
     elif isinstance(budget, int) and budget != fitting:
         changes.set("thinking", {**thinking, "budget_tokens": fitting})
-
-
-def _answers_calls_without_thinking(messages: Any) -> bool:
-    """Whether the newest turns are results of calls that were made without thinking."""
-    turns: list[Any] = messages if isinstance(messages, list) else []
-    for message in reversed(turns):
-        if message.get("role") == "assistant":
-            return calls_without_thinking(message)
-        if message.get("role") not in ("tool", "system"):
-            return False
-    return False
 
 
 def _adapt_contents(changes: _Changes, upstream: _Upstream) -> None:

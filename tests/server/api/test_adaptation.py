@@ -157,6 +157,9 @@ def test_thinking_is_left_out_where_claude_would_refuse_it() -> None:
     calls = {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}
     loop = [USER, calls, {"role": "tool", "tool_call_id": "a", "content": "x"}]
     assert "thinking" not in adapted(HAIKU, thinking=thinking, messages=loop)
+    assert "thinking" not in adapted(HAIKU, thinking=thinking, messages=[*loop, USER])
+    ended = [*loop, {"role": "assistant", "content": "x"}, USER]
+    assert "thinking" in adapted(HAIKU, thinking=thinking, messages=ended)
     signed = {**calls, "thinking_blocks": [{"type": "thinking", "thinking": "", "signature": "S"}]}
     assert "thinking" in adapted(HAIKU, thinking=thinking, messages=[USER, signed, loop[2]])
     always = a_model("anthropic/claude-opus-5-5")
