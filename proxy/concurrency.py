@@ -292,6 +292,11 @@ class SilenceTimer:
             self._wheel._remove(self, self._tick)
             self._tick = None
 
+    def close(self) -> None:
+        """Stop for good, and forget the callback: with a method of the timer's owner it is a cycle of references."""
+        self.stop()
+        self._callback = _do_nothing
+
     def expire(self) -> None:
         if self._tick is None:
             return  # another limit of the same tick has stopped it
@@ -304,6 +309,10 @@ class SilenceTimer:
     def _wait(self) -> None:
         ends = min(self.since + self._seconds, self._latest)
         self._tick = self._wheel._add(self, max(0.0, ends - monotonic()))
+
+
+def _do_nothing() -> None:
+    """Stand for a callback that is no longer wanted."""
 
 
 class StallTolerantTimer:

@@ -245,3 +245,14 @@ def _is_retryable(status: int | None) -> bool:
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def release_frames(error: BaseException | None) -> None:
+    """Free what the calls that an answered error passed through hold: the request, with its body.
+
+    Their variables refer to the error, and its traceback to them. Only the garbage collector would free such a cycle,
+    and it rarely looks at what is old.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__

@@ -152,9 +152,7 @@ class AttemptRunner:
         except TimeoutError:
             setting = "first_token_timeout_s" if timeouts.first_token_s < remaining_s else "request_timeout_s"
             message = f"{name} gave no answer within {timeout_s:.3g} s ({setting})"
-            failure = UpstreamError(message, timed_out=True)
-            self._fail(attempt, failure)
-            raise failure from None
+            raise self._fail(attempt, UpstreamError(message, timed_out=True)) from None
         except UpstreamError as failure:
             self._fail(attempt, failure)
             if not (reconnects and failure.connection_lost and self._remaining_s() > 0):
@@ -192,12 +190,14 @@ class AttemptRunner:
             raise CircuitOpen(name)
         return app.health.start_attempt(name, app.concurrency_limiter, acquired_at)
 
-    def _fail(self, attempt: Attempt, failure: UpstreamError) -> None:
+    def _fail(self, attempt: Attempt, failure: UpstreamError) -> UpstreamError:
+        """Record why an attempt failed, and return it."""
         self._record.attempt_failed(failure)
         attempt.failed(failure)
         self._failed.add(attempt.model)
         if failure.context_exceeded:
             self._rejected_as_too_long.append(attempt.model)
+        return failure
 
     async def _ask_whole(self, model: ModelRecord, timeouts: Timeouts, attempt: Attempt) -> JSONPayload:
         record, upstream = self._record, self._ctx.app.upstream
@@ -410,6 +410,8 @@ class AttemptStream:
 
     async def aclose(self) -> None:
         self._attempt.abandoned()
+        if self._limit is not None:
+            self._limit.close()
         await self._source.aclose()
 
     # Called by the source, as ChunkReceiver.

@@ -12,6 +12,7 @@ from proxy.errors import (
     SHUTDOWN_NOTICE_TIMEOUT_S,
     APIError,
     ClientDisconnected,
+    release_frames,
 )
 from proxy.json_text import encode_json
 from proxy.server.api.messages_errors import anthropic_error, anthropic_status
@@ -88,6 +89,7 @@ class ModelEndpoints:
             if exchange.started:
                 raise
             await self._refuse(exchange, *render_error(error))
+            release_frames(error)
         return None
 
     async def _refuse(

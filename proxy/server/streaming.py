@@ -14,6 +14,7 @@ from proxy.errors import (
     ModelAtCapacity,
     ShuttingDown,
     UpstreamError,
+    release_frames,
 )
 from proxy.json_text import decode_json, encode_json
 from proxy.server.api.messages_stream import PING
@@ -94,6 +95,7 @@ class StreamedAnswer:
             if not exchange.started:
                 raise
             await exchange.write(self._events.fail(failure))
+            release_frames(failure)
         except asyncio.CancelledError:
             ending = cancelled_ending()
             if exchange.started and ending == "shutdown":
@@ -412,7 +414,7 @@ class SSEKeepAlive:
             await self._send_head()
 
     def stop(self) -> None:
-        self.silence.stop()
+        self.silence.close()
         if self._sending is not None:
             self._sending.cancel()
 

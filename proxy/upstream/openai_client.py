@@ -248,6 +248,7 @@ class UpstreamChunks:
         if self._closed:
             return
         self._closed = True
+        self._receiver = None  # it holds this, too
         self._stop_tail()
         self._reader.release()
         if self._reader.done and self._reader.error is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from proxy.app import create_app
+from proxy.routing.chat_request import ChatRequest
 from proxy.server.dependencies import AppState
 from proxy.server.protocol import HTTPExchange
 from proxy.server.streaming import ChatEventWriter
@@ -104,6 +106,47 @@ def events_of(body: bytes) -> list[Any]:
 def texts_of(body: bytes) -> list[str]:
     choices = [choice for each in events_of(body) for choice in each.get("choices", ())]
     return [choice["delta"]["content"] for choice in choices if choice["delta"].get("content")]
+
+
+def requests() -> set[int]:
+    return {id(each) for each in gc.get_objects() if isinstance(each, ChatRequest)}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [STREAM_HEAD + b"\r\n" + event("Hello"), event(" you") + END + DONE],
+        [STREAM_HEAD + b"\r\n" + event("Hello"), event(" you")],
+        [b"HTTP/1.1 400 No\r\ncontent-length: 2\r\n\r\n{}"],
+        [b"no HTTP"],
+    ],
+    ids=["complete", "broken", "refused", "garbage"],
+)
+async def test_a_request_is_freed_at_its_end_without_a_garbage_collection(
+    path: str, pieces: list[bytes], tmp_path: Path
+) -> None:
+    """A body may have megabytes, and a collection of what is old comes rarely."""
+
+    async def in_pieces(_: bytes, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.01)
+
+    async with answering(in_pieces) as origin, gateway(origin.port, tmp_path) as (address, _):
+        gc.collect()
+        gc.disable()
+        try:
+            before = requests()
+            reader, writer = await asyncio.open_connection(*address[:2], limit=MIB)
+            writer.write(request_of(path))
+            async with asyncio.timeout(60):
+                assert await reader.read()
+            writer.close()
+            await until(lambda: requests() <= before)
+        finally:
+            gc.enable()
 
 
 @pytest.mark.parametrize("way", WAYS)
