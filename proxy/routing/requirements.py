@@ -182,6 +182,11 @@ def _count(value: Any) -> int | None:
     return value if usable else None
 
 
+def _budget(value: Any) -> int | None:
+    """Return a budget of thinking; None: it sets no bound. Gemini's -1 leaves it to the model."""
+    return 0 if value == 0 and type(value) is int else _count(value)
+
+
 def _tokens_of_effort(value: Any) -> int | None:
     if value == "disable":
         return 0
@@ -193,14 +198,36 @@ def _tokens_of_reasoning(value: Any) -> int | None:
         return None
     if value.get("enabled") is False:
         return 0
-    stated = [_tokens_of_effort(value.get("effort")), _count(value.get("max_tokens"))]
+    stated = [_tokens_of_effort(value.get("effort")), _budget(value.get("max_tokens"))]
     return min((tokens for tokens in stated if tokens is not None), default=None)
 
 
 def _tokens_of_thinking(value: Any) -> int | None:
     if not isinstance(value, Mapping):
         return None
-    return 0 if value.get("type") == "disabled" else _count(value.get("budget_tokens"))
+    return 0 if value.get("type") == "disabled" else _budget(value.get("budget_tokens"))
+
+
+def unknown_effort(body: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the first field that says how much is to be thought in a way that is not known, and its value."""
+    if _EFFORT_FIELDS.isdisjoint(body):
+        return None
+    reasoning, thinking = (body.get(name) for name in ("reasoning", "thinking"))
+    stated = {"reasoning_effort": body.get("reasoning_effort"), "thinking_budget": body.get("thinking_budget")}
+    if isinstance(reasoning, Mapping):
+        stated |= {f"reasoning.{name}": reasoning.get(name) for name in ("effort", "max_tokens")}
+    if isinstance(thinking, Mapping):
+        stated["thinking.budget_tokens"] = thinking.get("budget_tokens")
+    for name, value in stated.items():
+        by_name = name.endswith("effort")
+        is_known = isinstance(value, str) and value in _EFFORT_NAMES if by_name else type(value) is int
+        if value is not None and not is_known:
+            return name, value
+    return None
+
+
+# By which a request names an effort, or leaves it to the model.
+_EFFORT_NAMES = frozenset({*EFFORTS, "disable", "default", "auto", ""})
 
 
 def without_effort(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,7 +262,7 @@ _ALLOWED_TOKENS: Mapping[str, Callable[[Any], int | None]] = {
     "reasoning_effort": _tokens_of_effort,
     "reasoning": _tokens_of_reasoning,
     "thinking": _tokens_of_thinking,
-    "thinking_budget": _count,
+    "thinking_budget": _budget,
     "enable_thinking": lambda value: 0 if value is False else None,
 }
 
