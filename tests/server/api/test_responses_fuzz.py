@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -75,6 +77,28 @@ def test_any_request_is_translated_or_refused_with_the_name_of_a_field(
     except BadRequest as refusal:
         refused_field = str(refusal.param).partition("[")[0].partition(".")[0]
     assert refused_field in {None, *KNOWN_FIELDS}
+
+
+ODD: list[Any] = [None, True, 0, 1.5, 2**70, "", "x", [], {}, [None], [{}], [["x"]], {"x": ["x"]}]
+
+
+def with_one_odd_value(value: Any) -> Iterator[Any]:
+    """Yield a value with each of its parts, at any depth, replaced by each odd one."""
+    yield from ODD
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from ({**value, name: each} for each in with_one_odd_value(inner))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from ([*value[:place], each, *value[place + 1 :]] for each in with_one_odd_value(inner))
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_an_item_with_one_odd_value_is_told_or_refused_by_its_name(kind: str) -> None:
+    for item in with_one_odd_value({"type": kind, **ITEMS[kind][0]}):
+        with contextlib.suppress(BadRequest):
+            found = translated(input=[USER, {"type": "function_call", "call_id": "c", "name": "f"}, item])
+            assert all(isinstance(message["content"], str | list | None) for message in found.body["messages"])
 
 
 @given(st.lists(DELTA, max_size=6), JSON, JSON)
