@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadRequest
 from proxy.server.api.responses_request import KNOWN_FIELDS, translate
 from tests.server.api.test_responses_request import ITEMS
+from tests.support.odd_values import with_one_odd_value
 from tests.support.responses_api import CREATED_AT, ID, chunk, function, read_events, translated
 
 TEXT = st.sampled_from(["", "x", "message", "function", "allowed_tools", "\ud83d", "uniroute1.e30="])
@@ -77,20 +77,6 @@ def test_any_request_is_translated_or_refused_with_the_name_of_a_field(
     except BadRequest as refusal:
         refused_field = str(refusal.param).partition("[")[0].partition(".")[0]
     assert refused_field in {None, *KNOWN_FIELDS}
-
-
-ODD: list[Any] = [None, True, 0, 1.5, 2**70, "", "x", [], {}, [None], [{}], [["x"]], {"x": ["x"]}]
-
-
-def with_one_odd_value(value: Any) -> Iterator[Any]:
-    """Yield a value with each of its parts, at any depth, replaced by each odd one."""
-    yield from ODD
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from ({**value, name: each} for each in with_one_odd_value(inner))
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            yield from ([*value[:place], each, *value[place + 1 :]] for each in with_one_odd_value(inner))
 
 
 @pytest.mark.parametrize("kind", ITEMS)
