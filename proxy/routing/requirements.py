@@ -243,8 +243,9 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
         changed["reasoning"] = {**others, "max_tokens" if isinstance(effort, int) else "effort": effort}
     elif isinstance(effort, int):
         budget, choice = budget_within(effort, stated_limit(body)), body.get("tool_choice")
-        if budget is None or choice == "required" or isinstance(choice, Mapping):
-            changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded
+        tool_demanded = choice == "required" or isinstance(choice, Mapping)
+        if budget is None or tool_demanded or lacks_thinking(body.get("messages")):
+            changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think there
             return changed
         changed |= params_of(budget)
         for name in SAMPLING:
@@ -252,6 +253,20 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
     else:
         changed |= params_of(effort)
     return changed
+
+
+def lacks_thinking(messages: Any) -> bool:
+    """Whether results answer calls without the thinking before them that Claude has signed.
+
+    Another model made these calls, or the client does not send thinking back. Anthropic refuses a budget there.
+    """
+    turns: list[Any] = messages if isinstance(messages, list) else []
+    for message in reversed(turns):
+        if message.get("role") == "assistant":
+            return bool(message.get("tool_calls")) and not message.get("thinking_blocks")
+        if message.get("role") not in ("tool", "system"):
+            return False
+    return False
 
 
 # Members of OpenRouter's `reasoning` that say how much is to be thought.

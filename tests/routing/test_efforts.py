@@ -105,6 +105,21 @@ def test_the_chosen_effort_is_sent_in_place_of_the_bound(stated: Any, effort: An
     assert with_effort({"model": "auto", **stated}, effort) == {"model": "auto", **sent}
 
 
+@pytest.mark.parametrize(
+    ("carried", "thinks"),
+    [({}, False), ({"thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}]}, True)],
+)
+def test_no_budget_is_sent_where_a_call_comes_back_without_its_thinking(carried: dict[str, Any], thinks: bool) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": LONG},
+        {"role": "assistant", "content": None, "tool_calls": [call], **carried},
+        {"role": "tool", "tool_call_id": "c", "content": "x"},
+    ]
+    asked = [with_effort({"messages": each}, 4096)["thinking"] for each in (turns, [*turns, turns[0]])]
+    assert [each["type"] == "enabled" for each in asked] == [thinks, True]
+
+
 async def test_without_a_bound_every_effort_is_a_candidate_and_the_model_itself_is_none() -> None:
     selection = await choice()
     assert (selection.model, selection.effort) == ("thinker@high", "high")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.routing.requirements import lacks_thinking
 from proxy.settings.effort import EFFORTS, MIN_BUDGET, USUAL_TOKENS, budget_within
 from proxy.settings.litellm_params import PASSTHROUGH, is_openai_url, stated_address
 from proxy.storage.price_map import PriceMapEntry, ThinkingSupport, bundled_price_map
@@ -260,21 +261,10 @@ def _fit_budget(changes: _Changes, upstream: _Upstream) -> None:
     limit = min((limit for limit in limits if isinstance(limit, int)), default=None)
     budget = thinking.get("budget_tokens")
     fitting = budget_within(max(budget, MIN_BUDGET) if isinstance(budget, int) else MIN_BUDGET, limit)
-    if fitting is None or _lacks_thinking(changes.get("messages")):
+    if fitting is None or lacks_thinking(changes.get("messages")):
         changes.remove("thinking")
     elif isinstance(budget, int) and budget != fitting:
         changes.set("thinking", {**thinking, "budget_tokens": fitting})
-
-
-def _lacks_thinking(messages: Any) -> bool:
-    """Whether results answer calls that another model made, without thinking that Claude has signed."""
-    turns: list[Any] = messages if isinstance(messages, list) else []
-    for message in reversed(turns):
-        if message.get("role") == "assistant":
-            return bool(message.get("tool_calls")) and not message.get("thinking_blocks")
-        if message.get("role") not in ("tool", "system"):
-            return False
-    return False
 
 
 def _adapt_contents(changes: _Changes, upstream: _Upstream) -> None:
