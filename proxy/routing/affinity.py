@@ -136,6 +136,11 @@ class AffinityRecorder:
         self._messages = messages
         self._turns: dict[int, TurnFingerprints] = {}
 
+    @property
+    def producer(self) -> str | None:
+        """Return what `Affinity.producer` is."""
+        return self._affinity.producer
+
     def cached_prompt(self, settings: Settings) -> tuple[str, int] | None:
         """Return what `Affinity.cached_prompt` does."""
         return self._affinity.cached_prompt(settings)

@@ -29,7 +29,7 @@ class HarnessText:
     extent: Extent
     """How much of the turn it is.
 
-    tag: an element of this name, at the start or at the end of a text
+    tag: an element of this name, at the start or at the end of a text, or on lines of its own within one
     block: what this regular expression matches at the start of a text, and the element that it opens
     rest: a text that begins so
     end: all from a line that begins so
@@ -111,6 +111,10 @@ _OPENING = re.compile(rf"\s*(?:<(?:{'|'.join(_marks('tag'))})(?:\s[^<>]*)?>|{'|'
 
 _TAG_OF_OPENING = re.compile(rf"<({'|'.join(_marks('tag'))}|\w+)(?:\s[^<>]*)?>\Z")
 
+_INNER_OPENING = re.compile(rf"\n<({'|'.join(_marks('tag'))})(?:\s[^<>]*)?>")
+
+_LINE_END = re.compile(r"[ \t\r]*(?=\n|\Z)")
+
 _WORDS_OPENING = re.compile(rf"<({_WORD_TAGS})>")
 
 _RESULT = re.compile("|".join(_marks("result")))
@@ -170,6 +174,8 @@ def _words_of(text: str) -> str:
     if "\n" in text:
         for end in _ENDS:
             text = text.partition(end)[0]
+        if "\n<" in text:
+            text = _without_inner_elements(text)
     return text
 
 
@@ -194,6 +200,24 @@ def _without_last_elements(text: str) -> str:
         while end and text[end - 1].isspace():
             end -= 1
     return text[:end]
+
+
+def _without_inner_elements(text: str) -> str:
+    """Take out elements on lines of their own, as they stand between texts that were sent as one."""
+    kept: list[str] = []
+    unclosed: set[str] = set()
+    place = search = 0
+    while (opening := _INNER_OPENING.search(text, search)) is not None:
+        search, closing = opening.end(), f"</{opening[1]}>"
+        closed = -1 if closing in unclosed else text.find(closing, search)
+        if closed < 0:
+            unclosed.add(closing)  # so that the rest is looked through once
+            continue
+        search = closed + len(closing)
+        if (line_end := _LINE_END.match(text, search)) is not None:
+            kept.append(text[place : opening.start()])
+            place = line_end.end()
+    return "".join([*kept, text[place:]]) if kept else text
 
 
 def _marked_words(text: str) -> Iterator[str]:
@@ -233,7 +257,7 @@ _TITLE, _SUMMARY, _LABEL = "title", "summary", "label"
 COMPACTION = "compaction"
 
 _CONVERSATION_NAME = "Generate a short kebab-case name (2-4 words) that captures the main topic of this conversation."
-_DETAILED_SUMMARY = "Your task is to create a detailed summary of "
+_DETAILED_SUMMARY, _CONVERSATION = "Your task is to create a detailed summary of ", "conversation"
 
 _ROWS: tuple[tuple[str, str, Place, str] | tuple[str, str, Place, str, str], ...] = (
     (CLAUDE_CODE, _TITLE, "system", "Generate a concise, sentence-case title (3-7 words) that captures"),
@@ -245,7 +269,7 @@ _ROWS: tuple[tuple[str, str, Place, str] | tuple[str, str, Place, str, str], ...
     (CLAUDE_CODE, "topic", "system", "Analyze if this message indicates a new conversation topic."),
     (CLAUDE_CODE, "suggestion", "turn", "[SUGGESTION MODE: Suggest what the user might naturally type next"),
     (CLAUDE_CODE, COMPACTION, "turn", "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.", _DETAILED_SUMMARY),
-    (CLAUDE_CODE, COMPACTION, "turn", _DETAILED_SUMMARY),
+    (CLAUDE_CODE, COMPACTION, "turn", _DETAILED_SUMMARY, _CONVERSATION),
     (CLAUDE_CODE, _SUMMARY, "turn", "The user stepped away and is coming back. Recap in under 40 words"),
     (CLAUDE_CODE, _LABEL, "turn", "Describe your most recent action in 3-5 words using present tense (-ing)."),
     (CLAUDE_CODE, _LABEL, "system", "Write a short summary label describing what these tool calls accomplished."),
@@ -270,7 +294,7 @@ _ROWS: tuple[tuple[str, str, Place, str] | tuple[str, str, Place, str, str], ...
     (QWEN, _SUMMARY, "system", "You generate session recaps for a programming assistant CLI."),
     (CLINE, COMPACTION, "turn", '<explicit_instructions type="summarize_task">'),
     (CLINE, COMPACTION, "turn", "Summarize the conversation so far, as described in the prompt instructions."),
-    (CLINE, COMPACTION, "system", _DETAILED_SUMMARY),
+    (CLINE, COMPACTION, "system", _DETAILED_SUMMARY, _CONVERSATION),
     (OPEN_WEBUI, _TITLE, "user", "### Task:\nGenerate a concise, 3-5 word title", "<chat_history>"),
     (OPEN_WEBUI, _LABEL, "user", "### Task:\nGenerate 1-3 broad tags categorizing", "<chat_history>"),
     (OPEN_WEBUI, "suggestion", "user", "### Task:\nSuggest 3-5 relevant follow-up questions", "<chat_history>"),
@@ -316,7 +340,7 @@ def find_housekeeping(body: Mapping[str, Any]) -> HousekeepingRequest | None:
         for each in (text,) if type(text) is str else texts_of(text):
             start = each.lstrip() if each[:1].isspace() else each
             for row in _IN_SYSTEM.get(start[:_HEAD], ()):
-                if start.startswith(row.mark):
+                if start.startswith(row.mark) and row.also in start:
                     return row
     return None
 

@@ -7,6 +7,7 @@ from typing import Any
 from proxy.routing.agents import is_example, own_words, texts_of
 from proxy.routing.token_limits import MAX_TOKENS, requested_answers, stated_limit
 from proxy.settings.effort import EFFORTS, SAMPLING, Effort, budget_within, most_tokens, params_of
+from proxy.upstream.native_body import goes_on_without_thinking
 from router_core.text import BYTES_PER_TOKEN, text_bytes, truncate_middle
 from router_core.types import Requirements
 
@@ -182,6 +183,11 @@ def _count(value: Any) -> int | None:
     return value if usable else None
 
 
+def _budget(value: Any) -> int | None:
+    """Return a budget of thinking; None: it sets no bound. Gemini's -1 leaves it to the model."""
+    return 0 if value == 0 and type(value) is int else _count(value)
+
+
 def _tokens_of_effort(value: Any) -> int | None:
     if value == "disable":
         return 0
@@ -193,14 +199,36 @@ def _tokens_of_reasoning(value: Any) -> int | None:
         return None
     if value.get("enabled") is False:
         return 0
-    stated = [_tokens_of_effort(value.get("effort")), _count(value.get("max_tokens"))]
+    stated = [_tokens_of_effort(value.get("effort")), _budget(value.get("max_tokens"))]
     return min((tokens for tokens in stated if tokens is not None), default=None)
 
 
 def _tokens_of_thinking(value: Any) -> int | None:
     if not isinstance(value, Mapping):
         return None
-    return 0 if value.get("type") == "disabled" else _count(value.get("budget_tokens"))
+    return 0 if value.get("type") == "disabled" else _budget(value.get("budget_tokens"))
+
+
+def unknown_effort(body: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Return the first field that says how much is to be thought in a way that is not known, and its value."""
+    if _EFFORT_FIELDS.isdisjoint(body):
+        return None
+    reasoning, thinking = (body.get(name) for name in ("reasoning", "thinking"))
+    stated = {"reasoning_effort": body.get("reasoning_effort"), "thinking_budget": body.get("thinking_budget")}
+    if isinstance(reasoning, Mapping):
+        stated |= {f"reasoning.{name}": reasoning.get(name) for name in ("effort", "max_tokens")}
+    if isinstance(thinking, Mapping):
+        stated["thinking.budget_tokens"] = thinking.get("budget_tokens")
+    for name, value in stated.items():
+        by_name = name.endswith("effort")
+        is_known = isinstance(value, str) and value in _EFFORT_NAMES if by_name else type(value) is int
+        if value is not None and not is_known:
+            return name, value
+    return None
+
+
+# By which a request names an effort, or leaves it to the model.
+_EFFORT_NAMES = frozenset({*EFFORTS, "disable", "default", "auto", ""})
 
 
 def without_effort(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,8 +244,9 @@ def with_effort(body: Mapping[str, Any], effort: Effort) -> dict[str, Any]:
         changed["reasoning"] = {**others, "max_tokens" if isinstance(effort, int) else "effort": effort}
     elif isinstance(effort, int):
         budget, choice = budget_within(effort, stated_limit(body)), body.get("tool_choice")
-        if budget is None or choice == "required" or isinstance(choice, Mapping):
-            changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think where a tool is demanded
+        tool_demanded = choice == "required" or isinstance(choice, Mapping)
+        if budget is None or tool_demanded or goes_on_without_thinking(body.get("messages")):
+            changed["thinking"] = {"type": "disabled"}  # Anthropic refuses to think there
             return changed
         changed |= params_of(budget)
         for name in SAMPLING:
@@ -235,7 +264,7 @@ _ALLOWED_TOKENS: Mapping[str, Callable[[Any], int | None]] = {
     "reasoning_effort": _tokens_of_effort,
     "reasoning": _tokens_of_reasoning,
     "thinking": _tokens_of_thinking,
-    "thinking_budget": _count,
+    "thinking_budget": _budget,
     "enable_thinking": lambda value: 0 if value is False else None,
 }
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from typing import Any
 
-from proxy.errors import ModelPaused, NoEligibleModelError, ServiceUnavailable
+from proxy.errors import BadRequest, ModelPaused, NoEligibleModelError, ServiceUnavailable
 from proxy.routing.assigner import AssignmentTimeout, ClusterAssigner
 from proxy.routing.cost_weight import RoutingMode
-from proxy.routing.requirements import routing_text
+from proxy.routing.requirements import routing_text, unknown_effort
 from proxy.routing.selection_context import (
     IneligibleReasons,
     SelectionContext,
@@ -19,7 +19,7 @@ from proxy.routing.selection_context import (
 )
 from proxy.routing.token_limits import smaller_limit
 from proxy.routing.trajectory import NO_TRAJECTORY, Trajectory
-from proxy.settings.effort import Effort
+from proxy.settings.effort import EFFORTS, Effort
 from proxy.storage.controls import why_paused
 from router_core.decision import RoutingDecision
 from router_core.eligibility import Eligibility, eligible
@@ -81,6 +81,7 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
 
     Raises:
         NoEligibleModelError, ServiceUnavailable: no candidate is left.
+        BadRequest: an effort of a model would answer, and the request states one that is not known.
     """
     if ctx.mode is RoutingMode.PINNED:
         selection = await select_pinned(ctx, assigner, explain=explain)
@@ -89,9 +90,25 @@ async def select_model(ctx: SelectionContext, assigner: ClusterAssigner, *, expl
     else:
         selection = apply_affinity(ctx, await select_scored(ctx, assigner))
     if ctx.snapshot.efforts and (effort := ctx.snapshot.models[selection.model].effort) is not None:
+        _check_effort(ctx)
         selection = replace(selection, effort=effort)
     sent = smaller_limit(ctx.snapshot.pool, selection.model, ctx.requirements)
     return selection if sent is None else replace(selection, max_tokens=sent)
+
+
+def _check_effort(ctx: SelectionContext) -> None:
+    """Refuse an effort that is not known: what is sent in its place might be more than the caller allows.
+
+    Raises:
+        BadRequest: naming the field.
+    """
+    if (found := unknown_effort(ctx.request.body)) is None:
+        return
+    name, value = found
+    if name == "reasoning_effort" and ctx.request.translated:  # Messages has refused it before
+        name = "reasoning.effort"
+    must_be = f"one of {', '.join(EFFORTS)}" if name.endswith("effort") else "a whole number of tokens"
+    raise BadRequest(f"`{name}` must be {must_be}; got {value!r}"[:300], param=name)
 
 
 async def select_pinned(ctx: SelectionContext, assigner: ClusterAssigner, *, explain: bool) -> Selection:

@@ -19,7 +19,7 @@ from proxy.storage.usage import usage_of
 from proxy.upstream.chunk_reader import ChunkSource, is_finished
 from proxy.upstream.client import NativeRequest
 from proxy.upstream.health import Attempt
-from proxy.upstream.native_api import native_apis
+from proxy.upstream.native_api import native_apis, shares_provider
 from proxy.upstream.payload import JSONPayload, has_content, is_empty_completion
 from proxy.upstream.text_frame import TextRun
 from router_core.pool import NO_LIMIT
@@ -240,7 +240,9 @@ class AttemptRunner:
         headers = {**self._headers, **dict(self._ctx.native_headers)}
         limit = self._note_smaller_limit(model)
         self._record.native_document = translation.document
-        return NativeRequest(translation.api, translation.document, headers, limit)
+        producer = self._ctx.snapshot.models.get(self._record.affinity.producer or "")
+        reads_reasoning = producer is None or shares_provider(model, producer)
+        return NativeRequest(translation.api, translation.document, headers, limit, reads_reasoning)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""

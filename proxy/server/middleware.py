@@ -247,7 +247,7 @@ class ServedPaths:
         if not isinstance(error, HTTPException):
             raise error
         method, path = request.scope["method"], path_of(request.scope)
-        if error.status_code == 404 or (method, path) == ("POST", COMPACT):
+        if error.status_code == 404:
             message = unknown_path_message(method, path)
             request_id = request.scope[REQUEST_IDS].request_id
             fields = {"request": request_id, "status": 404}

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Path, Query
 from fastapi.responses import JSONResponse
 from pydantic import WithJsonSchema
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from proxy.errors import BadRequest, PreviousResponseNotFound, ResponseNotFound
 from proxy.server.admin_responses import Count, OpenResponseModel, ResponseModel
@@ -126,6 +127,14 @@ def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else []
 
 
+class ResponseIdConvertor(StringConvertor):
+    """Match the id of a response in a path: any name but those that stand for calls."""
+
+    regex = r"(?!(?:input_tokens|compact)(?:/|$))[^/]+"
+
+
+register_url_convertor("response", ResponseIdConvertor())
+
 router = APIRouter(
     prefix="/v1/responses",
     tags=["responses"],
@@ -159,13 +168,15 @@ class InputItems(ResponseModel):
     has_more: bool
 
 
-@router.get("/{response_id}", summary="A response that is kept", response_model=KeptResponse, responses=errors(404))
+@router.get(
+    "/{response_id:response}", summary="A response that is kept", response_model=KeptResponse, responses=errors(404)
+)
 async def get_response(response_id: ResponseId, state: AppStateDep, key: CurrentKey) -> JSONResponse:
     record = await _record(state.responses, key, response_id)
     return JSONResponse(record["response"])
 
 
-@router.delete("/{response_id}", summary="Forget it", response_model=DeletedResponse, responses=errors(404))
+@router.delete("/{response_id:response}", summary="Forget it", response_model=DeletedResponse, responses=errors(404))
 async def delete_response(response_id: ResponseId, state: AppStateDep, key: CurrentKey) -> dict[str, Any]:
     if not await state.responses.delete(scope_of(key), response_id):
         raise _not_found(response_id)
@@ -176,7 +187,7 @@ MAX_PAGE = 100
 
 
 @router.get(
-    "/{response_id}/input_items",
+    "/{response_id:response}/input_items",
     summary="What it answered: the input with all that came before",
     response_model=InputItems,
     responses=errors(404),

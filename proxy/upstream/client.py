@@ -47,6 +47,8 @@ class NativeRequest:
     """The client's `anthropic-version` and `anthropic-beta` may be among them."""
     max_output_tokens: int | None = None
     """An upper bound of the answer's tokens. None: the client's own holds."""
+    reads_reasoning: bool = True
+    """Whether the model may be able to read the reasoning that earlier answers carry."""
 
 
 class UpstreamClient:
@@ -141,7 +143,14 @@ class UpstreamClient:
         Raises:
             UpstreamError: there is none.
         """
-        return await self._openai.complete_native(_native_request(record, request, connect_timeout_s))
+        asked = _native_request(record, request, connect_timeout_s)
+        try:
+            return await self._openai.complete_native(asked)
+        except UpstreamError as error:
+            without = _without_reasoning(record, request, asked, error)
+            if without is None:
+                raise
+        return await self._openai.complete_native(without)
 
     async def stream_native(
         self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
@@ -151,7 +160,14 @@ class UpstreamClient:
         Raises:
             UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
         """
-        return await self._openai.stream_native(_native_request(record, request, connect_timeout_s))
+        asked = _native_request(record, request, connect_timeout_s)
+        try:
+            return await self._openai.stream_native(asked)
+        except UpstreamError as error:
+            without = _without_reasoning(record, request, asked, error)
+            if without is None:
+                raise
+        return await self._openai.stream_native(without)
 
     async def _stream(
         self,
@@ -266,8 +282,34 @@ def _native_request(record: ModelRecord, request: NativeRequest, connect_timeout
         raise UpstreamError(f"{record.name}: its provider is not known yet", retryable=True)
     # Some models are listed under a prefix that tells litellm to use this very API.
     resolved = replace(resolved, model=resolved.model.removeprefix(f"{request.api}/"))
-    body = native_body(request.api, request.document, record, max_output_tokens=request.max_output_tokens)
+    body = native_body(
+        request.api,
+        request.document,
+        record,
+        max_output_tokens=request.max_output_tokens,
+        reads_reasoning=request.reads_reasoning,
+    )
     return UpstreamRequest(record, resolved, body, request.headers, None, connect_timeout_s, api=request.api)
+
+
+# How providers name what they cannot verify or decrypt of earlier reasoning.
+_REASONING_PROOFS = (b"signature", b"encrypted_content", b"encrypted content", b"redacted_thinking")
+
+
+def _without_reasoning(
+    record: ModelRecord, request: NativeRequest, asked: UpstreamRequest, error: UpstreamError
+) -> UpstreamRequest | None:
+    """Return a request without the reasoning of earlier answers, if an upstream has refused that; else None.
+
+    Another model may have written it, of another provider or account, and who it was may be forgotten.
+    """
+    if error.status != 400 or not request.reads_reasoning or not _mentions(error, *_REASONING_PROOFS):
+        return None
+    without = _native_request(record, replace(request, reads_reasoning=False), asked.connect_timeout_s)
+    if without.body == asked.body:
+        return None
+    log.warning("model %s refuses the reasoning of earlier answers: it is asked without", record.name)
+    return without
 
 
 class StreamOptions:
@@ -283,7 +325,7 @@ class StreamOptions:
     def may_be_refused(self, record: ModelRecord, error: UpstreamError) -> bool:
         """Return whether the model seems to refuse them, and is worth one more attempt without."""
         unknown = record.info.supports_stream_options is None and self.are_accepted_by(record)
-        return unknown and error.status in _REFUSING_STATUSES and _mentions_options(error)
+        return unknown and error.status in _REFUSING_STATUSES and _mentions(error, b"stream_options", b"include_usage")
 
     def mark_refused(self, record: ModelRecord) -> None:
         """Remember that the model answered without them. A changed record is asked anew."""
@@ -298,6 +340,6 @@ class StreamOptions:
         self._refused = {name: record for name, record in self._refused.items() if models.get(name) is record}
 
 
-def _mentions_options(error: UpstreamError) -> bool:
+def _mentions(error: UpstreamError, *words: bytes) -> bool:
     body = error.body if isinstance(error.body, bytes) else encode_json({"": error.body})
-    return b"stream_options" in body or b"include_usage" in body
+    return any(word in body for word in words)

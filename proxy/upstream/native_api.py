@@ -64,6 +64,20 @@ def native_provider(record: ModelRecord) -> ResolvedProvider | None:
     return record.resolved or resolve_static(record.litellm_params, record.info.forward)
 
 
+def shares_provider(record: ModelRecord, other: ModelRecord) -> bool:
+    """Return whether two models are asked at one place, which verifies or decrypts the reasoning of both."""
+    if record.registered_name == other.registered_name:
+        return True
+    resolved, theirs = native_provider(record), native_provider(other)
+    if resolved is None or theirs is None:
+        return False
+    addresses = [
+        stated_address(each.litellm_params) or provider.api_base
+        for each, provider in ((record, resolved), (other, theirs))
+    ]
+    return resolved.provider == theirs.provider and addresses[0] == addresses[1]
+
+
 def reaches_anthropic(record: ModelRecord) -> bool:
     """Return whether requests in Anthropic's API go to Anthropic itself."""
     resolved = native_provider(record)

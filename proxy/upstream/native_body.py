@@ -7,7 +7,7 @@ name, and another may have been chosen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from proxy.settings.effort import EFFORTS, MIN_BUDGET, SAMPLING, USUAL_TOKENS, Effort, budget_within
@@ -43,10 +43,17 @@ class Support:
     """None: not known."""
     entry: PriceMapEntry | None
     """Of LiteLLM's price map; None: the model is not listed."""
+    reads_reasoning: bool = True
+    """Whether what earlier answers carry may be its own, so that it can verify or decrypt it."""
 
     @property
     def thinking(self) -> ThinkingSupport | None:
         return None if self.entry is None else self.entry.thinking
+
+    def can_read(self, proof: Any, own_prefix: str) -> bool:
+        """Return whether a signature or encrypted reasoning may be the provider's own."""
+        is_theirs = isinstance(proof, str) and proof != "" and not proof.startswith(own_prefix)
+        return is_theirs and self.reads_reasoning and self.reasons is not False
 
     def nearest_effort(self, effort: str) -> str:
         """Return the strongest effort up to this one that the model takes, or else its weakest.
@@ -71,13 +78,19 @@ def support_of(record: ModelRecord) -> Support:
 
 
 def native_body(
-    api: NativeAPI, document: Mapping[str, Any], record: ModelRecord, *, max_output_tokens: int | None = None
+    api: NativeAPI,
+    document: Mapping[str, Any],
+    record: ModelRecord,
+    *,
+    max_output_tokens: int | None = None,
+    reads_reasoning: bool = True,
 ) -> Body:
     """Return what a model is sent in its own API, but for `model` and `stream`.
 
     Args:
         document: the client's body, without UniRoute's own fields. It is not changed.
         max_output_tokens: an upper bound of the answer's tokens. None: the client's own holds.
+        reads_reasoning: whether the model may be able to read the reasoning of earlier answers.
     """
     if record.effort is not None:
         document = _with_effort(api, document, record.effort)
@@ -88,6 +101,8 @@ def native_body(
         is_smaller = isinstance(stated, int) and not isinstance(stated, bool) and stated <= max_output_tokens
         body[name] = stated if is_smaller else max_output_tokens
     support = support_of(record)
+    if not reads_reasoning:
+        support = replace(support, reads_reasoning=False)
     return _messages_body(body, record, support) if api == "messages" else _responses_body(body, support)
 
 
@@ -327,7 +342,7 @@ def _is_unreadable(block: Any, support: Support) -> bool:
     if not isinstance(block, Mapping) or block.get("type") not in _THINKING_BLOCKS:
         return False
     signature = block.get("signature") if block.get("type") == "thinking" else block.get("data")
-    return not _is_readable(signature, OWN_SIGNATURE_PREFIX) or support.reasons is False
+    return not support.can_read(signature, OWN_SIGNATURE_PREFIX)
 
 
 # OpenAI's Responses.
@@ -388,12 +403,7 @@ def _is_foreign(item: Any, support: Support) -> bool:
         return True
     if item.get("type") != "reasoning":
         return False
-    return not _is_readable(item.get("encrypted_content"), OWN_REASONING_PREFIX) or support.reasons is False
-
-
-def _is_readable(proof: Any, own_prefix: str) -> bool:
-    """Return whether a signature or encrypted reasoning may be a provider's own."""
-    return isinstance(proof, str) and proof != "" and not proof.startswith(own_prefix)
+    return not support.can_read(item.get("encrypted_content"), OWN_REASONING_PREFIX)
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:

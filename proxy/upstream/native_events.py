@@ -186,8 +186,9 @@ class _MessageBuilder:
         elif kind == "content_block_start" and type(index) is int and isinstance(event.get("content_block"), dict):
             self._limit.add(count_values(event["content_block"]))
             self._blocks[index] = _BlockBuilder(event["content_block"], self._limit)
-        elif kind == "content_block_delta" and index in self._blocks and isinstance(event.get("delta"), dict):
-            self._blocks[index].add(event["delta"])
+        elif kind == "content_block_delta" and type(index) is int and isinstance(event.get("delta"), dict):
+            if index in self._blocks:
+                self._blocks[index].add(event["delta"])
         elif kind == "message_delta":
             self._add_end(event)
 

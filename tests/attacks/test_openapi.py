@@ -49,7 +49,7 @@ def document() -> dict[str, Any]:
 
 def routes() -> set[tuple[str, str]]:
     found = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    return {(method.lower(), route.path.replace(":path}", "}")) for route in found for method in route.methods or ()}
+    return {(method.lower(), route.path_format) for route in found for method in route.methods or ()}
 
 
 def test_the_document_describes_every_route_and_no_other() -> None:

@@ -63,6 +63,7 @@ def test_captured_housekeeping_is_recognised(name: str) -> None:
 
 
 ASK, ANSWER, AGAIN = {"role": "user", "content": "Fix it."}, {"role": "assistant", "content": "Done."}, "Write a test."
+DETAILED = "Your task is to create a detailed summary of"
 TOOLS = [{"type": "function", "function": {"name": "read", "parameters": {}}}]
 
 
@@ -111,6 +112,8 @@ def test_a_mark_in_another_place_is_none(row: HousekeepingRequest) -> None:
         {"messages": [{"role": "user", "content": "Generate a title for this conversation:\nA: Hi"}]},
         {"messages": [{"role": "system", "content": "You are a title generator."}, ASK]},
         {"messages": [ASK, ANSWER, {"role": "user", "content": "Summarize the conversation so far."}]},
+        {"messages": [ASK, ANSWER, {"role": "user", "content": f"{DETAILED} the French Revolution."}]},
+        {"messages": [{"role": "system", "content": f"{DETAILED} each article."}, ASK]},
         {"messages": [{"role": "user", "content": "### Task:\nGenerate a concise, 3-5 word title for my novel."}]},
         {"messages": [{"role": "user", "content": "Is 7 a prime? Answer Y or N."}], "max_tokens": 1, "logprobs": True},
         {"messages": [{"role": "user", "content": "test"}]},
@@ -153,6 +156,10 @@ def test_a_mark_is_found_in_any_text_of_the_newest_turn() -> None:
         ([f"{AGAIN}\n<system-reminder>a</system-reminder>\n<system-reminder>b</system-reminder>"], AGAIN),
         (["<command-message>go</command-message>\n<command-name>/go</command-name>\n<command-args>PR 1</command-args>"],
          "PR 1"),
+        ([f"Fix it.\n<system-reminder>\na\n</system-reminder>\n<ide_selection>b</ide_selection> \r\n{AGAIN}"],
+         f"Fix it.\n{AGAIN}"),
+        ([f"Why\n<skill>a</skill> here?\n{AGAIN}"], f"Why\n<skill>a</skill> here?\n{AGAIN}"),
+        ([f"Why\n<skill>\n{AGAIN}"], f"Why\n<skill>\n{AGAIN}"),
         ([f"[Request interrupted by user for tool use]\n\n{AGAIN}"], AGAIN),
         ([f"# AGENTS.md instructions for /home\n\n<INSTRUCTIONS>\nUse tabs.\n</INSTRUCTIONS>\n\n{AGAIN}"], AGAIN),
         ([f'Called the Read tool with the following input: {{"filePath":"a"}}\n\n<path>a</path>\n<type>file</type>\n'

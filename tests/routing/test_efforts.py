@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import Forbidden
+from proxy.errors import BadRequest, Forbidden
 from proxy.routing.affinity import Affinity
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
@@ -71,6 +71,10 @@ async def continued(affinity: Affinity, **more: Any) -> Selection:
         ({"thinking": {"type": "enabled", "budget_tokens": 5000}, "reasoning_effort": "low"}, 4095),
         ({"enable_thinking": False}, 0),
         ({"thinking_budget": 700}, 700),
+        ({"thinking_budget": 0}, 0),
+        ({"thinking_budget": -1}, None),
+        ({"reasoning": {"max_tokens": 0}}, 0),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, 0),
     ],
 )
 def test_what_a_body_says_of_thinking_is_read_as_a_bound_of_tokens(stated: Any, tokens: int | None) -> None:
@@ -101,6 +105,22 @@ def test_the_chosen_effort_is_sent_in_place_of_the_bound(stated: Any, effort: An
     assert with_effort({"model": "auto", **stated}, effort) == {"model": "auto", **sent}
 
 
+@pytest.mark.parametrize(
+    ("carried", "thinks"),
+    [({}, False), ({"thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": "x"}]}, True)],
+)
+def test_no_budget_is_sent_where_a_call_comes_back_without_its_thinking(carried: dict[str, Any], thinks: bool) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+    turns = [
+        {"role": "user", "content": LONG},
+        {"role": "assistant", "content": None, "tool_calls": [call], **carried},
+        {"role": "tool", "tool_call_id": "c", "content": "x"},
+    ]
+    ended = [*turns, {"role": "assistant", "content": "It is x."}, turns[0]]
+    asked = [with_effort({"messages": each}, 4096)["thinking"] for each in (turns, [*turns, turns[0]], ended)]
+    assert [each["type"] == "enabled" for each in asked] == [thinks, thinks, True]
+
+
 async def test_without_a_bound_every_effort_is_a_candidate_and_the_model_itself_is_none() -> None:
     selection = await choice()
     assert (selection.model, selection.effort) == ("thinker@high", "high")
@@ -117,6 +137,31 @@ async def test_efforts_above_the_callers_own_are_no_candidates_and_no_fallbacks(
 async def test_a_bound_below_all_leaves_the_smallest(stated: str) -> None:
     selection = await choice("thinker", body={"reasoning_effort": stated})
     assert tuple(selection.candidates) == ("thinker@low",)
+
+
+@pytest.mark.parametrize(
+    ("stated", "param"),
+    [
+        ({"reasoning_effort": "LOW"}, "reasoning_effort"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"reasoning": {"effort": "ultra"}}, "reasoning.effort"),
+        ({"reasoning": {"max_tokens": "2048"}}, "reasoning.max_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1.5}}, "thinking.budget_tokens"),
+        ({"thinking_budget": True}, "thinking_budget"),
+    ],
+)
+async def test_an_effort_that_is_not_known_is_refused_where_another_would_be_sent_in_its_place(
+    stated: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(BadRequest) as refused:
+        await choice("thinker", body=stated)
+    assert refused.value.param == param
+    assert (await choice("other", body=stated)).model == "other"
+
+
+@pytest.mark.parametrize("stated", [None, "", "auto", "default"])
+async def test_an_effort_that_is_left_to_the_model_is_no_bound(stated: str | None) -> None:
+    assert set((await choice("thinker", body={"reasoning_effort": stated})).candidates) == set(ERRORS) - {"other"}
 
 
 async def test_a_model_that_is_named_answers_by_its_efforts_alone_unless_fallbacks_are_wanted() -> None:

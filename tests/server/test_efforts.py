@@ -130,6 +130,13 @@ def test_no_effort_above_the_callers_own_is_asked_for_in_any_api(setting: Settin
     assert not {"thinking", "reasoning"} & setting.thinker.last.body.keys()
 
 
+@pytest.mark.parametrize("effort", ["LOW", 5, [], {}])
+def test_an_effort_that_is_not_known_is_the_fields_error_in_the_responses_api(setting: Setting, effort: Any) -> None:
+    body = body_of("responses", model="thinker", reasoning={"effort": effort})
+    reply = httpx.post(setting.proxy.url + PATHS["responses"], json=body, timeout=60)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "reasoning.effort")
+
+
 def test_the_reason_for_which_an_effort_is_ruled_out_is_shown(setting: Setting) -> None:
     ruled_out = {each["model"]: each["why"] for each in setting.decision(reasoning_effort="low")["ineligible"]}
     assert ruled_out == dict.fromkeys(

@@ -12,8 +12,15 @@ import httpx
 import openai
 import pytest
 
-from tests.support.client_apis import Reply, ask, body_of
-from tests.support.native_answers import MESSAGE, MESSAGE_EVENTS, RESPONSE, RESPONSE_EVENTS
+from tests.support.client_apis import Reply, ask, body_of, turn_with_result, weather_tool
+from tests.support.native_answers import (
+    ENCRYPTED,
+    MESSAGE,
+    MESSAGE_EVENTS,
+    RESPONSE,
+    RESPONSE_EVENTS,
+    SIGNATURE,
+)
 from tests.support.proxy_process import NO_COOLDOWN, ProxyProcess, model_entry
 from tests.support.scripted_answers import Step
 from tests.support.scripted_upstream import ScriptedUpstream
@@ -26,18 +33,29 @@ ANSWERS: dict[str, Any] = {"messages": MESSAGE, "responses": RESPONSE}
 
 
 class Setting:
-    """One proxy: "native" is asked in the client's own API, and "other" in chat completions."""
+    """One proxy: "other" is asked in chat completions, all others in the client's own API, "sibling" at one place with
+    "native".
+    """
 
-    def __init__(self, proxy: ProxyProcess, native: ScriptedUpstream, other: ScriptedUpstream) -> None:
-        self.proxy, self.native, self.other = proxy, native, other
+    def __init__(
+        self, proxy: ProxyProcess, native: ScriptedUpstream, other: ScriptedUpstream, elsewhere: ScriptedUpstream
+    ) -> None:
+        self.proxy, self.native, self.other, self.elsewhere = proxy, native, other, elsewhere
 
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> Iterator[Setting]:
-    with ScriptedUpstream() as native, ScriptedUpstream(lambda _: "The other answer.") as other:
+    with (
+        ScriptedUpstream() as native,
+        ScriptedUpstream(lambda _: "The other answer.") as other,
+        ScriptedUpstream() as elsewhere,
+    ):
+        able: Any = {"api": ["chat", *APIS], "supports_reasoning": True}
         config = {
             "model_list": [
-                model_entry("native", native.url, price=1e-7, api=["chat", *APIS], supports_reasoning=True),
+                model_entry("native", native.url, price=1e-7, **able),
+                model_entry("sibling", native.url, price=1e-7, **able),
+                model_entry("elsewhere", elsewhere.url, price=1e-4, **able),
                 model_entry("other", other.url, price=1e-5),
             ],
             "uniroute": {"profile": {"on_start": False}, "breaker": NO_COOLDOWN},
@@ -46,13 +64,15 @@ def started(tmp_path_factory: pytest.TempPathFactory, embedder_cache: Path) -> I
         with ProxyProcess(folder, embedder_cache, config, {"MODEL_API_KEY": "sk-model"}) as proxy:
             proxy.put_profile("native", 0.1)
             proxy.put_profile("other", 0.3)
-            yield Setting(proxy, native, other)
+            proxy.put_profile("elsewhere", 0.5)
+            yield Setting(proxy, native, other, elsewhere)
 
 
 @pytest.fixture
 def setting(started: Setting) -> Setting:
     started.native.reset()
     started.other.reset()
+    started.elsewhere.reset()
     return started
 
 
@@ -189,3 +209,73 @@ def test_the_official_clients_read_what_is_relayed(setting: Setting) -> None:
 
     assert (message.model, response.model) == ("native", "native")
     assert (message.stop_reason, response.status) == ("tool_use", "completed")
+
+
+# What a provider alone can verify or decrypt of the answers.
+PROOFS = {"messages": SIGNATURE, "responses": ENCRYPTED}
+REFUSALS = {
+    "messages": "messages.1.content.0: Invalid `signature` in `thinking` block",
+    "responses": "The encrypted content for item rs_1 could not be verified.",
+}
+
+
+def goes_on(http: httpx.Client, setting: Setting, api: Any, stream: bool, **more: Any) -> tuple[Reply, str]:
+    """Answer the call of a native answer. Return the reply, and what the answering model was sent last."""
+    tools = [weather_tool(api)]
+    first = relay(http, setting, api, False, model="native", tools=tools)
+    for upstream in (setting.native, setting.elsewhere):
+        upstream.then(stream_of(api) if stream else Step(body=ANSWERS[api]))
+    body = turn_with_result(api, first, "file.txt", tools=tools, stream=stream, **more)
+    reply = ask(http, api, body)
+    upstream = setting.elsewhere if reply.model == "elsewhere" else setting.native
+    return reply, json.dumps(upstream.last.body)
+
+
+@EVERY_API
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "more", [{"model": "elsewhere"}, {"uniroute": {"models": ["elsewhere"]}}], ids=["named", "the only one allowed"]
+)
+def test_reasoning_is_not_sent_to_a_provider_that_has_not_made_it(
+    http: httpx.Client, setting: Setting, api: Any, stream: bool, more: Any
+) -> None:
+    reply, sent = goes_on(http, setting, api, stream, **more)
+
+    assert (reply.model, reply.complete) == ("elsewhere", True)
+    assert PROOFS[api] not in sent
+    assert "file.txt" in sent
+
+
+@EVERY_API
+@pytest.mark.parametrize("model", ["native", "sibling"])
+def test_reasoning_goes_back_to_the_provider_that_has_made_it(
+    http: httpx.Client, setting: Setting, api: Any, model: str
+) -> None:
+    reply, sent = goes_on(http, setting, api, False, model=model)
+
+    assert (reply.model, PROOFS[api] in sent) == (model, True)
+
+
+@EVERY_API
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_refuses_earlier_reasoning_is_asked_once_more_without(
+    http: httpx.Client, setting: Setting, api: Any, stream: bool
+) -> None:
+    refusal = {"type": "error", "error": {"type": "invalid_request_error", "message": REFUSALS[api]}}
+    setting.native.then(Step(body=ANSWERS[api]), Step(status=400, body=refusal))
+    reply, sent = goes_on(http, setting, api, stream, model="native")
+
+    assert (reply.status, reply.complete, len(setting.native.history)) == (200, True, 3)
+    assert PROOFS[api] in json.dumps(setting.native.history[1].body)
+    assert PROOFS[api] not in sent
+
+
+@EVERY_API
+def test_a_refusal_of_a_request_without_reasoning_is_the_clients_error(
+    http: httpx.Client, setting: Setting, api: Any
+) -> None:
+    refusal = {"type": "error", "error": {"type": "invalid_request_error", "message": REFUSALS[api]}}
+    setting.native.then(Step(status=400, body=refusal))
+    reply = ask(http, api, body_of(api, model="native"))
+
+    assert (reply.status, len(setting.native.history)) == (400, 1)

@@ -214,6 +214,17 @@ def test_what_cannot_be_counted_names_the_field(keyed: KeyedProxy) -> None:
     assert caught.value.param == "model"
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS", "PUT"])
+def test_names_of_calls_are_no_ids_of_responses(keyed: KeyedProxy, method: str) -> None:
+    key = keyed.make()
+    counted = keyed.call(key, method, "/v1/responses/input_tokens")
+    compacted = keyed.call(key, method, "/v1/responses/compact")
+
+    assert (counted.status_code, counted.headers.get("allow")) == (405, "POST")
+    assert (compacted.status_code, "allow" in compacted.headers) == (404, False)
+    assert keyed.call(key, "GET", "/v1/responses/input_tokens_of_mine").json()["error"]["code"] == "response_not_found"
+
+
 def test_a_compaction_is_refused_with_the_reason(keyed: KeyedProxy) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         keyed.client(keyed.make()).responses.compact(model="gpt-5", input="hi")

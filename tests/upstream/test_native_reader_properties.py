@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from itertools import pairwise
 from typing import Any
@@ -13,9 +14,11 @@ from proxy.settings.model_config import NativeAPI
 from proxy.storage.usage import parse_usage, usage_of
 from proxy.upstream.chunk_reader import is_finished
 from proxy.upstream.native_chunks import messages_completion, new_chunks, responses_completion
+from proxy.upstream.native_events import new_builder
 from proxy.upstream.native_reader import NativeReader
 from proxy.upstream.payload import NativePayload, content_bytes, has_content, is_empty_completion
 from tests.support.native_answers import MESSAGE_EVENTS, RESPONSE_EVENTS, event
+from tests.support.odd_values import with_one_odd_value
 
 STREAMS: dict[NativeAPI, bytes] = {"messages": b"".join(MESSAGE_EVENTS), "responses": b"".join(RESPONSE_EVENTS)}
 ERROR = event({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
@@ -92,6 +95,19 @@ EVENTS = st.builds(
     st.sampled_from(KINDS),
     st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6),
 )
+
+
+@pytest.mark.parametrize("api", ["messages", "responses"])
+def test_an_event_with_one_odd_value_makes_a_whole_answer_or_an_error_of_the_upstream(api: NativeAPI) -> None:
+    events = [json.loads(each.partition(b"data: ")[2]) for each in STREAMS[api].split(b"\n\n") if each]
+    for place in range(len(events)):
+        for odd in with_one_odd_value(events[place]):
+            builder = new_builder(api)
+            with contextlib.suppress(UpstreamError):
+                for each in (*events[:place], odd, *events[place + 1 :]):
+                    if isinstance(each, dict):
+                        builder.add(each)
+                builder.answer()
 
 
 def inspect(body: dict[str, Any]) -> None:

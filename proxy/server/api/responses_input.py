@@ -404,18 +404,23 @@ def _stated_output(item: Mapping[str, Any]) -> Any:
     return output if isinstance(output, str | list) or output is None else _json(output)
 
 
+def _lines(*stated: Any) -> str:
+    """Join what is not empty; what is no text is written as JSON."""
+    return "\n".join(_json(each) for each in stated if each)
+
+
 def _shell_output(item: Mapping[str, Any]) -> Any:
     texts = []
     for chunk in mappings(item.get("output")):
         outcome = chunk.get("outcome")
         ending = outcome if isinstance(outcome, Mapping) else {}
         end = "timed out" if ending.get("type") == "timeout" else f"exit code {ending.get('exit_code', 'unknown')}"
-        texts.append("\n".join(text for text in (chunk.get("stdout"), chunk.get("stderr"), f"({end})") if text))
+        texts.append(_lines(chunk.get("stdout"), chunk.get("stderr"), f"({end})"))
     return _BREAK.join(texts) if texts else _stated_output(item)
 
 
 def _patch_output(item: Mapping[str, Any]) -> Any:
-    return "\n".join(text for text in (str(item.get("status") or "completed"), item.get("output")) if text)
+    return _lines(item.get("status") or "completed", item.get("output"))
 
 
 def _screenshot(item: Mapping[str, Any]) -> Any:

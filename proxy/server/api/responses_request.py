@@ -220,6 +220,8 @@ def _sampling_fields(document: Mapping[str, Any], *, asks_logprobs: bool) -> dic
             raise BadRequest(message, param="max_output_tokens")
         fields["max_completion_tokens"] = limit
     if (effort := _object(document, "reasoning").get("effort")) is not None:
+        if not isinstance(effort, str):
+            raise BadRequest(f"`reasoning.effort` must be a text; got {effort!r}"[:200], param="reasoning.effort")
         fields["reasoning_effort"] = effort
     if asks_logprobs:
         fields["logprobs"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadRequest
 from proxy.server.api.responses_request import KNOWN_FIELDS, translate
 from tests.server.api.test_responses_request import ITEMS
+from tests.support.odd_values import with_one_odd_value
 from tests.support.responses_api import CREATED_AT, ID, chunk, function, read_events, translated
 
 TEXT = st.sampled_from(["", "x", "message", "function", "allowed_tools", "\ud83d", "uniroute1.e30="])
@@ -75,6 +77,14 @@ def test_any_request_is_translated_or_refused_with_the_name_of_a_field(
     except BadRequest as refusal:
         refused_field = str(refusal.param).partition("[")[0].partition(".")[0]
     assert refused_field in {None, *KNOWN_FIELDS}
+
+
+@pytest.mark.parametrize("kind", ITEMS)
+def test_an_item_with_one_odd_value_is_told_or_refused_by_its_name(kind: str) -> None:
+    for item in with_one_odd_value({"type": kind, **ITEMS[kind][0]}):
+        with contextlib.suppress(BadRequest):
+            found = translated(input=[USER, {"type": "function_call", "call_id": "c", "name": "f"}, item])
+            assert all(isinstance(message["content"], str | list | None) for message in found.body["messages"])
 
 
 @given(st.lists(DELTA, max_size=6), JSON, JSON)
