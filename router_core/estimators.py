@@ -225,37 +225,56 @@ def _log_likelihood(evidence: _Evidence, covariance: Doubles, scale: float) -> f
 
 # How far models are expected to differ in what tools add to their errors, as a variance, before any was measured; and
 # as how many models that counts. On simulated labels, where models differed by 0.2 or more, fewer answers with tools
-# went wrong, and where they did not differ, at most 0.4 in 100 more did: `python -m tests.bench.tool_requests`.
+# went wrong, and where they did not differ, at most 0.5 in 100 more did: `python -m tests.bench.tool_requests`.
 TOOL_VARIANCE, TOOL_PRIOR_MODELS = 0.01, 2.0
 
 # The variance of one label of a prompt with tools.
 TOOL_NOISE = 0.2
 
+# Where more of the labels are of prompts with tools, these say too little of texts to tell the two apart.
+MAX_TOOLS_SHARE = 0.5
 
-def tool_excess(rates: Doubles, error_sums: Doubles, labels: Doubles) -> Doubles:
-    """Estimate how many more errors M models make where they are offered tools than their clusters' rates say; (M,).
+# How many labels of its own make a cluster's share of prompts with tools count as much as the share of all clusters. A
+# cluster's rate is estimated from the labels of the others, too.
+TOOLS_SHARE_SHRINKAGE = 4.0
 
-    The text of such a prompt says little of how well a model calls tools. What all models have in common is a mean;
-    each model's own part is shrunk towards it, the more the less models are seen to differ (empirical Bayes).
+
+def part_tools(
+    rates: Doubles, labels: Doubles, tool_error_sums: Doubles, tool_labels: Doubles
+) -> tuple[Doubles, Doubles]:
+    """Part what M models err without tools from what tools add.
+
+    The text of a prompt with tools says little of how well a model calls tools. What all models have in common is a
+    mean; each model's own part is shrunk towards it, the more the less models are seen to differ (empirical Bayes).
 
     Args:
-        rates: (M, K)
-        error_sums, labels: (M, K) sums over the labelled prompts that offer tools, zeros where there is none.
+        rates: (M, K) as estimated from the labels of all prompts.
+        labels: (M, K) of all prompts.
+        tool_error_sums, tool_labels: (M, K) of the prompts that offer tools among them, zeros where there is none.
+
+    Returns:
+        (M, K) the part of each rate that is due to tools, and (M,) how many more errors each model makes where it is
+        offered tools than where it is not.
     """
-    count = labels.sum(axis=1)
+    count = tool_labels.sum(axis=1)
     measured = count > 0
     excess = np.zeros(len(rates))
     if not measured.any():
-        return excess
+        return np.zeros_like(rates), excess
+    overall = (count / np.maximum(labels.sum(axis=1), count + 1e-9))[:, None]
+    shrunk = (tool_labels + TOOLS_SHARE_SHRINKAGE * overall) / (labels + TOOLS_SHARE_SHRINKAGE)
+    share = np.minimum(shrunk, MAX_TOOLS_SHARE)
+    beyond_rates = (tool_error_sums - tool_labels * rates)[measured].sum(axis=1)
     count = count[measured]
-    own = (error_sums - labels * rates)[measured].sum(axis=1) / count
+    # A rate holds its share of what tools add, so that only the rest of it is seen beyond the rates.
+    own = beyond_rates / (tool_labels * (1.0 - share))[measured].sum(axis=1)
     mean = float((own * count).sum() / (count.sum() + TOOL_NOISE / TOOL_VARIANCE))
     noise = TOOL_NOISE / count
     seen = max(float(own.var(ddof=1) - noise.mean()), 0.0) if len(own) > 1 else 0.0
     variance = (TOOL_PRIOR_MODELS * TOOL_VARIANCE + len(own) * seen) / (TOOL_PRIOR_MODELS + len(own))
     excess[:] = mean
     excess[measured] += variance / (variance + noise) * (own - mean)
-    return excess
+    return share * excess[:, None], excess
 
 
 class Rates(Protocol):

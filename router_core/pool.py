@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from router_core import kernels
 from router_core.clustering import ClusterMap
 from router_core.errors import MapMismatch
-from router_core.estimators import POOLED, SHRINKAGE, Efforts, Estimator, tool_excess
+from router_core.estimators import POOLED, SHRINKAGE, Efforts, Estimator, part_tools
 from router_core.kernels import ScoringKernel
 from router_core.pricing import PriceColumns
 from router_core.profiles import Profile
@@ -168,7 +168,7 @@ class Pool:
     candidates: Mapping[str, Candidate]
     index: Mapping[str, int]
     errors: Doubles
-    """(M, K) error rates; NaN without a profile."""
+    """(M, K) error rates without tools; NaN without a profile."""
     mean_errors: Doubles
     """(M,)"""
     label_weights: Doubles
@@ -212,19 +212,20 @@ class Pool:
         profiles = [candidate.profile for candidate in ordered]
         blank = np.full(cluster_map.size, np.nan)
         names = tuple(candidate.name for candidate in ordered)
-        errors = (error_rates or CachedEstimator(cluster_map)).rates(profiles, _efforts(ordered))
+        rates = (error_rates or CachedEstimator(cluster_map)).rates(profiles, _efforts(ordered))
+        due_to_tools, mean_due_to_tools, tool_excess = _part_tools(profiles, rates)
         tokens = _fill_unmeasured([p.output_tokens() if p else blank for p in profiles], DEFAULT_OUTPUT_TOKENS, blank)
         pool = cls(
             names=names,
             candidates=MappingProxyType({candidate.name: candidate for candidate in ordered}),
             index=MappingProxyType({name: row for row, name in enumerate(names)}),
-            errors=errors,
-            mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]),
+            errors=np.clip(rates - due_to_tools, 0.0, 1.0),
+            mean_errors=np.array([p.mean_error if p else np.nan for p in profiles]) - mean_due_to_tools,
             label_weights=_matrix([p.labels + SHRINKAGE if p else blank for p in profiles], cluster_map.size),
             total_labels=np.array([p.total_labels if p else np.nan for p in profiles]),
             output_tokens=tokens,
             seconds=_fill_unmeasured([p.seconds() if p else blank for p in profiles], 0.0, blank),
-            tool_excess=_tool_excess(profiles, errors),
+            tool_excess=tool_excess,
             prices=PriceColumns.from_prices([candidate.price for candidate in ordered]),
             capabilities=_capability_columns([candidate.capabilities for candidate in ordered]),
             max_input_tokens=_limits([candidate.capabilities.max_input_tokens for candidate in ordered]),
@@ -330,16 +331,25 @@ def _fill_unmeasured(rows: Sequence[Doubles], default: float, blank: Doubles) ->
     return matrix
 
 
-def _tool_excess(profiles: Sequence[Profile | None], rates: Doubles) -> Doubles:
-    """Estimate (M,) from the profiles with labels of prompts that offer tools; 0 for models without a profile."""
-    zeros = np.zeros(rates.shape[1])
-    sums = [p.tool_error_sums if p and p.tool_error_sums is not None else zeros for p in profiles]
-    labels = [p.tool_labels if p and p.tool_labels is not None else zeros for p in profiles]
-    known = [p is not None for p in profiles]
-    excess = np.zeros(len(profiles))
-    if any(known):
-        excess[known] = tool_excess(rates[known], np.array(sums)[known], np.array(labels)[known])
-    return excess
+def _part_tools(profiles: Sequence[Profile | None], rates: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+    """Return (M, K) what of the rates is due to tools, (M,) the mean of it over the labels, and (M,) what tools add.
+
+    All are 0 for models without a profile.
+    """
+    due, mean, excess = np.zeros_like(rates), np.zeros(len(profiles)), np.zeros(len(profiles))
+    measured = [p for p in profiles if p is not None]
+    if any(p.tool_labels is not None for p in measured):
+        zeros = np.zeros(rates.shape[1])
+        known = np.array([p is not None for p in profiles])
+        labels = np.array([p.labels for p in measured])
+        due[known], excess[known] = part_tools(
+            rates[known],
+            labels,
+            np.array([zeros if p.tool_error_sums is None else p.tool_error_sums for p in measured]),
+            np.array([zeros if p.tool_labels is None else p.tool_labels for p in measured]),
+        )
+        mean[known] = (labels * due[known]).sum(axis=1) / (labels.sum(axis=1) + 1.0)
+    return due, mean, excess
 
 
 def _limits(values: Sequence[int | None]) -> NDArray[np.int64]:

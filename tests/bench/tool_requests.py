@@ -3,8 +3,9 @@
 The folder has llmrouter9.jsonl.gz, the outcomes of nine models. No public file says how well models call tools, so that
 is simulated: with tools each model makes more errors, or fewer, than without, as drawn from a normal distribution of
 mean 0.1 and the deviation of the row. Five of the models are measured on a few labels, of which two in fifteen offer
-tools, and 2,000 other prompts, all with tools, are routed at λ = 0, with the errors that tools add and without. Printed
-are the points (of 100 answers) that go right more, with 95 % bounds over the draws.
+tools, and 2,000 other prompts are routed at λ = 0: all with tools, with the errors that tools add and without; and all
+without tools, with what is due to tools taken out of the rates and with it. Printed are the points (of 100 answers)
+that go right more, with 95 % bounds over the draws, and by how much the expected errors without tools are too high.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from router_core.artifact import builtin_map
 from router_core.clustering import ClusterMap
 from router_core.embedding import static_embedder
 from router_core.evaluation.outcomes import parse_row, read_rows
-from router_core.pool import Candidate, Pool
+from router_core.pool import CachedEstimator, Candidate, Pool
 from router_core.profiles import measure
 from router_core.text import truncate_middle
 from router_core.types import FREE, Assignment, Doubles
@@ -34,14 +35,19 @@ def lines(folder: Path, draws: int) -> Iterator[str]:
     prompts, scores = _outcomes(folder / "llmrouter9.jsonl.gz")
     assignment = cluster_map.assign(static_embedder(CACHE).embed(prompts))
     rng = np.random.default_rng(0)
-    yield "labels  deviation  right without  points gained"
+    yield "labels  deviation  right with tools  points gained  right without tools  points gained  too high by"
     for labels in LABELS:
         for deviation in DEVIATIONS:
-            pairs = np.array([_draw(rng, cluster_map, assignment, scores, labels, deviation) for _ in range(draws)])
-            gained = 100 * (pairs[:, 1] - pairs[:, 0])
-            bound = 1.96 * gained.std(ddof=1) / np.sqrt(draws)
-            right = 100 * pairs[:, 0].mean()
-            yield f"{labels:6}  {deviation:9}  {right:13.1f}  {gained.mean():+.2f} ± {bound:.2f}"
+            drawn = np.array([_draw(rng, cluster_map, assignment, scores, labels, deviation) for _ in range(draws)])
+            tools, texts = (_gain(100 * drawn[:, at], 100 * drawn[:, at + 1]) for at in (0, 2))
+            too_high = [f"{100 * drawn[:, at].mean():+.1f}" for at in (4, 5)]
+            yield f"{labels:6}  {deviation:9}  {tools}  {texts}  {' → '.join(too_high)}"
+
+
+def _gain(before: Doubles, after: Doubles) -> str:
+    gained = after - before
+    bound = 1.96 * gained.std(ddof=1) / np.sqrt(len(gained))
+    return f"{before.mean():16.1f}  {gained.mean():+.2f} ± {bound:.2f}"
 
 
 def _outcomes(path: Path) -> tuple[list[str], Doubles]:
@@ -58,8 +64,8 @@ def _draw(
     all_scores: Doubles,
     labels: int,
     deviation: float,
-) -> tuple[float, float]:
-    """Return the shares of right answers without and with what tools add."""
+) -> tuple[float, ...]:
+    """Return shares of right answers, two of requests with tools and two of requests without, and two biases."""
     rows = rng.permutation(len(all_scores))
     tested, asked = rows[:TEST_PROMPTS], rows[TEST_PROMPTS : TEST_PROMPTS + labels]
     scores = all_scores[:, rng.choice(all_scores.shape[1], MODELS, replace=False)]
@@ -83,11 +89,16 @@ def _draw(
         ],
         cluster_map,
     )  # fmt: skip
-    expected = Assignment(assignment.ids[tested], assignment.weights[tested]).expected(pool.errors)
-    right = with_tools[tested]
-    chosen = [(expected + excess).argmin(axis=1) for excess in (0.0, pool.tool_excess)]
-    without, knowing = (float(right[np.arange(TEST_PROMPTS), each].mean()) for each in chosen)
-    return without, knowing
+    profiles = [candidate.profile for candidate in pool.candidates.values()]
+    rates = CachedEstimator(cluster_map).rates(profiles)
+    asked_for = Assignment(assignment.ids[tested], assignment.weights[tested])
+    mixed, parted = asked_for.expected(rates), asked_for.expected(pool.errors)
+    texts, tools = scores[tested], with_tools[tested]
+    shares = [
+        float(right[np.arange(TEST_PROMPTS), expected.argmin(axis=1)].mean())
+        for right, expected in ((tools, mixed), (tools, parted + pool.tool_excess), (texts, mixed), (texts, parted))
+    ]
+    return *shares, *(float((expected - (1 - texts)).mean()) for expected in (mixed, parted))
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router_core.clustering import ClusterMap, ReferenceModels, reference_models_of
-from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, partially_pooled_rates, tool_excess
+from router_core.estimators import ESTIMATORS, LAPLACE, POOLED, RAW, SHRUNK, part_tools, partially_pooled_rates
 from router_core.types import Assignment, Doubles
 from tests.router_core.makers import a_map, an_assignment
 
@@ -132,8 +132,8 @@ def test_reference_models_count_labelled_answers_and_a_hard_assignment_has_no_ov
 def test_what_tools_add_is_shrunk_to_what_all_models_have_in_common() -> None:
     rates, labels = np.full((3, 2), 0.2), np.full((3, 2), 4.0)
     errors = labels * np.array([0.1, 0.4, 0.7])[:, None]
-    excess = tool_excess(rates, errors, labels)
-    own = np.array([-0.1, 0.2, 0.5])
+    _, excess = part_tools(rates, 10 * labels, errors, labels)
+    own = np.array([-0.1, 0.2, 0.5]) / 0.9
     assert np.all(np.abs(excess - excess.mean()) < np.abs(own - own.mean()) + 1e-12)
     assert np.all(np.diff(excess) > 0.05)
 
@@ -141,16 +141,37 @@ def test_what_tools_add_is_shrunk_to_what_all_models_have_in_common() -> None:
 def test_models_that_do_not_differ_get_nearly_the_same_excess() -> None:
     rates, labels = np.full((4, 2), 0.5), np.full((4, 2), 4.0)
     errors = np.array([[2.0, 2.0], [2.0, 1.0], [1.0, 2.0], [2.0, 2.0]])
-    excess = tool_excess(rates, errors, labels)
+    _, excess = part_tools(rates, 10 * labels, errors, labels)
     assert np.ptp(excess) < 0.04
+
+
+def test_what_is_due_to_tools_is_told_apart_from_what_a_model_errs_without_them() -> None:
+    texts, tools = np.array([[40.0, 12.0]]), np.array([[0.0, 8.0]])
+    text_errors, tool_errors = 0.1 * texts, 0.9 * tools
+    rates = (text_errors + tool_errors) / (texts + tools)
+    due, excess = part_tools(rates, texts + tools, tool_errors, tools)
+
+    assert 0.3 < excess[0] < 0.8
+    assert np.all(np.abs(rates - due - 0.1) < 0.5 * (rates - 0.1) + 0.05)
+    assert np.all(rates - due + excess > rates)
+
+
+def test_rates_of_prompts_with_tools_alone_stay_rates() -> None:
+    labels = np.array([[6.0, 0.0]])
+    due, excess = part_tools(np.array([[0.9, 0.9]]), labels, labels * 0.9, labels)
+    assert np.all(np.abs(due) < 0.05)
+    assert np.all(np.abs(excess) < 0.05)
 
 
 @given(st.integers(1, 6), st.integers(0, 2**32 - 1))
 def test_an_excess_is_never_more_than_a_model_could_have(models: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rates, labels = rng.random((models, 3)), rng.integers(0, 5, (models, 3)).astype(np.float64)
-    excess = tool_excess(rates, labels * rng.random((models, 3)), labels)
-    assert np.all(np.abs(excess) <= 1.0)
+    others = rng.integers(0, 5, (models, 3))
+    due, excess = part_tools(rates, labels + others, labels * rng.random((models, 3)), labels)
+    assert np.isfinite(due).all()
+    assert np.all(np.abs(due) <= np.abs(excess)[:, None])
+    assert np.all(np.abs(excess) <= 2.0)
     if not labels.any():
         assert not excess.any()
 
