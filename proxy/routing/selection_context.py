@@ -365,7 +365,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
     profiled = bool(eligible(pool, Requirements(), allowed).rows.size)
     able = partial(eligible, pool, allowed=allowed, require_profile=profiled)
-    fitting = able(requirements)
+    fitting = able(requirements, beyond_effort=ctx.beyond_effort)
     if not profiled:
         if (paused := _paused_error(ctx, reasons)) is not None:
             return paused
@@ -375,7 +375,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         reasons = listed(_of_candidates(ctx, fitting.reasons))
     if fitting.rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
-    if able(replace(requirements, prompt_tokens=0)).rows.size:
+    if able(replace(requirements, prompt_tokens=0), beyond_effort=ctx.beyond_effort).rows.size:
         limit = requirements.max_output_tokens
         and_answer = "" if limit is None else f", and {limit} of an answer,"
         return ContextLengthExceeded(

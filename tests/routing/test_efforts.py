@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, Forbidden
+from proxy.errors import BadRequest, Forbidden, NoEligibleModelError
 from proxy.routing.affinity import Affinity
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
@@ -161,6 +161,11 @@ async def test_an_effort_that_is_not_known_is_refused_where_another_would_be_sen
 @pytest.mark.parametrize("stated", [None, "", "auto", "default"])
 async def test_an_effort_that_is_left_to_the_model_is_no_bound(stated: str | None) -> None:
     assert set((await choice("thinker", body={"reasoning_effort": stated})).candidates) == set(ERRORS) - {"other"}
+
+
+async def test_a_list_of_efforts_above_the_callers_own_is_the_callers_error() -> None:
+    with pytest.raises(NoEligibleModelError, match="thinks more than the effort that the request states"):
+        await choice(body={"reasoning_effort": "low"}, models=("thinker@high",))
 
 
 async def test_a_model_that_is_named_answers_by_its_efforts_alone_unless_fallbacks_are_wanted() -> None:
