@@ -330,7 +330,8 @@ def find_housekeeping(body: Mapping[str, Any]) -> HousekeepingRequest | None:
     if last.get("role") == "user":
         text = last.get("content")
         for each in (text,) if type(text) is str else texts_of(text):
-            if each[:_HEAD] in _IN_TURN and (found := _of_turn(each, messages)) is not None:
+            start = each.lstrip() if each[:1].isspace() else each
+            if start[:_HEAD] in _IN_TURN and (found := _of_turn(start, messages)) is not None:
                 return found
         if len(messages) == 1:
             probe = _PROBES.get(text) if type(text) is str else None

@@ -317,17 +317,25 @@ def apply_affinity(ctx: SelectionContext, selection: Selection) -> Selection:
     """
     affinity = ctx.affinity
     if affinity.producer is not None:
-        producer = ctx.within_effort(affinity.producer)  # another effort of the same model reads what it has written
+        producer = _name_now(ctx, selection, affinity.producer)
         if not _is_eligible(ctx, selection, producer):
             return _without_affinity(ctx, selection, producer)
         # Others did not make these calls, and reject reasoning that they did not sign: they are asked only if the
         # caller says so.
         return _prefer(ctx, selection, producer, may_fall_back=ctx.request.options.fallbacks is True)
     last_turn = None if ctx.is_housekeeping else affinity.last_turn
-    if ctx.settings.sticky_sessions == "on" and last_turn and _is_eligible(ctx, selection, last_turn.model):
-        may_fall_back = ctx.request.options.fallbacks is not False
-        return _prefer(ctx, selection, last_turn.model, may_fall_back=may_fall_back)
+    if ctx.settings.sticky_sessions == "on" and last_turn:
+        last_model = _name_now(ctx, selection, last_turn.model)
+        if _is_eligible(ctx, selection, last_model):
+            may_fall_back = ctx.request.options.fallbacks is not False
+            return _prefer(ctx, selection, last_model, may_fall_back=may_fall_back)
     return selection
+
+
+def _name_now(ctx: SelectionContext, selection: Selection, name: str) -> str:
+    """Return by which name a model goes on with what it has begun: of several efforts the best-scored one."""
+    names = ctx.names_now(name)
+    return names[0] if len(names) == 1 else next((each for each in _ranking(selection) if each in names), name)
 
 
 def _prefer(ctx: SelectionContext, selection: Selection, name: str, *, may_fall_back: bool) -> Selection:

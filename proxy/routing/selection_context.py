@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
@@ -72,11 +72,11 @@ class SelectionContext:
         # Efforts above the one that the caller states.
         self.beyond_effort: Collection[str] = () if bound is None else snapshot.efforts_beyond(bound)
         # What a model has begun waits for that model alone, and is not taken on by another while it rests.
-        producer = None if affinity.producer is None else self.within_effort(affinity.producer)
+        producers = () if affinity.producer is None else self.names_now(affinity.producer)
         if cooling_down:
-            cooling_down = _without(producer, _of_efforts_too(cooling_down, snapshot))
+            cooling_down = _without(producers, _of_efforts_too(cooling_down, snapshot))
         self.cooling_down = cooling_down
-        self.not_ready = not_ready if producer not in not_ready else set(not_ready) - {producer}
+        self.not_ready = set(not_ready).difference(producers) if not_ready and producers else not_ready
         terms = self._terms()
         self.mode = terms.mode
         self.preset = terms.preset
@@ -95,6 +95,18 @@ class SelectionContext:
         wider = copy(self)
         wider.allowed = self._request_terms.allowed_for_any_model
         return wider
+
+    def names_now(self, name: str) -> Sequence[str]:
+        """Return the names by which a model may go on with what it has begun under `name`.
+
+        Another effort of the same model reads what it has written: where the caller now asks for less, where its
+        efforts were measured or changed since, or where it has none any more.
+        """
+        models, measured = self.snapshot.models, self.snapshot.measured_efforts
+        registered = name if name in models else name.rpartition("@")[0]
+        if registered in measured and (registered == name or name not in models):
+            return measured[registered]
+        return (self.within_effort(name) if name in models or registered not in models else registered,)
 
     def within_effort(self, name: str) -> str:
         """Return a model or, if it is an effort above the caller's own, the greatest of the same model that is not."""
@@ -171,8 +183,10 @@ class SelectionContext:
         )
 
 
-def _without(name: str | None, models: Mapping[str, float]) -> Mapping[str, float]:
-    return models if name not in models else {each: value for each, value in models.items() if each != name}
+def _without(names: Collection[str], models: Mapping[str, float]) -> Mapping[str, float]:
+    if models.keys().isdisjoint(names):
+        return models
+    return {each: value for each, value in models.items() if each not in names}
 
 
 # Of one snapshot: pairs of a model's name and a key.
@@ -367,7 +381,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
     reasons = listed(_of_candidates(ctx, eligibility.reasons))
     profiled = bool(eligible(pool, Requirements(), allowed).rows.size)
     able = partial(eligible, pool, allowed=allowed, require_profile=profiled)
-    fitting = able(requirements)
+    fitting = able(requirements, beyond_effort=ctx.beyond_effort)
     if not profiled:
         if (paused := _paused_error(ctx, reasons)) is not None:
             return paused
@@ -377,7 +391,7 @@ def no_candidate_error(ctx: SelectionContext, eligibility: Eligibility) -> NoEli
         reasons = listed(_of_candidates(ctx, fitting.reasons))
     if fitting.rows.size:
         return ServiceUnavailable(f"every model that can take this request rests after failures{reasons}")
-    if able(replace(requirements, prompt_tokens=0)).rows.size:
+    if able(replace(requirements, prompt_tokens=0), beyond_effort=ctx.beyond_effort).rows.size:
         limit = requirements.max_output_tokens
         and_answer = "" if limit is None else f", and {limit} of an answer,"
         return ContextLengthExceeded(

@@ -145,7 +145,9 @@ EDIT_FIELDS = (
 # Which file, and all that is in it now.
 WRITE_FIELDS = (("file_path", "content"), ("filePath", "content"), ("path", "content"), ("path", "file_text"))
 # A text of lines that are taken out and put in.
-PATCH_FIELDS = ("input", "patch", "patchText")
+PATCH_FIELDS = ("input", "patch", "patchText", "diff")
+# The field that holds them in the patch tool of the Responses API.
+OPERATION_FIELD = "operation"
 
 EDITING_TOOLS = frozenset(
     {"edit", "write", "replace", "write_file", "create_file", "edit_file", "write_to_file", "apply_patch"}
@@ -401,6 +403,8 @@ class _Seen:
 
 def _edit_of(fields: Mapping[str, Any]) -> tuple[str, object, object] | None:
     """Return which file an edit is of, what it takes out, and what it puts in."""
+    if isinstance(operation := fields.get(OPERATION_FIELD), dict):
+        fields = operation
     for path_field, old_field, new_field in EDIT_FIELDS:
         old, new = fields.get(old_field), fields.get(new_field)
         if type(old) is str and type(new) is str:
@@ -458,6 +462,13 @@ def has_failed(result: str, *, reads: bool = False) -> bool | None:
     if code is not None:
         return False
     return _END.search(end) is not None or _LAST.match(end.rstrip().rpartition("\n")[2]) is not None
+
+
+def mark_failed(result: str) -> str:
+    """Return a result that a client's API states to have failed in words that say so by themselves."""
+    if has_failed(result):
+        return result
+    return f"Error: {result}" if result else "Error"
 
 
 def _exit_code(head: str, result: str) -> int | None:

@@ -240,9 +240,12 @@ class AttemptRunner:
         headers = {**self._headers, **dict(self._ctx.native_headers)}
         limit = self._note_smaller_limit(model)
         self._record.native_document = translation.document
+        return NativeRequest(translation.api, translation.document, headers, limit, self._reads_reasoning(model))
+
+    def _reads_reasoning(self, model: ModelRecord) -> bool:
+        """Return whether a model may be able to read the reasoning that earlier answers carry."""
         producer = self._ctx.snapshot.models.get(self._record.affinity.producer or "")
-        reads_reasoning = producer is None or shares_provider(model, producer)
-        return NativeRequest(translation.api, translation.document, headers, limit, reads_reasoning)
+        return producer is None or shares_provider(model, producer)
 
     def _body_for(self, model: ModelRecord) -> tuple[Mapping[str, Any], bytes | None]:
         """Return the caller's body and its bytes; a changed body and no bytes if the model needs it changed."""
@@ -252,7 +255,8 @@ class AttemptRunner:
             body, raw = with_limit(body, limit), None
         effort = model.effort
         if translation is not None:
-            body, left_out = adapt(body if effort is None else without_effort(body), model)
+            asked = body if effort is None else without_effort(body)
+            body, left_out = adapt(asked, model, reads_reasoning=self._reads_reasoning(model))
             self._record.left_out = (*translation.left_out, *left_out)
         if effort is not None:
             body, raw = with_effort(body, effort), None

@@ -131,7 +131,7 @@ def test_a_mark_is_found_in_any_text_of_the_newest_turn() -> None:
         {"type": "text", "text": "and again\n"},
         {
             "type": "text",
-            "text": "[SUGGESTION MODE: Suggest what the user might naturally type next into Claude Code.]",
+            "text": "\n[SUGGESTION MODE: Suggest what the user might naturally type next into Claude Code.]",
         },
     ]
     billing = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import BadRequest, Forbidden
+from proxy.errors import BadRequest, Forbidden, NoEligibleModelError
 from proxy.routing.affinity import Affinity
 from proxy.routing.assigner import ClusterAssigner
 from proxy.routing.chat_request import ChatRequest, RoutingOptions
@@ -17,6 +17,7 @@ from proxy.routing.selection_context import SelectionContext
 from proxy.settings.schema import Settings
 from proxy.storage.client_keys import ClientKey
 from proxy.storage.records import StoredProfile
+from proxy.storage.sessions import LastTurn
 from proxy.storage.snapshot import RoutingSnapshot, build_state
 from proxy.storage.state_reader import StoredState
 from proxy.storage.variants import variants_of
@@ -48,7 +49,8 @@ async def choice(model: str = "auto", **more: Any) -> Selection:
 async def continued(affinity: Affinity, **more: Any) -> Selection:
     body = {"messages": [{"role": "user", "content": LONG}], **more.pop("body", {})}
     request = ChatRequest(body, "auto", False, False, RoutingOptions())
-    settings = Settings.model_validate({"data_dir": Path("/nowhere"), **AT_ANY_PRICE})
+    stated = {"data_dir": Path("/nowhere"), **AT_ANY_PRICE, **more.pop("settings", {})}
+    settings = Settings.model_validate(stated)
     ctx = SelectionContext("dec-1", request, None, a_state(), settings, affinity=affinity, **more)
     return await select_model(ctx, ClusterAssigner(Corners(), 1.0))
 
@@ -164,6 +166,11 @@ async def test_an_effort_that_is_left_to_the_model_is_no_bound(stated: str | Non
     assert set((await choice("thinker", body={"reasoning_effort": stated})).candidates) == set(ERRORS) - {"other"}
 
 
+async def test_a_list_of_efforts_above_the_callers_own_is_the_callers_error() -> None:
+    with pytest.raises(NoEligibleModelError, match="thinks more than the effort that the request states"):
+        await choice(body={"reasoning_effort": "low"}, models=("thinker@high",))
+
+
 async def test_a_model_that_is_named_answers_by_its_efforts_alone_unless_fallbacks_are_wanted() -> None:
     assert set((await choice("thinker")).candidates) == set(ERRORS) - {"other"}
     selection = await choice("thinker", fallbacks=True)
@@ -211,3 +218,30 @@ async def test_a_conversation_stays_with_its_model_when_the_caller_asks_for_less
     assert (await continued(reasoned)).model == "thinker@high"
     less = await continued(reasoned, body={"reasoning_effort": "low"})
     assert (less.model, less.reason, less.lost_affinity) == ("thinker@low", "sticky", None)
+
+
+@pytest.mark.parametrize(
+    "producer", ["thinker", "thinker@max"], ids=["before its efforts were measured", "an effort less"]
+)
+@pytest.mark.parametrize(("stated", "model"), [({}, "thinker@high"), ({"reasoning_effort": "low"}, "thinker@low")])
+async def test_a_conversation_stays_with_its_model_when_its_efforts_have_changed(
+    producer: str, stated: dict[str, Any], model: str
+) -> None:
+    for resting in ({}, {"thinker": 5.0}):
+        selection = await continued(Affinity(producer=producer), body=stated, cooling_down=resting)
+        assert (selection.model, selection.reason, selection.lost_affinity) == (model, "sticky", None)
+    session = await continued(
+        Affinity(last_turn=LastTurn(producer, 10, 1.0)), body=stated, settings={"sticky_sessions": "on"}
+    )
+    assert (session.model, session.reason) == (model, "sticky")
+
+
+async def test_a_conversation_stays_with_its_model_when_that_has_no_efforts_any_more() -> None:
+    selection = await continued(Affinity(producer="other@high"))
+    assert (selection.model, selection.reason, selection.lost_affinity) == ("other", "sticky", None)
+
+
+async def test_a_session_stays_with_its_model_when_the_caller_asks_for_less_effort() -> None:
+    session = Affinity(last_turn=LastTurn("thinker@high", 10, 1.0))
+    less = await continued(session, body={"reasoning_effort": "low"}, settings={"sticky_sessions": "on"})
+    assert (less.model, less.reason) == ("thinker@low", "sticky")

@@ -54,8 +54,11 @@ MAX_STOPS = 4
 Body = Mapping[str, Any]
 
 
-def adapt(body: Body, record: ModelRecord) -> tuple[Body, tuple[str, ...]]:
+def adapt(body: Body, record: ModelRecord, *, reads_reasoning: bool = True) -> tuple[Body, tuple[str, ...]]:
     """Return a translated chat body as a model can take it, and which fields were left out.
+
+    Args:
+        reads_reasoning: whether the model may be able to read what earlier answers have signed.
 
     Returns:
         The same object if nothing had to change. Messages that did not change are shared.
@@ -64,6 +67,8 @@ def adapt(body: Body, record: ModelRecord) -> tuple[Body, tuple[str, ...]]:
     changes = _Changes(body)
     if body.get("metadata") is not None and body.get("store") is not True:
         changes.remove("metadata", quietly=True)  # read here, for the session; OpenAI refuses it with nothing to store
+    if not reads_reasoning:
+        _leave_out_signed(changes)
     _adapt_sampling(changes, upstream)
     _adapt_options(changes, upstream)
     if upstream.reads_thinking:
@@ -171,6 +176,13 @@ class _Changes:
 
     def result(self) -> tuple[Body, tuple[str, ...]]:
         return self._body if self._changed is None else self._changed, tuple(self._left_out)
+
+
+def _leave_out_signed(changes: _Changes) -> None:
+    messages = changes.get("messages")
+    unsigned = [_without(message, "thinking_blocks", "reasoning_details") for message in messages]
+    if any(new is not old for new, old in zip(unsigned, messages, strict=True)):
+        changes.set("messages", unsigned)
 
 
 def _adapt_sampling(changes: _Changes, upstream: _Upstream) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.json_text import encode_json
-from proxy.routing.trajectory import has_failed
+from proxy.routing.trajectory import mark_failed
 
 # Claude Code's first system block, for Anthropic's accounting alone. It differs in every request.
 BILLING_LINE = "x-anthropic-billing-header:"
@@ -217,8 +217,8 @@ class Conversation:
         if attached:
             text = f"{text}\n\n(attached to the next message)".lstrip()
             attached = [_text_part(f"Attached to the result of tool call {call_id}:"), *attached]
-        if value.get("is_error") is True and not has_failed(text):
-            text = f"Error: {text}" if text else "Error"
+        if value.get("is_error") is True:
+            text = mark_failed(text)
         message = {"role": "tool", "tool_call_id": call_id, "content": text}
         return with_cache_control(message, value), attached
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from proxy.errors import BadRequest
 from proxy.json_text import encode_json
+from proxy.routing.trajectory import has_failed, mark_failed
 from proxy.server.api.responses_reasoning import decode_carried, mappings
 from proxy.server.api.responses_tools import ToolTable
 
@@ -410,17 +411,26 @@ def _lines(*stated: Any) -> str:
 
 
 def _shell_output(item: Mapping[str, Any]) -> Any:
-    texts = []
+    texts: list[str] = []
+    failure = ""
     for chunk in mappings(item.get("output")):
         outcome = chunk.get("outcome")
         ending = outcome if isinstance(outcome, Mapping) else {}
-        end = "timed out" if ending.get("type") == "timeout" else f"exit code {ending.get('exit_code', 'unknown')}"
-        texts.append(_lines(chunk.get("stdout"), chunk.get("stderr"), f"({end})"))
-    return _BREAK.join(texts) if texts else _stated_output(item)
+        timed_out = ending.get("type") == "timeout"
+        end = "timed out" if timed_out else f"exit code: {ending.get('exit_code', 'unknown')}"
+        texts.append(_lines(chunk.get("stdout"), chunk.get("stderr"), end))
+        failure = failure or (end if timed_out or has_failed(texts[-1]) else "")
+    if not texts:
+        return _stated_output(item)
+    whole = _BREAK.join(texts)
+    if not failure or has_failed(whole):
+        return whole
+    return mark_failed(f"{failure}{_BREAK}{whole}")  # it stands before the codes of commands that did not fail
 
 
 def _patch_output(item: Mapping[str, Any]) -> Any:
-    return _lines(item.get("status") or "completed", item.get("output"))
+    text = _lines(item.get("status") or "completed", item.get("output"))
+    return mark_failed(text) if item.get("status") == "failed" else text
 
 
 def _screenshot(item: Mapping[str, Any]) -> Any:
@@ -439,8 +449,9 @@ _RESULTS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 
 def _mcp_call(item: Mapping[str, Any]) -> tuple[str, str, str | None]:
-    found = item.get("error") or item.get("output")
-    return str(item.get("name") or "mcp"), _json(item.get("arguments") or {}), None if found is None else _json(found)
+    error, output = item.get("error"), item.get("output")
+    result = mark_failed(_json(error)) if error else None if output is None else _json(output)
+    return str(item.get("name") or "mcp"), _json(item.get("arguments") or {}), result
 
 
 def _code_call(item: Mapping[str, Any]) -> tuple[str, str, str | None]:

@@ -10,6 +10,7 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from openai.types.responses.response_input_item_param import ResponseInputItemParam
 
 from proxy.errors import BadRequest
+from proxy.routing.trajectory import read_trajectory
 from proxy.server.api.responses_input import NO_RESULT
 from proxy.server.api.responses_reasoning import encode_carried
 from proxy.server.api.responses_request import KNOWN_FIELDS, translate
@@ -195,6 +196,51 @@ def test_ids_that_servers_repeat_stay_with_their_own_results() -> None:
     messages = messages_of(USER, a_call("0"), a_result("0", "first"), a_call("0"), a_call("0"), a_result("0", "second"))
     check_is_valid_chat(messages)
     assert [message["content"] for message in messages if message["role"] == "tool"] == ["first", "second", NO_RESULT]
+
+
+def shell_results(*outcomes: dict[str, Any], stdout: str = "x") -> list[dict[str, Any]]:
+    output = [{"stdout": stdout, "stderr": "", "outcome": outcome} for outcome in outcomes]
+    return [
+        {"type": "shell_call", "call_id": "c", "action": {"commands": ["make"]}},
+        {"type": "shell_call_output", "call_id": "c", "output": output},
+    ]
+
+
+def patch_results(status: str, diff: str = "-a\n+b") -> list[dict[str, Any]]:
+    operation = {"type": "update_file", "path": "a.py", "diff": diff}
+    return [
+        {"type": "apply_patch_call", "call_id": "c", "operation": operation},
+        {"type": "apply_patch_call_output", "call_id": "c", "status": status, "output": "x"},
+    ]
+
+
+EXITED, FAILED, TIMED_OUT = ({"type": "exit", "exit_code": 0}, {"type": "exit", "exit_code": 2}, {"type": "timeout"})
+
+
+@pytest.mark.parametrize(
+    ("items", "failed"),
+    [
+        (shell_results(EXITED), False),
+        (shell_results(FAILED), True),
+        (shell_results(TIMED_OUT), True),
+        (shell_results(EXITED, FAILED), True),
+        (shell_results({"type": "exit", "exit_code": 1}, stdout=""), False),  # a search that found nothing
+        (patch_results("completed"), False),
+        (patch_results("failed"), True),
+        ([{"type": "mcp_call", "id": "m", "name": "n", "arguments": "{}", "output": "x"}], False),
+        ([{"type": "mcp_call", "id": "m", "name": "n", "arguments": "{}", "error": "no such file"}], True),
+    ],
+)
+def test_a_call_that_failed_is_told_so_that_the_run_is_seen_to_be_stuck(
+    items: list[dict[str, Any]], failed: bool
+) -> None:
+    trajectory = read_trajectory(translated(input=[USER, *items]).body["messages"])
+    assert (trajectory.turns, trajectory.failed > 0) == (1, failed)
+
+
+def test_a_patch_that_is_taken_back_is_seen() -> None:
+    items = [*patch_results("completed"), *patch_results("completed", diff="-b\n+a")]
+    assert read_trajectory(translated(input=[USER, *items]).body["messages"]).reverted > 0
 
 
 def test_pictures_of_a_result_follow_it_in_a_message_that_may_hold_some() -> None:
