@@ -109,7 +109,7 @@ def texts_of(body: bytes) -> list[str]:
 
 
 def requests() -> set[int]:
-    return {id(each) for each in gc.get_objects() if isinstance(each, ChatRequest)}
+    return {id(each) for each in gc.get_objects() if type(each) is ChatRequest}
 
 
 @pytest.mark.parametrize("path", PATHS)
