@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 from proxy.concurrency import cancel_and_wait, connection_budget
 from proxy.errors import LiteLLMUnavailable, UpstreamError
@@ -26,6 +26,8 @@ from proxy.upstream.provider_resolution import resolve_static
 from proxy.upstream.response_memory import ResponseMemory
 
 log = logging.getLogger("uniroute.upstream")
+
+T = TypeVar("T")
 
 # Between two attempts to import litellm; doubled after each failure.
 MIN_RETRY_INTERVAL_S = 10.0
@@ -143,14 +145,7 @@ class UpstreamClient:
         Raises:
             UpstreamError: there is none.
         """
-        asked = _native_request(record, request, connect_timeout_s)
-        try:
-            return await self._openai.complete_native(asked)
-        except UpstreamError as error:
-            without = _without_reasoning(record, request, asked, error)
-            if without is None:
-                raise
-        return await self._openai.complete_native(without)
+        return await _ask_native(self._openai.complete_native, record, request, connect_timeout_s)
 
     async def stream_native(
         self, record: ModelRecord, request: NativeRequest, *, connect_timeout_s: float | None = None
@@ -160,14 +155,7 @@ class UpstreamClient:
         Raises:
             UpstreamError: here if the upstream refused, later if the stream breaks or ends without its end.
         """
-        asked = _native_request(record, request, connect_timeout_s)
-        try:
-            return await self._openai.stream_native(asked)
-        except UpstreamError as error:
-            without = _without_reasoning(record, request, asked, error)
-            if without is None:
-                raise
-        return await self._openai.stream_native(without)
+        return await _ask_native(self._openai.stream_native, record, request, connect_timeout_s)
 
     async def _stream(
         self,
@@ -290,6 +278,23 @@ def _native_request(record: ModelRecord, request: NativeRequest, connect_timeout
         reads_reasoning=request.reads_reasoning,
     )
     return UpstreamRequest(record, resolved, body, request.headers, None, connect_timeout_s, api=request.api)
+
+
+async def _ask_native(
+    ask: Callable[[UpstreamRequest], Awaitable[T]],
+    record: ModelRecord,
+    request: NativeRequest,
+    connect_timeout_s: float | None,
+) -> T:
+    """Ask a model in its own API, and once more without the reasoning of earlier answers if it refuses that."""
+    asked = _native_request(record, request, connect_timeout_s)
+    try:
+        return await ask(asked)
+    except UpstreamError as error:
+        without = _without_reasoning(record, request, asked, error)
+        if without is None:
+            raise
+    return await ask(without)
 
 
 # How providers name what they cannot verify or decrypt of earlier reasoning.

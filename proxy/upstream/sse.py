@@ -155,3 +155,8 @@ _PINGS = frozenset({b"ping", b"heartbeat", b"keepalive", b"keep-alive"})
 
 def format_event(payload: Mapping[str, Any]) -> bytes:
     return b"data: " + encode_json(payload) + b"\n\n"
+
+
+def format_typed_event(kind: str, /, **members: Any) -> bytes:
+    """Write an event as Messages and Responses do: its type is stated twice."""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode_json({"type": kind, **members}))

@@ -32,13 +32,10 @@ from proxy.server.api.messages_answer import (
 from proxy.server.api.messages_errors import error_event
 from proxy.storage.usage import combine_usage, usage_of
 from proxy.upstream.payload import simple_text
+from proxy.upstream.sse import format_typed_event
 from proxy.upstream.text_frame import TextRun
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
-
-
-def _event(kind: str, **members: Any) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode_json({"type": kind, **members}))
 
 
 def _is_json(text: str) -> bool:
@@ -193,7 +190,10 @@ class MessageStream:
         ending = ending_of(self._last_choice, self._facts, has_calls=self._has_calls, refusal=self._refusal)
         usage = usage_counts(self._usage)
         usage.pop("cache_creation", None)  # the event has no such member
-        self._events += (_event("message_delta", delta=ending, usage=usage), _event("message_stop"))
+        self._events += (
+            format_typed_event("message_delta", delta=ending, usage=usage),
+            format_typed_event("message_stop"),
+        )
         return self._take()
 
     def fail(self, error: Mapping[str, Any], status: int) -> bytes:
@@ -217,7 +217,7 @@ class MessageStream:
             "stop_sequence": None,
             "usage": usage_counts(self._usage),
         }
-        self._events.append(_event("message_start", message=message))
+        self._events.append(format_typed_event("message_start", message=message))
 
     def _read(self, choice: Mapping[str, Any]) -> None:
         part = message_part(choice)
@@ -272,7 +272,7 @@ class MessageStream:
         elif kind == "redacted":
             self._close()
             self._start({"type": "redacted_thinking", "data": text})
-            self._events.append(_event("content_block_stop", index=self._blocks - 1))
+            self._events.append(format_typed_event("content_block_stop", index=self._blocks - 1))
         else:
             if self._open != "thinking" or (kind == "thinking" and self._signature):
                 self._close()
@@ -309,12 +309,12 @@ class MessageStream:
             self._send_delta("input_json_delta", partial_json=arguments)
 
     def _start(self, block: Mapping[str, Any]) -> None:
-        self._events.append(_event("content_block_start", index=self._blocks, content_block=block))
+        self._events.append(format_typed_event("content_block_start", index=self._blocks, content_block=block))
         self._blocks += 1
 
     def _send_delta(self, kind: str, **members: str) -> None:
         delta = {"type": kind, **members}
-        self._events.append(_event("content_block_delta", index=self._blocks - 1, delta=delta))
+        self._events.append(format_typed_event("content_block_delta", index=self._blocks - 1, delta=delta))
 
     def _close(self) -> None:
         """End the open block, if there is one."""
@@ -327,7 +327,7 @@ class MessageStream:
             self._signature = ""
         if isinstance(closing, _Call) and not closing.is_object and (arguments := tool_input(closing.text)):
             self._send_delta("input_json_delta", partial_json=encode_json(arguments).decode())
-        self._events.append(_event("content_block_stop", index=self._blocks - 1))
+        self._events.append(format_typed_event("content_block_stop", index=self._blocks - 1))
 
 
 def _is_another(call: _Call, stated: Mapping[str, Any]) -> bool:

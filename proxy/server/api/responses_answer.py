@@ -19,7 +19,7 @@ from proxy.server.api.responses_tools import ClientTool, ToolTable, call_item, i
 from proxy.storage.usage import combine_usage, parse_usage, usage_of
 from proxy.upstream.chunk_reader import choice_index, split_completion
 from proxy.upstream.payload import iter_choices, simple_text
-from proxy.upstream.sse import KEEP_ALIVE
+from proxy.upstream.sse import KEEP_ALIVE, format_typed_event
 from proxy.upstream.text_frame import TextRun
 
 
@@ -623,7 +623,7 @@ class ResponseStream:
         self._is_begun = False
 
     def _emit(self, kind: str, members: Mapping[str, Any]) -> None:
-        self._events.append(format_typed_event(kind, {**members, "sequence_number": self._sequence}))
+        self._events.append(format_typed_event(kind, **members, sequence_number=self._sequence))
         self._sequence += 1
 
     def _take_events(self) -> bytes:
@@ -725,7 +725,3 @@ def error_code(error: Mapping[str, Any], status: int) -> str:
 def failure(error: Mapping[str, Any], status: int) -> dict[str, str]:
     """Return the `error` of a failed response, for an error object of OpenAI and its HTTP status."""
     return {"code": error_code(error, status), "message": str(error.get("message") or "the model failed")}
-
-
-def format_typed_event(kind: str, members: Mapping[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), encode_json({"type": kind, **members}))

@@ -16,7 +16,6 @@ from proxy.server.api.responses_answer import (
     AnswerPlan,
     ResponseStream,
     failure,
-    format_typed_event,
     request_echo,
     whole_answer,
 )
@@ -24,6 +23,7 @@ from proxy.server.api.responses_input import Conversation, numbered, tools_among
 from proxy.server.api.responses_reasoning import is_own_reasoning
 from proxy.server.api.responses_tools import ToolTable, read_tool_choice
 from proxy.server.api.translation import APIName, RelayedEvents, call_ids_in
+from proxy.upstream.sse import format_typed_event
 
 # Fields that a chat body has under the same name.
 _PASSED = (
@@ -78,7 +78,7 @@ class ResponsesTranslation:
         if seen.response is None:
             return self.stream(seen.model).fail_after(number, error, status)
         response = {**seen.response, "model": seen.model, "status": "failed", "error": failure(error, status)}
-        return format_typed_event("response.failed", {"response": response, "sequence_number": number})
+        return format_typed_event("response.failed", response=response, sequence_number=number)
 
 
 def translate(document: Mapping[str, Any], *, answer_id: str, created_at: int) -> ResponsesTranslation:
